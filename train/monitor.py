@@ -1,0 +1,288 @@
+"""What a run shows and writes while it trains: a progress bar, `metrics.jsonl`, TensorBoard events.
+
+    with Monitor(config, total_steps, start_step=resumed_step) as monitor:
+        for step in range(resumed_step + 1, total_steps + 1):
+            ...
+            monitor.step(step, {"loss": loss, "grad_norm": norm, "tokens": count, ...})
+            with monitor.paused():          # time that is not training: evaluation, checkpoints
+                monitor.evaluation(step, {"nll": ..., "ece": ...})
+
+Steps are numbered from 1. A row is handed to the operating system before `step` returns, so a
+SIGKILL loses at most the row being written, and the next start repairs even a half-written one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import (  # protobuf makes the classes at import
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from tensorboardX.summary import scalar
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class MonitorConfig(Protocol):
+    """The part of `TrainConfig` that the monitor reads."""
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def log_every(self) -> int: ...
+
+
+class Monitor:
+    """Follows one run; a context manager.
+
+    Args:
+      config: `out` is the run's folder, `log_every` the number of steps from one row to the next
+        (the last step always has a row).
+      total_steps: the step at which the run ends.
+      start_step: the step of the checkpoint that the run continues from, 0 for a new run. Rows of
+        later steps, left by the run that was cut off, are removed.
+      console: where the bar is drawn; plain lines, at most one every few seconds, if it is not a
+        terminal.
+      clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        if not 0 <= start_step <= total_steps:
+            raise ValueError(f"{start_step=} must lie between 0 and {total_steps=}")
+        self.total_steps = total_steps
+        self._start_step = start_step
+        self._log_every = config.log_every
+        self._out = Path(config.out)
+        self._clock = clock
+        self._console = console or Console()
+        self._tokens: list[Any] = []  # of the steps since the last row, perhaps still on the device
+        self._paused = 0.0
+
+    def __enter__(self) -> Self:
+        self._out.mkdir(parents=True, exist_ok=True)
+        metrics = self._out / METRICS
+        cut_rows_after(metrics, self._start_step)
+        self._metrics = metrics.open("a", encoding="utf-8")
+        self._events = TensorBoard(self._out / TENSORBOARD, self._start_step)
+        show = ProgressBar if self._console.is_terminal else PlainLines
+        self._display = show(self._console, self.total_steps, self._start_step, self._clock)
+        self._last_row = self._clock()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._display.close()
+        self._events.close()
+        self._metrics.close()
+
+    def step(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records that `step` is done.
+
+        Args:
+          step: counted from 1.
+          values: scalars, arrays on a device allowed: they are read (and waited for) only at
+            steps that get a row. `tokens`, the number of tokens in the step's loss, is where
+            tokens_per_second comes from: the tokens of all steps since the last row over the
+            seconds since then, pauses left out.
+        """
+        self._tokens.append(values.get("tokens", 0))
+        if step % self._log_every and step != self.total_steps:
+            self._display.advance(step)
+            return
+        row = {"step": step, **{name: as_number(value) for name, value in values.items()}}
+        tokens = sum(int(count) for count in self._tokens)  # waits for the device: before the clock
+        now = self._clock()
+        seconds = now - self._last_row - self._paused
+        row["tokens_per_second"] = tokens / seconds if seconds > 0 else None
+        self._tokens, self._last_row, self._paused = [], now, 0.0
+        self._write("train", row)
+        self._display.show(row)
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records held-out scores at `step`: a row of their own, names prefixed by `held_out_`."""
+        scores = {name: as_number(value) for name, value in values.items()}
+        self._write("held_out", {"step": step, **{f"held_out_{k}": v for k, v in scores.items()}})
+        listed = "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None)
+        self.say(f"step {step}: held-out {listed}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count as training time in tokens_per_second."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - began
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _write(self, group: str, row: dict[str, int | float | None]) -> None:
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+        self._metrics.flush()
+        step = int(row["step"] or 0)
+        self._events.write(
+            step,
+            {
+                f"{group}/{name.removeprefix('held_out_')}": value
+                for name, value in row.items()
+                if name != "step" and value is not None
+            },
+        )
+
+
+def as_number(value: Any) -> int | float | None:
+    """A scalar as JSON can hold it, float32 exactly; None for NaN and the infinities."""
+    number = value.item() if hasattr(value, "item") else value
+    return number if math.isfinite(number) else None
+
+
+def cut_rows_after(metrics: Path, step: int) -> None:
+    """Keeps the rows up to `step`, in one atomic replacement.
+
+    Also dropped is a last line that the kill left without its end. Any other line that is not a
+    row raises ValueError with its number: this file was not written by a run.
+    """
+    if not metrics.exists():
+        return
+    kept = []
+    for number, line in enumerate(metrics.read_text("utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row_step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{metrics}:{number} is not a row of metrics: {line[:80]!r}"
+            ) from error
+        if row_step <= step:
+            kept.append(line)
+    whole = metrics.with_suffix(".tmp")
+    whole.write_text("".join(kept), "utf-8")
+    os.replace(whole, metrics)
+
+
+class TensorBoard:
+    """Scalars in TensorBoard's event format, one file a start, flushed at every write.
+
+    The writer underneath `tensorboardX.SummaryWriter`, without its queue and thread: what sits in
+    the queue is lost with the process.
+    """
+
+    def __init__(self, folder: Path, start_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Names resolve seconds; the process and step keep two quick starts in two files.
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start_step}")
+        # Asks TensorBoard to hide what earlier files hold from this step on.
+        restart = SessionLog(status=SessionLog.START)
+        self._writer.write_event(
+            Event(wall_time=time.time(), step=start_step + 1, session_log=restart)
+        )
+        self._writer.flush()
+
+    def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
+        for name, value in scalars.items():
+            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ProgressBar:
+    """One live line on a terminal."""
+
+    def __init__(
+        self, console: Console, total_steps: int, start_step: int, _clock: Callable[[], float]
+    ):
+        self._progress = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[measured]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+        )
+        self._task = self._progress.add_task(
+            "training", total=total_steps, completed=start_step, measured=""
+        )
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def show(self, row: Mapping[str, int | float | None]) -> None:
+        self._progress.update(self._task, completed=row["step"], measured=measured(row))
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class PlainLines:
+    """Lines for a log file: the first and the last row, and one every few seconds between them."""
+
+    def __init__(
+        self, console: Console, total_steps: int, start_step: int, clock: Callable[[], float]
+    ):
+        self._console, self._clock = console, clock
+        self._total_steps, self._start_step = total_steps, start_step
+        self._began = clock()
+        self._next_line = self._began
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def show(self, row: Mapping[str, int | float | None]) -> None:
+        now, step = self._clock(), int(row["step"] or 0)
+        if now < self._next_line and step != self._total_steps:
+            return
+        self._next_line = now + SECONDS_BETWEEN_LINES
+        left = (now - self._began) / (step - self._start_step) * (self._total_steps - step)
+        width = len(str(self._total_steps))
+        line = f"step {step:{width}}/{self._total_steps}  {measured(row)}  {duration(left)} left"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+def measured(row: Mapping[str, int | float | None]) -> str:
+    """The loss and the speed, in a width that does not jump about."""
+    loss, speed = row.get("loss"), row.get("tokens_per_second")
+    return "  ".join(
+        [
+            "loss    n/a" if loss is None else f"loss {loss:6.4f}",
+            "    n/a tokens/s" if speed is None else f"{speed:7,.0f} tokens/s",
+        ]
+    )
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:01:20."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
