@@ -1,0 +1,225 @@
+"""From text to batches: `build` makes all the data of a run, `PackedLoader` serves the batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from train import choices, corpus, records, tokenizer
+from train.packing import Batch, Rows, pack
+from train.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What became of the records, for the user to see."""
+
+    records: int
+    """Read in all; each is one of the four that follow."""
+    train: int
+    held_out: int
+    empty: int
+    """Left out because a response is empty."""
+    dropped: int
+    """Left out because, cut to `max_length`, no response was left."""
+    shortened: int
+    """Of train and held_out together: those that lost tokens to `max_length`."""
+    train_tokens: int
+    """In the training rows, prompts included and padding not."""
+    train_labels: int
+    """Of these, tokens that the loss is taken on."""
+    train_rows: int
+    padding: float
+    """The share of the training rows that is padding."""
+
+    def __str__(self) -> str:
+        lost = [
+            f"{n} {what}"
+            for n, what in (
+                (self.empty, "left out with an empty response"),
+                (self.dropped, "dropped: no response within max_length"),
+                (self.shortened, "shortened to max_length"),
+            )
+            if n
+        ]
+        return (
+            f"{self.records} records: {self.train} train, {self.held_out} held out"
+            + "".join(f", {part}" for part in lost)
+            + f"; {self.train_tokens:,} tokens ({self.train_labels:,} with loss)"
+            f" in {self.train_rows} rows, {self.padding:.1%} padding"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """All that a run needs of its data."""
+
+    tokenizer: Tokenizer
+    train: PackedLoader
+    held_out: Rows
+    """The held-out records, packed as the training ones are; no rows when `held_out=0`."""
+    questions: list[choices.Question]
+    """Multiple-choice questions made of the held-out records."""
+    counts: Counts
+
+
+def build(
+    *,
+    data: Sequence[str | Path] = (),
+    held_out: float = 0.1,
+    max_length: int = 512,
+    batch_size: int,
+    vocab_size: int = 8192,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> Data:
+    """Reads or makes the records, divides them, trains the tokenizer, packs, and makes questions.
+
+    Args:
+      data: JSONL files (`records.read_jsonl` has the formats); none means the default corpus,
+        questions and answers from the documentation of Python's standard library.
+      held_out: the share of prompts kept from training, divided by their hash.
+      max_length: tokens in a row; longer records are cut as `tokenizer.encode_record` says.
+      batch_size: rows in a batch of `Data.train`. For accumulation, ask for all the rows of an
+        optimizer step and divide them.
+      vocab_size: of the BPE, which is trained on the training records.
+      seed: of the packing, the order of rows in each epoch, and the questions.
+      cache_dir: where trained tokenizers are kept, `default_cache_dir()` if None.
+
+    Raises:
+      ValueError: for bad data or options, naming them.
+    """
+    everything = (
+        [record for path in data for record in records.read_jsonl(path)]
+        if data
+        else corpus.standard_library_records()
+    )
+    usable = [record for record in everything if not record.has_empty_response]
+    empty = [record.source for record in everything if record.has_empty_response]
+    if empty:
+        logger.warning("%d records with an empty response left out: %s", len(empty), _some(empty))
+    train_records, held_out_records = records.split(usable, held_out)
+
+    texts = [message.content for record in train_records for message in record.messages]
+    bpe = tokenizer.train_or_load(texts, cache_dir or default_cache_dir(), vocab_size)
+    train_examples = tokenizer.encode_records(bpe, train_records, max_length)
+    held_out_examples = tokenizer.encode_records(bpe, held_out_records, max_length)
+    dropped = [
+        record.source
+        for record, example in zip(
+            train_records + held_out_records, train_examples + held_out_examples, strict=True
+        )
+        if example is None
+    ]
+    if dropped:
+        logger.warning(
+            "%d records dropped, whose prompts leave no room for a response in %d tokens: %s",
+            len(dropped), max_length, _some(dropped),
+        )  # fmt: skip
+    train = [example for example in train_examples if example is not None]
+    evaluation = [example for example in held_out_examples if example is not None]
+    if not train:
+        raise ValueError(
+            f"none of {len(everything)} records is left to train on ({len(empty)} have an empty"
+            f" response, {len(dropped)} no response within {max_length=}): give longer rows or"
+            " other data"
+        )
+    rows = pack(train, max_length, seed)
+    return Data(
+        tokenizer=bpe,
+        train=PackedLoader(rows, batch_size, seed),
+        held_out=pack(evaluation, max_length, seed),
+        questions=choices.questions(held_out_records, seed),
+        counts=Counts(
+            records=len(everything),
+            train=len(train),
+            held_out=len(evaluation),
+            empty=len(empty),
+            dropped=len(dropped),
+            shortened=sum(example.removed > 0 for example in train + evaluation),
+            train_tokens=int(np.count_nonzero(rows.segments)),
+            train_labels=int(np.count_nonzero(rows.labels >= 0)),
+            train_rows=len(rows),
+            padding=float(np.mean(rows.segments == 0)),
+        ),
+    )
+
+
+class PackedLoader:
+    """Batches of packed rows without end, in an order that `seed` decides.
+
+    Each epoch is all the rows once in a new order. A batch that reaches the end of an epoch takes
+    its other rows from the next, so none is left out and every batch has `batch_size` rows.
+
+    `state()` says where the loader is, in a dict of numbers and strings fit for JSON. A loader of
+    the same rows, batch size and seed, in this process or another, that is given it by `set_state`
+    goes on with exactly the batches that this one would have given next.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int = 0):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+        if not len(rows):
+            raise ValueError("there are no rows to load")
+        self.rows = rows
+        self.batch_size = batch_size
+        self._identity = _identity(rows, batch_size, seed)
+        indices = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch_size)
+        # The rows are in memory: threads that read ahead would only add to what can go wrong.
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        self._iterator = iter(indices.map(rows.__getitem__).to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def steps(self, epochs: float) -> int:
+        """How many batches it takes to see every row `epochs` times, at least 1."""
+        return max(1, round(epochs * len(self.rows) / self.batch_size))
+
+    def state(self) -> dict[str, Any]:
+        return {"identity": self._identity, "iterator": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where `state` was taken.
+
+        Raises:
+          ValueError: if it was taken from a loader of other rows, batch size or seed.
+        """
+        if state["identity"] != self._identity:
+            raise ValueError(
+                "the saved position belongs to other data: to resume, the data files, the Python"
+                " version (for the default data), max_length, batch size and seed must be the same"
+            )
+        self._iterator.set_state(state["iterator"])
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/lsce`, or `~/.cache/lsce`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsce"
+
+
+def _identity(rows: Rows, batch_size: int, seed: int) -> str:
+    digest = hashlib.blake2b(f"{rows.tokens.shape} {batch_size} {seed}".encode(), digest_size=16)
+    for array in (rows.tokens, rows.labels, rows.segments):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
