@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -26,36 +27,37 @@ class Question:
 def questions(held_out: Sequence[Record], seed: int = 0) -> list[Question]:
     """A question for each held-out record of whose kind there are three others to be wrong with.
 
-    The options are the first paragraphs of responses, at most 300 characters long. The wrong ones
-    belong to other held-out records of the same kind with other prompts; no two options are equal,
-    even but for case and space, and where the kind has enough of them no wrong option is right for
-    another record that asks the same thing. A question depends on `seed`, its record and the set of
-    options of that kind, and not on the order of the records.
+    The options are the first paragraphs of responses, at most 300 characters long. No two options
+    of a question are equal, even but for case and spaces, and none of the wrong ones is an answer
+    that some held-out record gives to the same prompt. A question is decided by `seed`, its record
+    and the options there are of its kind, not by the order of the records.
     """
     options_of_kind: dict[str, dict[str, str]] = defaultdict(dict)
-    for record in sorted(held_out, key=lambda record: (_option(record), record.source)):
+    answers_of_prompt: dict[tuple[Message, ...], set[str]] = defaultdict(set)
+    for record in sorted(held_out, key=_option):
         option = _option(record)
         if option:
             options_of_kind[record.kind].setdefault(_same(option), option)
-    answers_of_prompt: dict[tuple[Message, ...], set[str]] = defaultdict(set)
-    for record in held_out:
-        answers_of_prompt[record.prompt].add(_same(_option(record)))
+            answers_of_prompt[record.prompt].add(_same(option))
+    pools = {kind: list(options.items()) for kind, options in options_of_kind.items()}
 
     made = []
     for record in held_out:
         right = _option(record)
         if not right:
             continue
-        pool = options_of_kind[record.kind]
-        wrong = [o for key, o in pool.items() if key not in answers_of_prompt[record.prompt]]
-        if len(wrong) < OPTIONS - 1:
-            continue
-        texts = (text for m in record.messages for text in (m.role, m.content))
-        random = np.random.default_rng([seed, stable_hash(*texts)])
-        chosen = [wrong[i] for i in random.choice(len(wrong), OPTIONS - 1, replace=False)]
-        answer = int(random.integers(OPTIONS))
-        options = (*chosen[:answer], right, *chosen[answer:])
-        made.append(Question(record.prompt, options, answer, record.source))
+        pool, answers = pools[record.kind], answers_of_prompt[record.prompt]
+        words = (text for message in record.messages for text in (message.role, message.content))
+        random = np.random.default_rng([seed, stable_hash(*words)])
+        order = random.permutation(len(pool))
+        wrong = itertools.islice(
+            (pool[i][1] for i in order if pool[i][0] not in answers), OPTIONS - 1
+        )
+        options = [right, *wrong]
+        if len(options) == OPTIONS:
+            answer = int(random.integers(OPTIONS))
+            options[0], options[answer] = options[answer], options[0]
+            made.append(Question(record.prompt, tuple(options), answer, record.source))
     return made
 
 

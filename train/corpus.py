@@ -65,8 +65,8 @@ MIN_RECORDS = 1000
 # behind os.path, which is asked about under its own name.
 # fmt: off
 _SKIPPED = frozenset([
-    "antigravity", "distutils", "encodings", "ensurepip", "genericpath", "idlelib", "lib2to3", "ntpath",
-    "posixpath", "pydoc_data", "readline", "rlcompleter", "sitecustomize", "test", "this",
+    "antigravity", "distutils", "encodings", "ensurepip", "genericpath", "idlelib", "lib2to3",
+    "ntpath", "posixpath", "pydoc_data", "readline", "rlcompleter", "sitecustomize", "test", "this",
     "tkinter", "turtle", "turtledemo", "usercustomize",
 ])
 # fmt: on

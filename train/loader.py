@@ -99,47 +99,44 @@ def build(
     Raises:
       ValueError: for bad data or options, naming them.
     """
+    if max_length < tokenizer.MIN_LENGTH:
+        raise ValueError(f"{max_length=} must be at least {tokenizer.MIN_LENGTH} tokens")
     everything = (
         [record for path in data for record in records.read_jsonl(path)]
         if data
         else corpus.standard_library_records()
     )
-    usable = [record for record in everything if not record.has_empty_response]
     empty = [record.source for record in everything if record.has_empty_response]
-    if empty:
-        logger.warning("%d records with an empty response left out: %s", len(empty), _some(empty))
-    train_records, held_out_records = records.split(usable, held_out)
+    usable = [record for record in everything if not record.has_empty_response]
+    if not usable:
+        raise ValueError(f"every response of the {len(everything)} records is empty")
+    learned, kept_back = records.split(usable, held_out)
 
-    texts = [message.content for record in train_records for message in record.messages]
+    texts = [message.content for record in learned for message in record.messages]
     bpe = tokenizer.train_or_load(texts, cache_dir or default_cache_dir(), vocab_size)
-    train_examples = tokenizer.encode_records(bpe, train_records, max_length)
-    held_out_examples = tokenizer.encode_records(bpe, held_out_records, max_length)
+    encoded = tokenizer.encode_records(bpe, learned + kept_back, max_length)
+    train = [example for example in encoded[: len(learned)] if example is not None]
+    evaluation = [example for example in encoded[len(learned) :] if example is not None]
     dropped = [
         record.source
-        for record, example in zip(
-            train_records + held_out_records, train_examples + held_out_examples, strict=True
-        )
+        for record, example in zip(learned + kept_back, encoded, strict=True)
         if example is None
     ]
-    if dropped:
-        logger.warning(
-            "%d records dropped, whose prompts leave no room for a response in %d tokens: %s",
-            len(dropped), max_length, _some(dropped),
-        )  # fmt: skip
-    train = [example for example in train_examples if example is not None]
-    evaluation = [example for example in held_out_examples if example is not None]
+    for what, sources in (
+        ("left out, for a response is empty", empty),
+        (f"dropped, for their prompts leave no room for a response in {max_length=}", dropped),
+    ):
+        if sources:
+            logger.warning("%d record(s) %s: %s", len(sources), what, _some(sources))
     if not train:
-        raise ValueError(
-            f"none of {len(everything)} records is left to train on ({len(empty)} have an empty"
-            f" response, {len(dropped)} no response within {max_length=}): give longer rows or"
-            " other data"
-        )
+        raise ValueError(f"no training record has a response within {max_length=}: use longer rows")
+
     rows = pack(train, max_length, seed)
     return Data(
         tokenizer=bpe,
         train=PackedLoader(rows, batch_size, seed),
         held_out=pack(evaluation, max_length, seed),
-        questions=choices.questions(held_out_records, seed),
+        questions=choices.questions(kept_back, seed),
         counts=Counts(
             records=len(everything),
             train=len(train),

@@ -17,7 +17,10 @@ Batch = dict[str, Int[np.ndarray, "B T"]]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """R rows of T tokens, int32. `rows[i:j]` and `rows[indices]` are batches, dicts of arrays."""
+    """R rows of T tokens, int32.
+
+    `rows[i:j]` and `rows[indices]` are batches: dicts of tokens, labels, segments and positions.
+    """
 
     tokens: Int[np.ndarray, "R T"]
     """Padding is the pad token."""
@@ -70,10 +73,10 @@ def pack(examples: Sequence[Example], length: int, seed: int = 0) -> Rows:
     labels[ends - 1] = IGNORE  # what follows is another example
 
     cell = np.repeat(row * length + offset, lengths) + position
-    rows.tokens.flat[cell] = tokens
-    rows.labels.flat[cell] = labels
-    rows.segments.flat[cell] = np.repeat(rank + 1, lengths)
-    rows.positions.flat[cell] = position
+    rows.tokens.reshape(-1)[cell] = tokens
+    rows.labels.reshape(-1)[cell] = labels
+    rows.segments.reshape(-1)[cell] = np.repeat(rank + 1, lengths)
+    rows.positions.reshape(-1)[cell] = position
     return rows
 
 

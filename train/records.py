@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 Role = Literal["system", "user", "assistant"]
 
@@ -147,13 +147,11 @@ def _parse_chat(fields: dict[str, Any], refuse: Callable[[str], NoReturn]) -> It
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             refuse(f"'messages[{index}]' must be an object, got {_type_name(message)}")
-        role = next((r for r in get_args(Role) if r == message.get("role")), None)
-        if role is None:
-            role = _text(message, "role", refuse, f"messages[{index}].role")
+        role = _text(message, "role", refuse, f"messages[{index}].role")
+        if role not in get_args(Role):
             refuse(f"unknown role {role!r} in 'messages[{index}]': use one of {get_args(Role)}")
-        parsed.append(
-            Message(role, _text(message, "content", refuse, f"messages[{index}].content"))
-        )
+        content = _text(message, "content", refuse, f"messages[{index}].content")
+        parsed.append(Message(cast(Role, role), content))
     if not any(message.role == "assistant" for message in parsed):
         refuse("no message has the role 'assistant', so there is no response to learn")
     return parsed

@@ -25,6 +25,8 @@ from train.records import Message, Record
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+MIN_LENGTH = 8
+"""Room for the special tokens of one question and answer, and a token of each."""
 
 
 class Tokenizer:
@@ -136,8 +138,8 @@ def encode_records(
     tokenizer: Tokenizer, records: Sequence[Record], max_length: int
 ) -> list[Example | None]:
     """`encode_record` for many records, on all cores."""
-    if max_length < 8:
-        raise ValueError(f"max_length must be at least 8 tokens, got {max_length}")
+    if max_length < MIN_LENGTH:
+        raise ValueError(f"max_length must be at least {MIN_LENGTH} tokens, got {max_length}")
     contents = iter(tokenizer.encode_batch([m.content for r in records for m in r.messages]))
     return [
         _fit(tokenizer, record.messages, [next(contents) for _ in record.messages], max_length)
