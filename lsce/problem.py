@@ -1,9 +1,8 @@
-"""What a backend is asked to do: the shapes, dtypes and options of one call, known before compilation."""
-
-from __future__ import annotations
+"""What a backend is asked to do: a call's shapes, dtypes and options, known before it compiles."""
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -17,6 +16,7 @@ class Problem:
 
     N tokens, D hidden size, V vocabulary. `platform` and `chip` describe the device the call will
     run on: jax's platform name ("cpu", "gpu", "tpu") and device kind ("NVIDIA H100 80GB HBM3").
+    The options are those of `lsce.linear_cross_entropy`; an impossible one raises ValueError here.
     """
 
     n: int
@@ -35,3 +35,29 @@ class Problem:
     z_loss: float = 0.0
     gradient_filter: GradientFilter = "auto"
     return_stats: bool = False
+
+    def __post_init__(self):
+        if self.v < 1 or self.d < 1:
+            raise ValueError(f"an empty head: V={self.v} classes of hidden size D={self.d}")
+        if self.v >= 2**31 - 1:
+            raise ValueError(f"V={self.v} classes; class indices are int32, so V must be < 2³¹ − 1")
+        if self.head_layout not in get_args(HeadLayout):
+            raise ValueError(f"head_layout={self.head_layout!r}; must be 'vd' or 'dv'")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing}; must lie in [0, 1]")
+        if not (math.isfinite(self.logit_scale) and self.logit_scale > 0.0):
+            raise ValueError(f"logit_scale={self.logit_scale}; must be positive and finite")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0.0):
+            raise ValueError(f"softcap={self.softcap}; must be positive and finite, or None")
+        if not (math.isfinite(self.z_loss) and self.z_loss >= 0.0):
+            raise ValueError(f"z_loss={self.z_loss}; must be ≥ 0 and finite")
+        self._check_gradient_filter()
+
+    def _check_gradient_filter(self):
+        choice = self.gradient_filter
+        known = choice is None or choice in ("auto", "fused")
+        if not known and not (isinstance(choice, float) and 0.0 <= choice < 1.0):
+            raise ValueError(
+                f"gradient_filter={choice!r}; must be 'auto', 'fused', None (exact), or the "
+                "largest probability that may be dropped, in [0, 1)"
+            )

@@ -1,9 +1,9 @@
 """Per-token statistics that come out of the same pass as the loss."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -32,3 +32,7 @@ class TokenStats(NamedTuple):
     """−Σ_v p_v log p_v."""
     sum_p_squared: Float[Array, "*tokens"]
     """Σ_v p_v²."""
+
+    def only(self, live: Bool[Array, "*tokens"]) -> "TokenStats":
+        """These statistics with zeros where `live` is False."""
+        return jax.tree.map(lambda x: jnp.where(live, x, jnp.zeros_like(x)), self)

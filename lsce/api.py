@@ -1,0 +1,286 @@
+"""The door: checks a call, hands its tokens to a backend, weighs and reduces what comes back."""
+
+import inspect
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from lsce import backends
+from lsce.problem import GradientFilter, HeadLayout, Problem
+
+Reduction = Literal["mean", "sum", "none"]
+INT32 = np.iinfo(np.int32)
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "*tokens D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Integer[Array, "*tokens"],
+    *,
+    label_smoothing: float = 0.0,
+    weights: Float[Array, "*tokens"] | Bool[Array, "*tokens"] | None = None,
+    ignore_index: int = -100,
+    bias: Float[Array, " V"] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    head_layout: HeadLayout = "vd",
+    gradient_filter: GradientFilter = "auto",
+    vocab_order: Int[Array, " V"] | None = None,
+    return_stats: bool = False,
+    implementation: str = "auto",
+) -> Any:
+    """Label-smoothed cross-entropy of a linear head, without its N×V logits.
+
+        z_nv = softcap(scale · E_n·C_v + bias_v)
+        L_n  = lse_n − (1−β)·z_{n,y_n} − (β/V)·Σ_v z_nv + λ·lse_n²
+
+    in nats, where lse_n = log Σ_v exp z_nv. The smoothing mass β is spread over all V classes, the
+    target included (as in PyTorch and `optax.smooth_labels`; others spread it over V − 1).
+
+    Args:
+      hidden: E, the last hidden states, any float dtype; the leading axes are N tokens in all.
+      head: C, the head's weights, any float dtype. bfloat16 and float16 pairs are multiplied as
+        they are and summed in float32; any other pair is multiplied in full float32, unless
+        `jax_default_matmul_precision` says otherwise.
+      labels: y, the class of each token, any integer dtype.
+      label_smoothing: β in [0, 1].
+      weights: w, one weight a token; 0 (or False) removes the token. Differentiable.
+      ignore_index: the label of tokens without a loss.
+      bias: added to the logits.
+      logit_scale: multiplies E·C; 1 / temperature.
+      softcap: Gemma 2's cap: z = cap · tanh(z / cap).
+      z_loss: λ.
+      reduction: "mean" = Σ w·L / Σ w over the tokens not ignored (0 where Σ w = 0), "sum" = Σ w·L,
+        "none" = w·L of each token.
+      head_layout: "vd" for a head [V, D], "dv" for [D, V].
+      gradient_filter: permission to drop small probabilities from the gradient, never from the
+        loss: None is exact, a float ε drops those below ε, "fused" lets a backend make the
+        gradients in the forward pass, "auto" leaves it to the backend.
+      vocab_order: a permutation of the classes by how active they are (`lsce.vocabulary_order`);
+        it may speed a backend up and changes no result.
+      return_stats: also return a `TokenStats`, from the same pass.
+      implementation: "auto" or a backend's name; `lsce.explain` says which and why.
+
+    Returns:
+      The loss, float32: a scalar, or [*tokens] for reduction="none". With `return_stats` a pair
+      (loss, TokenStats). Gradients come in the dtypes of the inputs, summed in float32.
+      A label outside [0, V) that is not `ignore_index` makes its token's loss NaN, and with it the
+      gradients; `lsce.check_labels` looks for such labels on the host.
+
+    Raises:
+      TypeError: an array or option of the wrong type, such as float labels or a traced option.
+      ValueError: shapes that do not fit, an option out of range, options that contradict, or a
+        named implementation that cannot take the call. All before anything is compiled.
+
+    Source: Eq. 5 and 15 of the label smoothing paper; Wijmans et al., "Cut Your Losses in
+    Large-Vocabulary Language Models", 2024; Gemma 2 for the cap; PaLM for the z-loss.
+
+    >>> import jax.numpy as jnp
+    >>> hidden, head = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 2.0], [0.0, 1.0]])
+    >>> print(f"{linear_cross_entropy(hidden, head, jnp.array([0]), label_smoothing=0.1):.4f}")
+    0.3633
+    """
+    hidden, head = jnp.asarray(hidden), jnp.asarray(head)
+    bias, weights, vocab_order = (
+        None if x is None else jnp.asarray(x) for x in (bias, weights, vocab_order)
+    )
+    problem = _problem(
+        hidden,
+        head,
+        labels,
+        weights=weights,
+        bias=bias,
+        vocab_order=vocab_order,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        head_layout=head_layout,
+        label_smoothing=label_smoothing,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        z_loss=z_loss,
+        gradient_filter=gradient_filter,
+        return_stats=return_stats,
+    )
+    backend = backends.choose(problem, implementation)
+
+    tokens = labels.shape
+    hidden = hidden.reshape(problem.n, problem.d)
+    labels = _saturate(labels).reshape(problem.n)
+    live = labels != ignore_index
+    valid = (labels >= 0) & (labels < problem.v)
+    w = jnp.ones(problem.n, jnp.float32)
+    if weights is not None:
+        w = weights.astype(jnp.float32).reshape(problem.n)
+        # A removed token must not bring in a NaN of its hidden state as 0 · NaN.
+        live &= (w != 0.0) | jnp.all(jnp.isfinite(hidden), axis=1)
+    # From here on an invalid label shows as a weight of NaN, which marks loss and gradients.
+    w = jnp.where(live, jnp.where(valid | (w == 0.0), w, jnp.nan), 0.0)
+    labels = jnp.where(live & valid, labels, -1)
+
+    arrays = bias, vocab_order
+    if gradient_filter == "fused" and isinstance(backend, backends.FusedBackend):
+        total, stats = backend.weighted_sum(problem, hidden, head, labels, w, *arrays)
+    else:
+        losses, stats = backend.token_losses(problem, hidden, head, labels, *arrays)
+        total = w * losses
+        if reduction != "none":
+            total = jnp.sum(total)
+    if reduction == "mean":
+        count = jnp.sum(w)
+        total = jnp.where(count == 0.0, 0.0, total / jnp.where(count == 0.0, 1.0, count))
+    elif reduction == "none":
+        total = total.reshape(tokens)
+    if stats is None:
+        return total
+    stats = stats._replace(loss=jnp.where(jnp.isnan(w), jnp.nan, stats.loss))
+    return total, jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(tokens), stats)
+
+
+def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Explanation:
+    """Which backend `linear_cross_entropy` would take for this call, and why not the others.
+
+    Takes the same arguments, arrays or `jax.ShapeDtypeStruct`s; computes nothing. Print the result.
+    Raises what the call itself would raise.
+    """
+    call = inspect.signature(linear_cross_entropy).bind(hidden, head, labels, **options)
+    call.apply_defaults()
+    options = dict(call.kwargs)
+    implementation = options.pop("implementation")
+    return backends.explain(_problem(hidden, head, labels, **options), implementation)
+
+
+def check_labels(labels: Any, vocab_size: int, *, ignore_index: int = -100) -> None:
+    """Raises ValueError if a label is neither in [0, vocab_size) nor `ignore_index`.
+
+    Looks at the values on the host, so it takes concrete arrays only: under `jit` the loss itself
+    turns NaN at such a label. TypeError for labels that are not integers or are traced.
+    """
+    if isinstance(labels, Tracer):
+        raise TypeError(
+            "check_labels reads values, and these labels are traced: call it outside jit"
+        )
+    labels = np.asarray(labels)
+    _require_integers(labels)
+    wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{wrong.sum()} of {labels.size} labels lie outside [0, {vocab_size}) and are not "
+            f"ignore_index={ignore_index}; the first is {labels[place]} at {list(place)}"
+        )
+
+
+def _problem(
+    hidden: Any,
+    head: Any,
+    labels: Any,
+    *,
+    weights: Any,
+    bias: Any,
+    vocab_order: Any,
+    ignore_index: int,
+    reduction: str,
+    **options: Any,
+) -> Problem:
+    """Checks one call, of which only shapes, dtypes and Python values are read."""
+    for name, array in {"hidden": hidden, "head": head, "bias": bias}.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} has dtype {array.dtype}; must be a float dtype")
+    _require_integers(labels)
+    if hidden.ndim < 1 or hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"hidden {hidden.shape} and labels {labels.shape}; "
+            "must be [..., D] and [...] with the same leading axes"
+        )
+    layout = options["head_layout"]
+    if head.ndim != 2:
+        raise ValueError(f"head has shape {head.shape}; must be [V, D], or [D, V] with 'dv'")
+    v, d = head.shape if layout != "dv" else head.shape[::-1]
+    if d != hidden.shape[-1]:
+        hint = f"; is head_layout={layout!r} right?" if hidden.shape[-1] in head.shape else ""
+        raise ValueError(
+            f"hidden {hidden.shape} has D={hidden.shape[-1]}, "
+            f"head {head.shape} in layout {layout!r} has D={d}{hint}"
+        )
+    if bias is not None and bias.shape != (v,):
+        raise ValueError(f"bias has shape {bias.shape}; must be [V] = ({v},)")
+    if weights is not None:
+        if not jnp.issubdtype(weights.dtype, jnp.floating) and weights.dtype != jnp.bool_:
+            raise TypeError(f"weights have dtype {weights.dtype}; must be float or bool")
+        if weights.shape != labels.shape:
+            raise ValueError(
+                f"weights {weights.shape} must have the shape of labels {labels.shape}"
+            )
+    if vocab_order is not None:
+        if not jnp.issubdtype(vocab_order.dtype, jnp.integer):
+            raise TypeError(f"vocab_order has dtype {vocab_order.dtype}; must be int32")
+        if vocab_order.shape != (v,):
+            raise ValueError(f"vocab_order has shape {vocab_order.shape}; must be [V] = ({v},)")
+
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction={reduction!r}; must be 'mean', 'sum' or 'none'")
+    if options["gradient_filter"] == "fused" and reduction == "none":
+        raise ValueError(
+            "gradient_filter='fused' makes the gradients before it knows a token's cotangent: "
+            "reduction='none' needs another filter, or take 'sum' or 'mean'"
+        )
+    if not isinstance(ignore_index, (int, np.integer)):
+        raise TypeError(f"ignore_index={ignore_index!r}; must be a Python int")
+    if not INT32.min < ignore_index < INT32.max:
+        raise ValueError(f"ignore_index={ignore_index}; must lie strictly inside int32")
+    for name in ("label_smoothing", "logit_scale", "z_loss"):
+        options[name] = _static_float(name, options[name])
+    for name in ("softcap", "gradient_filter"):
+        if options[name] is not None and not isinstance(options[name], str):
+            options[name] = _static_float(name, options[name])
+
+    device = _device(hidden)
+    return Problem(
+        n=labels.size,
+        d=d,
+        v=v,
+        hidden_dtype=np.dtype(hidden.dtype),
+        head_dtype=np.dtype(head.dtype),
+        platform=device.platform,
+        chip=device.device_kind,
+        has_bias=bias is not None,
+        has_vocab_order=vocab_order is not None,
+        **options,
+    )
+
+
+def _require_integers(labels: Any) -> None:
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels have dtype {labels.dtype}; must be integers, one class a token")
+
+
+def _static_float(name: str, value: Any) -> float:
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} is traced ({value}); it shapes the program, so pass a Python number"
+        )
+    if isinstance(value, (bool, str)) or np.ndim(value) != 0:
+        raise TypeError(f"{name}={value!r}; must be a number")
+    return float(value)
+
+
+def _saturate(labels: Any) -> Array:
+    """Labels as int32, those beyond its range at its ends: a wrapped label could look valid."""
+    xp = np if isinstance(labels, np.ndarray) else jnp
+    info = np.iinfo(labels.dtype)
+    labels = xp.clip(labels, max(info.min, INT32.min), min(info.max, INT32.max))
+    return jnp.asarray(labels.astype(np.int32))
+
+
+def _device(array: Any) -> Any:
+    """Where the call will run: with its array if it is concrete, else JAX's default."""
+    if isinstance(array, jax.Array) and not isinstance(array, Tracer):
+        return next(iter(array.devices()))
+    default = jax.config.jax_default_device
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]

@@ -1,0 +1,51 @@
+"""The loss of one token as formulas, written once for every backend.
+
+    z_v  = cap · tanh(u_v / cap),  u_v = scale · E·C_v + bias_v       (z = u without softcap)
+    L    = lse − (1−β)·z_y − (β/V)·Σ_v z_v + λ·lse²                   (lse = log Σ_v exp z_v)
+    dL/dz_v = (1 + 2λ·lse)·p_v − (1−β)·1[v = y] − β/V                 (p = softmax z)
+
+All in float32 and nats. β/V goes to every class, the target included (paper Eq. 5 and 15).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lsce.problem import Problem
+
+
+def logits(
+    problem: Problem, product: Float[Array, "N V"], bias: Float[Array, " V"] | None
+) -> Float[Array, "N V"]:
+    """z of some columns from their products E·C and their part of the bias."""
+    z = product * problem.logit_scale
+    if bias is not None:
+        z = z + bias.astype(jnp.float32)[None, :]
+    if problem.softcap is not None:
+        z = problem.softcap * jnp.tanh(z / problem.softcap)
+    return z
+
+
+def softcap_slope(problem: Problem, z: Float[Array, "*s"]) -> Float[Array, "*s"] | float:
+    """dz/du where the capped logit is z: 1 − (z / cap)², and 1 without softcap."""
+    return 1.0 if problem.softcap is None else 1.0 - jnp.square(z / problem.softcap)
+
+
+def token_loss(
+    problem: Problem,
+    lse: Float[Array, " N"],
+    target_logit: Float[Array, " N"],
+    mean_logit: Float[Array, " N"] | None,
+) -> Float[Array, " N"]:
+    """L; `mean_logit` = (1/V) Σ_v z_v may be None when β = 0."""
+    loss = lse - (1.0 - problem.label_smoothing) * target_logit
+    if mean_logit is not None and problem.label_smoothing > 0.0:
+        # Left out at β = 0: a class masked by a bias of −∞ has a mean logit of −∞.
+        loss = loss - problem.label_smoothing * mean_logit
+    if problem.z_loss > 0.0:
+        loss = loss + problem.z_loss * jnp.square(lse)
+    return loss
+
+
+def softmax_weight(problem: Problem, lse: Float[Array, " N"]) -> Float[Array, " N"] | float:
+    """The factor of p in dL/dz: 1 + 2λ·lse."""
+    return 1.0 if problem.z_loss == 0.0 else 1.0 + 2.0 * problem.z_loss * lse

@@ -1,0 +1,66 @@
+"""The definition of right: the equation on materialised N×V logits, differentiated by JAX itself.
+
+Any order of differentiation, forward or reverse; memory of several N×V float32 arrays.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lsce import formula
+from lsce.problem import Problem
+from lsce.stats import TokenStats
+
+
+class Reference:
+    name = "reference"
+
+    def refuses(self, problem: Problem) -> str | None:
+        return None
+
+    def token_losses(
+        self,
+        problem: Problem,
+        hidden: Float[Array, "N D"],
+        head: Float[Array, "V D"] | Float[Array, "D V"],
+        labels: Int[Array, " N"],
+        bias: Float[Array, " V"] | None = None,
+        vocab_order: Int[Array, " V"] | None = None,
+    ) -> tuple[Float[Array, " N"], TokenStats | None]:
+        live = labels >= 0
+        # The row of a token without a label may hold anything, and 0 · NaN would reach the head.
+        # Zeros made by 0 · x, here and below, still let a NaN cotangent mark the gradients.
+        hidden = hidden.astype(jnp.float32)
+        hidden = jnp.where(live[:, None], hidden, 0.0 * jnp.nan_to_num(hidden))
+        head = head.astype(jnp.float32)
+        columns = head.T if problem.head_layout == "vd" else head
+        product = jnp.dot(hidden, columns, precision=jax.lax.Precision.HIGHEST)
+        z = formula.logits(problem, product, bias)
+
+        lse = jax.nn.logsumexp(z, axis=1)
+        target = jnp.maximum(labels, 0)
+        target_logit = jnp.take_along_axis(z, target[:, None], axis=1)[:, 0]
+        mean_logit = jnp.mean(z, axis=1)
+        loss = formula.token_loss(problem, lse, target_logit, mean_logit)
+        loss = jnp.where(live, loss, 0.0 * lse)
+        if not problem.return_stats:
+            return loss, None
+
+        log_p = z - lse[:, None]
+        p = jnp.exp(log_p)
+        prediction = jnp.argmax(z, axis=1).astype(jnp.int32)
+        stats = TokenStats(
+            loss=loss,
+            lse=lse,
+            target_logit=target_logit,
+            mean_logit=mean_logit,
+            confidence=jnp.max(p, axis=1),
+            prediction=prediction,
+            correct=prediction == labels,
+            entropy=-jnp.sum(jnp.where(p > 0.0, p * log_p, 0.0), axis=1),
+            sum_p_squared=jnp.sum(jnp.square(p), axis=1),
+        )
+        return loss, jax.lax.stop_gradient(stats.only(live))
+
+
+BACKEND = Reference()
