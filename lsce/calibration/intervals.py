@@ -1,0 +1,36 @@
+"""The interval of a proportion."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
+
+from lsce.calibration import validate
+
+
+def wilson_interval(
+    successes: Real[ArrayLike, "*any"], trials: Real[ArrayLike, "*any"], level: float = 0.95
+) -> tuple[Float[np.ndarray, "*any"], Float[np.ndarray, "*any"]]:
+    """Ends of the Wilson score interval of a probability, from `successes` out of `trials`.
+
+    With p = successes/n and z the normal quantile of (1 + level)/2, the ends are
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n). Never outside [0, 1], and of positive width
+    for p = 0 and p = 1 too; (0, 1) where n = 0.
+
+    Source: Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953.
+
+    >>> wilson_interval(np.array(8), np.array(10))
+    (np.float64(0.4901624715830842), np.float64(0.9433178485456247))
+    """
+    level = validate.unit_interval("level", level, open_ends=True)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    n = np.maximum(np.asarray(trials, np.float64), 1)
+    p = np.asarray(successes, np.float64) / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    seen = np.asarray(trials) > 0
+    low = np.where(seen, np.clip(centre - half, 0, p), 0)
+    return low[()], np.where(seen, np.clip(centre + half, p, 1), 1)[()]
