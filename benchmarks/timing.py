@@ -1,0 +1,78 @@
+"""A timer for calls that run asynchronously, and the bare matmul that every time is held against."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+SAMPLE_SECONDS = 0.1
+"""One sample spans about this long, so that waiting for the device is a small part of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Percentiles over `samples` of the mean time of `launches` back-to-back calls, in ms."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    samples: int
+    launches: int
+
+
+def measure(
+    call: Callable[[], Any],
+    wait: Callable[[Any], Any] | None = None,
+    *,
+    warmup: int = 3,
+    seconds: float = 2.0,
+) -> Timing:
+    """Times a call, after `warmup` calls that also compile it.
+
+    A short call is launched many times between two waits: an accelerator then runs the launches
+    back to back, and the host's own time is hidden behind them.
+
+    Args:
+      call: what to time; returns what `wait` waits for.
+      wait: blocks until a result is there; `jax.block_until_ready` when None.
+      warmup: untimed calls first, at least one.
+      seconds: about how long to measure; at least 5 samples are taken, and at most 20.
+    """
+    if warmup < 1:
+        raise ValueError(f"{warmup=}; at least one call must compile and fill the caches")
+    if wait is None:
+        import jax
+
+        wait = jax.block_until_ready
+    for _ in range(warmup):
+        wait(call())
+
+    def sample(launches: int) -> float:
+        start = time.perf_counter()
+        result = None
+        for _ in range(launches):
+            result = call()
+        wait(result)
+        return (time.perf_counter() - start) / launches
+
+    once = sample(1)
+    launches = math.ceil(min(max(SAMPLE_SECONDS / once, 1), 1000))
+    samples = int(min(max(seconds / (launches * once), 5), 20))
+    p20, p50, p80 = np.percentile([sample(launches) for _ in range(samples)], (20, 50, 80)) * 1e3
+    return Timing(float(p20), float(p50), float(p80), samples, launches)
+
+
+def matmul(hidden: Any, head: Any, *, seconds: float = 2.0) -> Timing:
+    """Times the bare product E·Cᵀ of JAX arrays [N, D] and [V, D], written out in their dtype."""
+    import jax
+
+    product = jax.jit(lambda e, c: e @ c.T).lower(hidden, head).compile()
+    return measure(lambda: product(hidden, head), seconds=seconds)
+
+
+def tflops(n: int, d: int, v: int, milliseconds: float, products: int = 1) -> float:
+    """TFLOP/s of `products` matrix products of 2·N·D·V operations each."""
+    return products * 2 * n * d * v / (milliseconds * 1e9)
