@@ -1,0 +1,214 @@
+"""A run from its configuration to its report: prepare, train, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import lsce
+from train import loader, report, run_folder
+from train.checkpoint import Checkpointer
+from train.config import DEFAULT_STEPS, TrainConfig
+from train.evaluate import REPORTED, Evaluation, evaluate
+from train.model import Llama
+from train.monitor import Monitor, MonitorConfig
+from train.optimizer import adamw, learning_rate
+from train.shapes import PRESETS, ModelConfig
+from train.signals import stop_requests
+from train.step import StepMetrics, TrainState, loss_options, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, signum: int, step: int, out: Path) -> None:
+        self.signum = signum
+        super().__init__(
+            f"{signal.Signals(signum).name}: stopped after step {step}, which is saved;"
+            f" --resume --out {out} goes on from there"
+        )
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss, a gradient or a weight became NaN or infinite."""
+
+    def __init__(self, step: int, metrics: StepMetrics, saved: int | None) -> None:
+        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due yet"
+        super().__init__(
+            f"step {step}: loss {metrics.loss:.4g}, gradient norm {metrics.grad_norm:.4g}: NaN or"
+            f" infinity in the loss, the gradient or the updated weights; {kept}. A lower"
+            " --learning-rate, more --warmup-steps or a --clip-norm may help"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that can start: everything is checked and loaded, and what is resumed is restored."""
+
+    config: TrainConfig
+    out: Path
+    data: loader.Data
+    rate: optax.Schedule
+    checkpointer: Checkpointer
+    state: TrainState
+    """At the start. The first step reuses its memory."""
+    first_step: int
+    """Steps done before; 0 for a new run."""
+    total_steps: int
+
+
+def run(config: TrainConfig) -> Evaluation:
+    """Prepares and trains; raises what `prepare` and `train` raise."""
+    return train(prepare(config))
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Claims the run's folder, makes the data and the model, and restores what is resumed.
+
+    Raises ValueError or OSError, with a message for the user, for what is wrong with the
+    configuration, the folder or the data.
+    """
+    shape = dataclasses.replace(
+        PRESETS[config.model],
+        vocab_size=config.vocab_size,
+        dropout=config.dropout,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
+    check_loss(config, shape)
+    out = run_folder.claim(config)
+    config = dataclasses.replace(config, out=out)
+    logger.info("run: %s", out)
+    data = loader.build(
+        data=config.data,
+        held_out=config.held_out,
+        max_length=config.max_length,
+        batch_size=config.batch_size * config.accumulate,
+        vocab_size=config.vocab_size,
+        seed=config.seed,
+    )
+    logger.info("data: %s", data.counts)
+    shape = dataclasses.replace(shape, vocab_size=data.tokenizer.vocab_size)
+    total_steps = (
+        data.train.steps(config.epochs) if config.epochs else config.steps or DEFAULT_STEPS
+    )
+    rate = learning_rate(
+        config.learning_rate,
+        schedule=config.schedule,
+        warmup_steps=config.steps_of_warmup(total_steps),
+        total_steps=total_steps,
+    )
+    create = state_maker(config, shape, rate)
+
+    checkpointer = Checkpointer(out, keep=config.keep)
+    first_step = (checkpointer.latest_step() or 0) if config.resume else 0
+    if first_step > total_steps:
+        raise ValueError(f"{out} is at step {first_step} already, past all {total_steps} steps")
+    if first_step:
+        state, position = checkpointer.restore(first_step, like=jax.eval_shape(create, config.seed))
+        data.train.set_state(position)
+    else:
+        state = create(config.seed)
+    size = sum(weight.size for weight in jax.tree.leaves(state.params))
+    logger.info("model: %s, %s parameters", config.model, f"{size:,}")
+    logger.info("steps: %d to %d", first_step + 1, total_steps)
+    return Run(config, out, data, rate, checkpointer, state, first_step, total_steps)
+
+
+def train(run: Run) -> Evaluation:
+    """Trains to the last step, then evaluates and writes the report.
+
+    Raises:
+      Interrupted: on SIGTERM or SIGINT, once the state is saved. A second signal does not wait.
+      NotFiniteError: at a NaN or an infinity, which is in no checkpoint.
+    """
+    config, data, state = run.config, run.data, run.state
+    monitor = Monitor(cast(MonitorConfig, config), run.total_steps, start_step=run.first_step)
+    with stop_requests() as stop, monitor, run.checkpointer:
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            state, metrics = train_step(state, next(data.train), config)
+            metrics = jax.device_get(metrics)
+            if not metrics.finite:
+                raise NotFiniteError(step, metrics, run.checkpointer.latest_step())
+            monitor.step(step, as_row(metrics, run.rate(step - 1)))
+
+            last = step == run.total_steps
+            if config.eval_every and step % config.eval_every == 0 and not last:
+                with monitor.paused(), stop.at_once():
+                    monitor.evaluation(step, headline(evaluate(state.model, data, config)))
+            if stop.signum or step % config.checkpoint_every == 0 or last:
+                with monitor.paused():
+                    run.checkpointer.save(step, state, data.train.state())
+            if stop.signum:
+                raise Interrupted(stop.signum, step, run.out)
+
+        monitor.say("evaluating")
+        with stop.at_once():
+            evaluation = evaluate(state.model, data, config)
+            monitor.evaluation(run.total_steps, headline(evaluation))
+            report.write(run.out, evaluation, config, step=run.total_steps)
+        if stop.signum:
+            raise Interrupted(stop.signum, run.total_steps, run.out)
+    report.print_table(evaluation)
+    logger.info("report: %s", run.out / report.RELIABILITY)
+    return evaluation
+
+
+def state_maker(
+    config: TrainConfig, shape: ModelConfig, rate: optax.Schedule
+) -> Callable[[int], TrainState]:
+    """The compiled function that makes a new run's state from its seed."""
+    optimizer = adamw(
+        rate,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+
+    @jax.jit
+    def create(seed: int) -> TrainState:
+        weights, dropout = jax.random.split(jax.random.key(seed))
+        return TrainState.create(Llama(shape, rngs=nnx.Rngs(params=weights)), optimizer, dropout)
+
+    return create
+
+
+def check_loss(config: TrainConfig, shape: ModelConfig) -> None:
+    """Raises ValueError if `lsce` cannot take the loss that training will ask for."""
+    tokens = (config.batch_size, config.max_length)
+    choice = lsce.explain(
+        jax.ShapeDtypeStruct((*tokens, shape.hidden_size), shape.dtype),
+        jax.ShapeDtypeStruct((shape.vocab_size, shape.hidden_size), shape.dtype),
+        jax.ShapeDtypeStruct(tokens, jnp.int32),
+        **loss_options(config),
+    )
+    logger.info("loss: %s", choice.implementation)
+
+
+def as_row(metrics: StepMetrics, rate: jax.typing.ArrayLike) -> dict[str, Any]:
+    row = metrics._asdict() | {"learning_rate": rate}
+    del row["finite"]
+    return row
+
+
+def headline(evaluation: Evaluation) -> dict[str, float]:
+    """The few numbers of an evaluation that are worth a line during training."""
+    scores = {"token": evaluation.tokens, "choice": evaluation.choices.get(REPORTED)}
+    return {
+        f"{what}_{name}": getattr(found, name)
+        for what, found in scores.items()
+        if found is not None
+        for name in ("nll", "accuracy", "ece")
+    }

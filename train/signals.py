@@ -1,0 +1,61 @@
+"""SIGTERM and SIGINT, held back until the run can be stopped without loss."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """What the signals have asked for so far."""
+
+    signum: int | None = None
+    """The signal that came; None as long as none did."""
+    _at_once = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A signal abandons what is done inside, instead of waiting for its end."""
+        try:
+            try:
+                self._at_once = True
+                yield
+            finally:
+                self._at_once = False
+        except _Abandon:
+            self._at_once = False  # the signal may have come in the `finally` above
+
+    def _receive(self, signum: int) -> None:
+        self.signum = signum
+        if self._at_once:
+            raise _Abandon
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Inside, the first SIGTERM or SIGINT is only noted; a second one does what it always does."""
+    request = StopRequest()
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    def receive(signum: int, _frame: FrameType | None) -> None:
+        restore()
+        request._receive(signum)
+
+    for signum in SIGNALS:
+        signal.signal(signum, receive)
+    try:
+        yield request
+    finally:
+        restore()
+
+
+class _Abandon(BaseException):
+    """Not an Exception, so that no library's handler swallows it."""

@@ -1,0 +1,167 @@
+"""One optimizer step: the training state, the loss on a batch, accumulation, the update."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+import lsce
+from lsce.calibration import CalibrationState
+from train.config import TrainConfig
+from train.model import Llama
+from train.packing import IGNORE
+
+Batch = Mapping[str, Int[Array, "B T"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes, as one pytree; the static fields say how to read it."""
+
+    step: Int[Array, ""]
+    """Updates done so far."""
+    params: nnx.State
+    """The model's weights, float32."""
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+    """Of dropout. It never changes: a step's masks come from the key and the step's number."""
+    graphdef: nnx.GraphDef[Llama] = dataclasses.field(metadata={"static": True})
+    optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls, model: Llama, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+    ) -> TrainState:
+        graphdef, params = nnx.split(model)
+        return cls(jnp.int32(0), params, optimizer.init(params), key, graphdef, optimizer)
+
+    @property
+    def model(self) -> Llama:
+        return nnx.merge(self.graphdef, self.params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSum:
+    """Sums over tokens; divided once, when the sums of a whole step are known."""
+
+    total: Float[Array, ""]
+    """Σ L over the tokens that have a label, nats."""
+    count: Int[Array, ""]
+    """The number of these tokens."""
+    calibration: CalibrationState
+    """How often the likeliest token was right, by its probability."""
+
+    @classmethod
+    def zero(cls) -> LossSum:
+        return cls(jnp.float32(0), jnp.int32(0), CalibrationState.create())
+
+    def __add__(self, other: LossSum) -> LossSum:
+        return LossSum(
+            self.total + other.total,
+            self.count + other.count,
+            self.calibration.merge(other.calibration),
+        )
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, as scalars on the device."""
+
+    loss: Float[Array, ""]
+    """Σ L / count before the update: nats per labelled token, smoothing and z-loss included."""
+    grad_norm: Float[Array, ""]
+    """Euclidean norm of the gradient before clipping, over all parameters."""
+    tokens: Int[Array, ""]
+    """Tokens that have a label."""
+    token_accuracy: Float[Array, ""]
+    token_ece: Float[Array, ""]
+    """Expected calibration error over the step's labelled tokens, in 15 even bins."""
+    finite: Bool[Array, ""]
+    """Whether the loss, the gradient and the updated weights hold no NaN and no infinity."""
+
+
+def loss_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of every call of the loss in training."""
+    return {
+        "ignore_index": IGNORE,
+        "label_smoothing": config.label_smoothing,
+        "z_loss": config.z_loss,
+        "softcap": config.softcap,
+        "reduction": "sum",  # what `config.reduction` says is done once a step, in `train_step`
+        "return_stats": True,
+        "implementation": config.implementation,
+    }
+
+
+def loss_sum(
+    model: Llama, batch: Batch, config: TrainConfig, dropout_key: PRNGKeyArray | None
+) -> LossSum:
+    """The loss of a batch of rows. The one place where training calls `lsce`."""
+    hidden = model(batch["tokens"], batch["segments"], batch["positions"], dropout_key=dropout_key)
+    total, stats = lsce.linear_cross_entropy(
+        hidden, model.head, batch["labels"], **loss_options(config)
+    )
+    labelled = batch["labels"] != IGNORE
+    calibration = CalibrationState.create().update(stats.confidence, stats.correct, labelled)
+    return LossSum(total, jnp.sum(labelled, dtype=jnp.int32), calibration)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def train_step(
+    state: TrainState, batch: Batch, config: TrainConfig
+) -> tuple[TrainState, StepMetrics]:
+    """One update from a batch of `accumulate` · B rows, B at a time in memory.
+
+    Gradients of Σ L are added up over the microbatches and divided once: by the number of labelled
+    tokens for reduction="mean" (no gradient when there are none), by 1 for "sum". So the update is
+    that of one large batch, however unevenly the labels fall.
+    """
+    micro = jax.tree.map(lambda rows: rows.reshape(config.accumulate, -1, *rows.shape[1:]), batch)
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.accumulate)
+
+    def objective(params: nnx.State, batch: Batch, key: PRNGKeyArray):
+        sums = loss_sum(nnx.merge(state.graphdef, params), batch, config, key)
+        return sums.total, sums
+
+    def add(carry: tuple[nnx.State, LossSum], inputs: tuple[Batch, PRNGKeyArray]):
+        gradient, sums = carry
+        more_gradient, more_sums = jax.grad(objective, has_aux=True)(state.params, *inputs)
+        return (jax.tree.map(jnp.add, gradient, more_gradient), sums + more_sums), None
+
+    zero = jax.tree.map(jnp.zeros_like, state.params), LossSum.zero()
+    (gradient, sums), _ = jax.lax.scan(add, zero, (micro, keys))
+
+    count = jnp.maximum(sums.count, 1).astype(jnp.float32)
+    if config.reduction == "mean":
+        gradient = jax.tree.map(lambda g: g / count, gradient)
+    updates, opt_state = state.optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    loss, grad_norm = sums.total / count, optax.global_norm(gradient)
+    seen = sums.calibration.compute()
+    metrics = StepMetrics(
+        loss=loss,
+        grad_norm=grad_norm,
+        tokens=sums.count,
+        token_accuracy=seen.accuracy,
+        token_ece=seen.ece,
+        finite=jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(params),
+    )
+    return (
+        dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state),
+        metrics,
+    )
+
+
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
