@@ -1,0 +1,158 @@
+"""An evaluation for people and for programs: a table, `eval.json`, `reliability.png`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from lsce.calibration import CalibrationState, reliability_diagram
+from train.evaluate import BINS, REPORTED, Evaluation, Scores, Scoring
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EVALUATION = "eval.json"
+RELIABILITY = "reliability.png"
+
+ROWS = {
+    "predictions": ("n", "{:,}"),
+    "NLL (nats)": ("nll", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.2%}"),
+    "mean confidence": ("mean_confidence", "{:.2%}"),
+    "ECE": ("ece", "{:.4f}"),
+    "RMS": ("rms", "{:.4f}"),
+    "Brier": ("brier", "{:.4f}"),
+}
+SCORINGS: dict[Scoring, str] = {
+    "sum": "summed log-likelihood",
+    "per_token": "log-likelihood per token",
+}
+
+
+def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Prints the scores, a column for the tokens and one for each scoring of the questions."""
+    columns: dict[str, Scores] = {}
+    if evaluation.tokens:
+        columns["held-out tokens"] = evaluation.tokens
+    for scoring, scores in evaluation.choices.items():
+        columns[f"questions\n{SCORINGS[scoring]}"] = scores
+    table = Table(title="Held-out evaluation", caption=caption(evaluation), title_style="bold")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, (field, form) in ROWS.items():
+        table.add_row(label, *(form.format(getattr(s, field)) for s in columns.values()))
+    (console or Console()).print(table)
+
+
+def caption(evaluation: Evaluation) -> str:
+    """What a reader of the table must know to read it."""
+    notes = [f"ECE over {BINS} even bins, RMS over bins of 100 predictions."]
+    if evaluation.chance:
+        notes.append(f"Guessing at the questions is right {evaluation.chance:.0%} of the time.")
+    else:
+        notes.append("The held-out records give no multiple-choice questions.")
+    if evaluation.left_out:
+        notes.append(f"{evaluation.left_out} questions are too long for a row and left out.")
+    return " ".join(notes)
+
+
+def write(out: Path, evaluation: Evaluation, config: Any, *, step: int) -> None:
+    """Writes `reliability.png` and then, atomically, `eval.json` into the folder `out`.
+
+    `config` is the run's dataclass; `step` the optimizer step of the evaluated weights. A run whose
+    folder holds `eval.json` is done.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    figure = reliability_figure(evaluation)
+    figure.savefig(out / RELIABILITY, dpi=150)
+    text = json.dumps(as_json(evaluation, config, step=step), indent=2, allow_nan=False) + "\n"
+    whole = out / (EVALUATION + ".tmp")
+    whole.write_text(text, "utf-8")
+    os.replace(whole, out / EVALUATION)
+
+
+def as_json(evaluation: Evaluation, config: Any, *, step: int) -> dict[str, Any]:
+    """The content of `eval.json`.
+
+    `tokens`, `choices.sum` and `choices.per_token` hold the fields of `evaluate.Scores` and the
+    bins of the reliability diagram, or null where there was nothing to score; `choices.reported`
+    says which of the two scorings tables and pictures show.
+    """
+
+    def scored(scores: Scores | None) -> dict[str, Any] | None:
+        return None if scores is None else {**scores.summary(), "bins": bins(scores)}
+
+    return {
+        "format": 1,
+        "step": step,
+        "tokens": scored(evaluation.tokens),
+        "choices": {
+            "reported": REPORTED,
+            "chance": evaluation.chance,
+            "left_out": evaluation.left_out,
+            **{scoring: scored(evaluation.choices.get(scoring)) for scoring in SCORINGS},
+        },
+        "config": plain(dataclasses.asdict(config)),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("lsce", "jax", "flax", "optax", "numpy")},
+        },
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def plain(value: Any) -> Any:
+    """Dataclass fields as JSON can hold them: paths as text, tuples as lists."""
+    match value:
+        case dict():
+            return {key: plain(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [plain(entry) for entry in value]
+        case Path():
+            return str(value)
+    return value
+
+
+def bins(scores: Scores) -> list[dict[str, float]]:
+    """The bins behind ECE and the diagram, empty ones included, each [low, high)."""
+    state = CalibrationState.create(BINS).update(scores.confidence, scores.correct)
+    seen = jax.device_get(state.compute())
+    return [
+        {
+            "low": b / BINS,
+            "high": (b + 1) / BINS,
+            "count": int(seen.bin_count[b]),
+            "confidence": float(seen.bin_confidence[b]),
+            "accuracy": float(seen.bin_accuracy[b]),
+        }
+        for b in range(BINS)
+    ]
+
+
+def reliability_figure(evaluation: Evaluation) -> Figure:
+    """Reliability diagrams side by side: of the tokens, and of the questions if there are any."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, Scores] = {}
+    if evaluation.tokens:
+        panels["Next token"] = evaluation.tokens
+    if evaluation.choices:
+        panels[f"Multiple choice, by {SCORINGS[REPORTED]}"] = evaluation.choices[REPORTED]
+    figure = Figure(figsize=(5.2 * max(1, len(panels)), 6.2), layout="constrained")
+    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    for ax, (title, scores) in zip(axes, panels.items(), strict=False):
+        reliability_diagram(scores.confidence, scores.correct, bins=BINS, title=title, ax=ax)
+    if not panels:
+        axes[0].text(0.5, 0.5, "no held-out records", ha="center")
+        axes[0].set_axis_off()
+    return figure
