@@ -93,7 +93,7 @@ def build(
       batch_size: rows in a batch of `Data.train`. For accumulation, ask for all the rows of an
         optimizer step and divide them.
       vocab_size: of the BPE, which is trained on the training records.
-      seed: of the packing, the order of rows in each epoch, and the questions.
+      seed: of the order of rows in each epoch, and of the questions.
       cache_dir: where trained tokenizers are kept, `default_cache_dir()` if None.
 
     Raises:
@@ -131,11 +131,11 @@ def build(
     if not train:
         raise ValueError(f"no training record has a response within {max_length=}: use longer rows")
 
-    rows = pack(train, max_length, seed)
+    rows = pack(train, max_length)
     return Data(
         tokenizer=bpe,
         train=PackedLoader(rows, batch_size, seed),
-        held_out=pack(evaluation, max_length, seed),
+        held_out=pack(evaluation, max_length),
         questions=choices.questions(kept_back, seed),
         counts=Counts(
             records=len(everything),
@@ -173,7 +173,9 @@ class PackedLoader:
         self.rows = rows
         self.batch_size = batch_size
         self._identity = _identity(rows, batch_size, seed)
-        indices = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch_size)
+        epochs = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+        # Nothing remains of an endless sequence; but to keep what does, grain would overflow.
+        indices = epochs.batch(batch_size, drop_remainder=True)
         # The rows are in memory: threads that read ahead would only add to what can go wrong.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(indices.map(rows.__getitem__).to_iter_dataset(options))

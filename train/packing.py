@@ -38,12 +38,12 @@ class Rows:
         return {name: array[index] for name, array in vars(self).items()}
 
 
-def pack(examples: Sequence[Example], length: int, seed: int = 0) -> Rows:
-    """Lays every example whole into one of as many rows of `length` tokens as that takes.
+def pack(examples: Sequence[Example], length: int) -> Rows:
+    """Lays every example whole into one of as few rows of `length` tokens as best fit gives.
 
-    Best fit: examples come in an order shuffled by `seed`, and each goes to the fullest row that
-    has room for it. The shuffle keeps long examples and short ones in the same rows; all rows stay
-    open, and on real lengths a few per cent of the result is padding or less.
+    The longest examples come first, and each goes to the fullest row that has room for it. On
+    instruction data of real lengths about one per cent of the result is padding, unless most
+    examples are longer than half a row.
 
     Raises:
       ValueError: if an example is longer than `length`.
@@ -51,7 +51,7 @@ def pack(examples: Sequence[Example], length: int, seed: int = 0) -> Rows:
     lengths = np.array([len(example.tokens) for example in examples], np.int64)
     if lengths.size and lengths.max() > length:
         raise ValueError(f"an example of {lengths.max()} tokens does not fit a row of {length}")
-    order = np.random.default_rng(seed).permutation(len(examples))
+    order = np.argsort(-lengths, kind="stable")
     row, offset, rank = _best_fit(lengths[order], length)
 
     shape = (int(row.max()) + 1 if row.size else 0, length)

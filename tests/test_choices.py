@@ -1,0 +1,98 @@
+import collections
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.choices import MAX_OPTION_CHARACTERS, OPTIONS, questions
+from train.records import Message, Record
+
+
+def record(prompt: str, response: str, kind: str = "") -> Record:
+    return Record(
+        (Message("user", prompt), Message("assistant", response)), f"source of {prompt}", kind
+    )
+
+
+RECORDS = [record(f"{kind} {i}?", f"It is {kind} {i}.", kind) for kind in "ab" for i in range(40)]
+
+
+def test_one_option_is_right_and_the_others_are_other_answers_of_its_kind():
+    made = questions(RECORDS)
+    assert [q.source for q in made] == [r.source for r in RECORDS]
+    for question, of in zip(made, RECORDS, strict=True):
+        assert question.prompt == of.prompt
+        assert question.options[question.answer] == of.response
+        assert len(set(question.options)) == OPTIONS == 4
+        assert set(question.options) <= {r.response for r in RECORDS if r.kind == of.kind}
+
+
+def test_the_right_option_is_anywhere():
+    counts = collections.Counter(q.answer for q in questions(RECORDS))
+    assert sorted(counts) == [0, 1, 2, 3]
+    assert min(counts.values()) > len(RECORDS) / 10
+
+
+def test_every_answer_is_wrong_for_someone():
+    wrong = {o for q in questions(RECORDS) for i, o in enumerate(q.options) if i != q.answer}
+    assert len(wrong) > 0.9 * len(RECORDS)
+
+
+def test_the_seed_decides_and_the_order_of_records_does_not():
+    made = questions(RECORDS, seed=1)
+    assert questions(RECORDS, seed=1) == made
+    assert questions(RECORDS[::-1], seed=1) == made[::-1]
+    other = questions(RECORDS, seed=2)
+    assert [q.answer for q in other] != [q.answer for q in made]
+    assert [set(q.options) for q in other] != [set(q.options) for q in made]
+
+
+@given(st.lists(st.tuples(st.sampled_from("pqrs"), st.sampled_from("ABCDE "), st.booleans())))
+def test_no_two_options_are_equal_and_no_wrong_one_answers_the_prompt(drawn):
+    records = [record(p, answer.lower() if low else answer) for p, answer, low in drawn]
+    right = collections.defaultdict(set)
+    for r in records:
+        right[r.prompt].add(r.response.casefold())
+    answers = {r.response.casefold() for r in records if r.response.strip()}
+    made = iter(questions(records))
+    for r in records:
+        possible = answers - right[r.prompt]
+        if not r.response.strip() or len(possible) < 3:
+            continue
+        question = next(made)
+        folded = [option.casefold() for option in question.options]
+        assert question.options[question.answer] == r.response
+        assert len(set(folded)) == 4
+        assert {o for i, o in enumerate(folded) if i != question.answer} <= possible
+    assert next(made, None) is None
+
+
+def test_an_option_is_the_first_paragraph_cut_at_a_word():
+    words = "word " * 100
+    texts = ["one\n\nmore", "\n two \n\nmore", "three\nlines\n\n\n\nmore", words, "Three  LINES"]
+    made = questions([record(str(i), text) for i, text in enumerate(texts)])
+    right = [q.options[q.answer] for q in made]
+    assert right[:3] == ["one", "two", "three\nlines"]
+    assert right[3] == words[: len(right[3])].rstrip()
+    assert MAX_OPTION_CHARACTERS - 5 <= len(right[3]) <= MAX_OPTION_CHARACTERS
+    for question in made:
+        assert not {"three\nlines", "Three  LINES"} <= set(question.options)
+
+
+def test_the_first_answer_of_a_longer_conversation_is_asked_for():
+    user, assistant = "user", "assistant"
+    long = Record(
+        tuple(
+            Message(r, c) for r, c in [(user, "a"), (assistant, "1"), (user, "b"), (assistant, "2")]
+        ),
+        "",
+    )
+    (question, *_) = questions([long, *(record(str(i), f"answer {i}") for i in range(3))])
+    assert question.prompt == long.messages[:1]
+    assert question.options[question.answer] == "1"
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_too_few_answers_make_no_question(count):
+    assert questions(RECORDS[:count]) == []
+    assert len(questions(RECORDS[: count + 4])) == count + 4
