@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, find
 
 KINDS = ("flat", "peaked")
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -35,7 +35,8 @@ class Inputs:
 
     def case(self, name: str) -> Case:
         """The shapes of these inputs under a name."""
-        return Case(name, *self.hidden.shape, self.head.shape[0])
+        n, d = self.hidden.shape
+        return Case(name, n, d, self.head.shape[0])
 
 
 def make(kind: str, case: Case, dtype: str, seed: int = 0) -> Inputs:
@@ -95,3 +96,21 @@ def _cast(
         head.astype(as_type, copy=False),
         labels.astype(np.int32, copy=False),
     )
+
+
+def of(name: str, case_name: str, dtype: str, *, n: int | None = None, seed: int = 0) -> Inputs:
+    """Inputs by name: a kind, made for a case, or the path of an .npz file of that case's D and V.
+
+    `n` replaces the case's number of tokens; of a file it takes the first `n`. ValueError for
+    names that are neither, and for a file of other shapes than the case's.
+    """
+    case = find(case_name, n)
+    if not name.endswith(".npz"):
+        return make(name, case, dtype, seed)
+    inputs = load(pathlib.Path(name), dtype)
+    if n is not None:
+        inputs = dataclasses.replace(inputs, hidden=inputs.hidden[:n], labels=inputs.labels[:n])
+    shape = inputs.case(case_name)
+    if (shape.d, shape.v) != (case.d, case.v) or (n is not None and shape.n != n):
+        raise ValueError(f"{name} holds {shape}, which does not fit {case}")
+    return inputs

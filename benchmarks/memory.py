@@ -19,9 +19,17 @@ class ExtraMemory:
     output: int
 
     @property
+    def temporary_mb(self) -> float:
+        return self.temporary / MB
+
+    @property
+    def output_mb(self) -> float:
+        return self.output / MB
+
+    @property
     def mb(self) -> float:
         """Both together, in MB."""
-        return (self.temporary + self.output) / MB
+        return self.temporary_mb + self.output_mb
 
 
 def extra_memory(compiled: Any) -> ExtraMemory:

@@ -1,6 +1,7 @@
-"""A timer for calls that run asynchronously, and the bare matmul that every time is held against."""
+"""A timer for asynchronous calls, and the bare matmul that every time is held against."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -67,10 +68,15 @@ def measure(
 
 def matmul(hidden: Any, head: Any, *, seconds: float = 2.0) -> Timing:
     """Times the bare product E·Cᵀ of JAX arrays [N, D] and [V, D], written out in their dtype."""
+    product = _product()
+    return measure(lambda: product(hidden, head), seconds=seconds)
+
+
+@functools.cache
+def _product() -> Any:
     import jax
 
-    product = jax.jit(lambda e, c: e @ c.T).lower(hidden, head).compile()
-    return measure(lambda: product(hidden, head), seconds=seconds)
+    return jax.jit(lambda hidden, head: hidden @ head.T)
 
 
 def tflops(n: int, d: int, v: int, milliseconds: float, products: int = 1) -> float:

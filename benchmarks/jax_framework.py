@@ -1,0 +1,67 @@
+"""Runs of the loss in JAX."""
+
+import os
+import platform
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lsce
+from benchmarks import timing
+from benchmarks.errors import Gradients
+from benchmarks.inputs import Inputs
+from benchmarks.jax_losses import LOSSES
+from benchmarks.memory import extra_memory
+from benchmarks.runner import Prepared
+from benchmarks.settings import Run
+
+
+class JaxFramework:
+    """Holds the inputs on JAX's first device."""
+
+    losses = LOSSES
+
+    def __init__(self, inputs: Inputs):
+        device = jax.devices()[0]
+        self.version = f"jax {jax.__version__}"
+        self.device = device.device_kind
+        if device.platform == "cpu":
+            self.device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+        self.arrays = jax.device_put((inputs.hidden, inputs.head, inputs.labels), device)
+
+    def wait(self, result: Any) -> None:
+        jax.block_until_ready(result)
+
+    def matmul(self, seconds: float) -> timing.Timing:
+        return timing.matmul(*self.arrays[:2], seconds=seconds)
+
+    def prepare(self, run: Run) -> Prepared:
+        implementation, settings = LOSSES[run.implementation], run.settings
+        arrays = (*self.arrays, self._order() if settings.vocab_order else None)
+
+        def loss(hidden: Any, head: Any, labels: Any, order: Any) -> Any:
+            return implementation.loss(hidden, head, labels, order, settings)
+
+        def loss_and_gradients(*arrays: Any) -> Any:
+            return jax.value_and_grad(loss, argnums=(0, 1), has_aux=settings.stats)(*arrays)
+
+        function = loss if run.mode == "fwd" else loss_and_gradients
+        compiled = jax.jit(function).lower(*arrays).compile()
+        backend = run.implementation
+        if implementation.backend is not None:
+            backend = implementation.backend(*arrays, settings)
+        return Prepared(
+            call=lambda: compiled(*arrays),
+            # The loss comes first, whatever statistics or gradients follow it.
+            loss=lambda result: float(jax.tree.leaves(result)[0]),
+            gradients=lambda result: Gradients(*map(np.asarray, result[1])),
+            backend=backend,
+            memory=extra_memory(compiled),
+        )
+
+    def _order(self) -> Any:
+        hidden, head, _ = self.arrays
+        mean = hidden.astype(jnp.float32).mean(0).astype(head.dtype)
+        return lsce.vocabulary_order((head @ mean).astype(jnp.float32))

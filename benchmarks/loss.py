@@ -1,0 +1,135 @@
+"""Time and memory of implementations of the loss: python -m benchmarks.loss --case tiny.
+
+Every combination of --implementation, --mode, --label-smoothing and --gradient-filter is a row.
+Extra MB is what the compiled program needs beyond its arguments, temporaries and outputs (the
+gradients), by the compiler's own analysis. TFLOP/s counts one matrix product for fwd and three for
+fwdbwd; its share, and "× matmul", are against a bare product E·Cᵀ timed in the same run.
+"""
+
+import argparse
+import itertools
+import pathlib
+import sys
+import tempfile
+
+import jax
+
+from benchmarks import cases, errors, inputs, report, runner
+from benchmarks.jax_framework import JaxFramework
+from benchmarks.jax_losses import LOSSES
+from benchmarks.settings import MODES, Run, Settings, gradient_filter
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        runs = runs_of(options)
+        dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        data = inputs.of(options.inputs, options.case, dtype, n=options.n, seed=options.seed)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"benchmarks.loss: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        measured = runner.measure_runs(
+            JaxFramework(data),
+            data,
+            options.case,
+            runs,
+            seconds=options.seconds,
+            commit=options.commit,
+            reference=errors.Reference(pathlib.Path(folder), data, compute=options.errors),
+            announce=lambda line: print(f"  {line} …", file=sys.stderr, flush=True),
+        )
+    report.show(measured)
+    if options.json:
+        report.write(measured, options.json)
+    return 0 if measured.rows else 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    about, _, notes = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.loss",
+        description=about,
+        epilog=notes,
+    )
+    add = parser.add_argument
+    add(
+        "--case",
+        default="tiny",
+        metavar="NAME",
+        help=f"one of {', '.join(cases.CASES)}; default %(default)s",
+    )
+    add("--n", type=int, help="tokens, instead of the case's own number")
+    add(
+        "--implementation",
+        nargs="+",
+        default=["auto", "naive"],
+        metavar="NAME",
+        help=f"any of {', '.join(LOSSES)}; default auto naive",
+    )
+    add(
+        "--mode",
+        nargs="+",
+        default=list(MODES),
+        metavar="MODE",
+        help=f"any of {', '.join(MODES)}; default both",
+    )
+    add(
+        "--label-smoothing",
+        nargs="+",
+        type=float,
+        default=[0.1],
+        metavar="BETA",
+        help="β in [0, 1]; default 0.1",
+    )
+    add(
+        "--gradient-filter",
+        nargs="+",
+        default=["auto"],
+        metavar="FILTER",
+        help="auto (default), none (exact), fused or a number",
+    )
+    add("--softcap", type=float, help="cap·tanh(z/cap) on the logits")
+    add("--vocab-order", action="store_true", help="hand over the classes sorted by mean logit")
+    add("--stats", action="store_true", help="compute the per-token statistics too")
+    add(
+        "--inputs",
+        default="peaked",
+        help=f"{', '.join(inputs.KINDS)}, or an .npz file with hidden, head and labels; "
+        "default %(default)s",
+    )
+    add("--dtype", help="bfloat16 or float32; bfloat16 unless on a CPU")
+    add("--seed", type=int, default=0, help="of the random inputs; default 0")
+    add("--seconds", type=float, default=2.0, help="about how long to time each row; default 2")
+    add("--errors", action="store_true", help="compare the gradients with exact ones in float32")
+    add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
+    add("--commit", help="recorded instead of git's answer, where the checkout has no git")
+    return parser.parse_args(arguments)
+
+
+def runs_of(options: argparse.Namespace) -> list[Run]:
+    """The rows that the flags ask for. ValueError names a wrong value and the valid ones."""
+    for name in options.implementation:
+        if name not in LOSSES:
+            raise ValueError(f"no implementation {name!r}; must be any of {', '.join(LOSSES)}")
+    return [
+        Run(
+            name,
+            mode,
+            Settings(
+                label_smoothing=beta,
+                softcap=options.softcap,
+                gradient_filter=gradient_filter(text),
+                vocab_order=options.vocab_order,
+                stats=options.stats,
+            ),
+        )
+        for beta, text, name, mode in itertools.product(
+            options.label_smoothing, options.gradient_filter, options.implementation, options.mode
+        )
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

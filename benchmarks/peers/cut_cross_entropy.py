@@ -1,0 +1,23 @@
+"""Apple's cut-cross-entropy: Triton kernels that skip blocks of the gradient below 2^-12."""
+
+import importlib
+from typing import Any
+
+from benchmarks.settings import Implementation, Settings, unsupported
+
+
+def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) -> Any:
+    library = importlib.import_module("cut_cross_entropy")
+    options: dict[str, Any] = {"softcap": settings.softcap}
+    if settings.gradient_filter != "auto":
+        options["filter_eps"] = settings.gradient_filter
+    return library.linear_cross_entropy(hidden, head, labels, **options)
+
+
+def refuses(settings: Settings) -> str | None:
+    if settings.gradient_filter == "fused":
+        return "has no fused gradients"
+    return unsupported(settings, ("softcap", "filter"))
+
+
+IMPLEMENTATION = Implementation("cut-cross-entropy", loss, refuses, package="cut-cross-entropy")

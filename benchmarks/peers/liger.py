@@ -1,0 +1,23 @@
+"""Liger: chunks of tokens, gradients made in the forward."""
+
+import functools
+import importlib
+from typing import Any
+
+from benchmarks.settings import Implementation, Settings, unsupported
+
+
+def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) -> Any:
+    library = importlib.import_module("liger_kernel.transformers")
+    module = library.LigerFusedLinearCrossEntropyLoss(
+        label_smoothing=settings.label_smoothing, softcap=settings.softcap
+    )
+    return module(head, hidden, labels)
+
+
+IMPLEMENTATION = Implementation(
+    "liger",
+    loss,
+    functools.partial(unsupported, supported=("smoothing", "softcap", "exact")),
+    package="liger-kernel",
+)

@@ -1,0 +1,161 @@
+"""Measures runs one after the other in one process; what differs between frameworks is theirs."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from benchmarks.errors import Gradients, relative_error
+from benchmarks.inputs import Inputs
+from benchmarks.memory import ExtraMemory
+from benchmarks.report import Report, Row, Skipped
+from benchmarks.settings import PRODUCTS, Implementation, Run, Settings
+from benchmarks.timing import Timing, measure, tflops
+
+
+class Prepared(NamedTuple):
+    """A run ready to be timed: compiled, its arrays on the device."""
+
+    call: Callable[[], Any]
+    loss: Callable[[Any], float]
+    """Reads the loss from what `call` returned."""
+    gradients: Callable[[Any], Gradients]
+    """Reads the gradients from what `call` returned in mode fwdbwd."""
+    backend: str
+    memory: ExtraMemory | None
+
+
+class Framework(Protocol):
+    """JAX or PyTorch, holding one set of inputs on its device."""
+
+    version: str
+    device: str
+
+    @property
+    def losses(self) -> Mapping[str, Implementation]:
+        """The implementations by name."""
+        ...
+
+    def wait(self, result: Any) -> None:
+        """Blocks until the result of a call is there."""
+
+    def matmul(self, seconds: float) -> Timing:
+        """Times the bare product of the inputs."""
+        ...
+
+    def prepare(self, run: Run) -> Prepared: ...
+
+
+def measure_runs(
+    framework: Framework,
+    inputs: Inputs,
+    case: str,
+    runs: Iterable[Run],
+    *,
+    seconds: float = 2.0,
+    commit: str | None = None,
+    reference: Callable[[Settings], Gradients | None] = lambda settings: None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """One row a run, or the reason why there is none; a run that fails does not stop the others.
+
+    `seconds` is about how long each is timed; `commit` stands in for git's where there is no git;
+    `reference` gives the exact gradients to compare with, or None; `announce` is told what is about
+    to run. ValueError for an unknown implementation, before anything runs.
+    """
+    runs = list(runs)
+    for run in runs:
+        if run.implementation not in framework.losses:
+            raise ValueError(
+                f"no implementation {run.implementation!r}; "
+                f"must be one of {', '.join(framework.losses)}"
+            )
+    commit = commit or current_commit()
+    shape = inputs.case(case)
+    report = Report()
+    for run in runs:
+        if reason := framework.losses[run.implementation].refuses(run.settings):
+            report += Report(skipped=(Skipped(run, reason),))
+            continue
+        announce(f"{run.implementation} {run.mode}")
+        try:
+            bare = framework.matmul(seconds / 4)  # beside each run, as clocks drift
+            prepared = framework.prepare(run)
+            timing = measure(prepared.call, framework.wait, seconds=seconds)
+            result = prepared.call()
+            loss = prepared.loss(result)
+            errors = {}
+            if run.mode == "fwdbwd" and (exact := reference(run.settings)):
+                pairs = zip(prepared.gradients(result), exact, strict=True)
+                errors = dict(
+                    zip(
+                        ("hidden_error", "head_error"),
+                        (relative_error(gradient, truth) for gradient, truth in pairs),
+                        strict=True,
+                    )
+                )
+        except Exception as error:
+            # A peer may fail in any way there is: absent, out of memory, a kernel that won't build.
+            text = str(error).strip().splitlines() or [""]
+            report += Report(skipped=(Skipped(run, f"{type(error).__name__}: {text[0]}"),))
+            continue
+        memory = prepared.memory
+        speed = tflops(shape.n, shape.d, shape.v, timing.p50_ms, PRODUCTS[run.mode])
+        row = Row(
+            run=run,
+            backend=prepared.backend,
+            case=case,
+            n=shape.n,
+            d=shape.d,
+            v=shape.v,
+            dtype=inputs.hidden.dtype.name,
+            inputs=inputs.kind,
+            loss=loss,
+            p20_ms=timing.p20_ms,
+            p50_ms=timing.p50_ms,
+            p80_ms=timing.p80_ms,
+            samples=timing.samples,
+            launches=timing.launches,
+            temporary_mb=memory and memory.temporary_mb,
+            output_mb=memory and memory.output_mb,
+            extra_mb=memory and memory.mb,
+            tflops=speed,
+            matmul_ms=bare.p50_ms,
+            matmul_ratio=timing.p50_ms / bare.p50_ms,
+            matmul_share=speed / tflops(shape.n, shape.d, shape.v, bare.p50_ms),
+            device=framework.device,
+            framework=_versions(framework, run),
+            python=platform.python_version(),
+            commit=commit,
+            **errors,
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        report += Report(rows=(row,))
+    return report
+
+
+def current_commit() -> str:
+    """The checkout's commit, `-dirty` where files have changed since; "unknown" without git."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _versions(framework: Framework, run: Run) -> str:
+    package = framework.losses[run.implementation].package
+    if package is None:
+        return framework.version
+    return f"{framework.version}, {package} {importlib.metadata.version(package)}"

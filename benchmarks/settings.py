@@ -1,0 +1,92 @@
+"""What to measure: one implementation of the loss, in one mode, with one set of options."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+Mode = Literal["fwd", "fwdbwd"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+PRODUCTS: dict[Mode, int] = {"fwd": 1, "fwdbwd": 3}
+"""N×D×V matrix products that the mathematics asks for: the logits, and dE and dC. Recomputed
+logits are not counted, and neither is work that a filter skips, so TFLOP/s compare implementations
+by the time they take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of the loss; named as in `lsce.linear_cross_entropy`."""
+
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    gradient_filter: float | str | None = "auto"
+    vocab_order: bool = False
+    """Whether a permutation of the vocabulary is handed over, made before the clock starts."""
+    stats: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row to measure."""
+
+    implementation: str
+    mode: Mode
+    settings: Settings = Settings()
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r}; must be one of {', '.join(MODES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute the mean loss, in the arrays of one framework.
+
+    `loss(hidden, head, labels, order, settings)` returns the scalar, or a pair with statistics
+    where the settings ask for them. It imports its library when called, so that an absent one
+    shows as an ImportError of that run alone.
+    """
+
+    name: str
+    loss: Callable[..., Any]
+    refuses: Callable[[Settings], str | None]
+    """Why the implementation cannot do what the settings ask for; None when it can."""
+    package: str | None = None
+    """The distribution on PyPI that it comes from, for the row's versions."""
+    backend: Callable[..., str] | None = None
+    """Called like `loss`: which of several kernels would run. None when there is only one."""
+
+
+def unsupported(settings: Settings, supported: tuple[str, ...]) -> str | None:
+    """A refusal that names the options in use that are not among the `supported` ones.
+
+    "exact" stands for a gradient filter of None, "filter" for any.
+    """
+    asked = {
+        "smoothing": settings.label_smoothing != 0,
+        "softcap": settings.softcap is not None,
+        "filter": settings.gradient_filter not in ("auto", None),
+        "exact": settings.gradient_filter is None and "filter" not in supported,
+        "vocabulary order": settings.vocab_order,
+        "statistics": settings.stats,
+    }
+    missing = [name for name, used in asked.items() if used and name not in supported]
+    return f"has no {' and no '.join(missing)}" if missing else None
+
+
+def gradient_filter(text: str) -> float | str | None:
+    """Reads a gradient filter from the command line: auto, none, fused or a number."""
+    if text in ("auto", "fused"):
+        return text
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"gradient filter {text!r}; must be auto, none (exact), fused or a number ε"
+        ) from None
+
+
+def run_from_json(fields: dict[str, Any]) -> Run:
+    """The inverse of `dataclasses.asdict`."""
+    return Run(**{**fields, "settings": Settings(**fields["settings"])})

@@ -1,0 +1,198 @@
+"""Our rows beside every installed peer's: python -m benchmarks.table --case gemma2-2b --json FILE.
+
+Runs each framework in a process of its own on the same inputs, writes all rows as JSON, and prints
+two tables in markdown, with label smoothing and without, laid out as in the papers on this loss:
+memory and time of the loss, of its gradient, and of both. `--from FILE` renders an earlier run.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from benchmarks import cases, inputs, report, runner, worker
+from benchmarks.report import Report, Row
+from benchmarks.settings import MODES, Mode, Run, Settings
+
+LABEL_SMOOTHING = 0.1
+
+
+class Line(NamedTuple):
+    """A line of the tables: an implementation with its options, apart from β."""
+
+    title: str
+    framework: str
+    implementation: str
+    settings: Settings = Settings()
+
+    def run(self, mode: Mode, label_smoothing: float) -> Run:
+        settings = dataclasses.replace(self.settings, label_smoothing=label_smoothing)
+        return Run(self.implementation, mode, settings)
+
+
+EXACT = Settings(gradient_filter=None)
+LINES = (
+    Line("**lsce**", "jax", "auto", Settings(vocab_order=True)),
+    Line("lsce, no vocabulary order", "jax", "auto"),
+    Line("lsce, no filter (exact)", "jax", "auto", EXACT),
+    Line("lsce, fused gradients", "jax", "auto", Settings(gradient_filter="fused")),
+    Line("optax, one-hot labels", "jax", "naive"),
+    Line("optax, integer labels", "jax", "naive-integer"),
+    Line("jax-cce", "jax", "jax-cce"),
+    Line("tokamax, chunked XLA", "jax", "tokamax"),
+    Line("torch, eager", "torch", "torch-eager"),
+    Line("torch.compile", "torch", "torch-compile"),
+    Line("cut-cross-entropy", "torch", "cut-cross-entropy"),
+    Line("cut-cross-entropy, no filter", "torch", "cut-cross-entropy", EXACT),
+    Line("Liger", "torch", "liger"),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        if options.from_file:
+            measured = report.read(options.from_file)
+        else:
+            data = inputs.of(
+                options.inputs, options.case, options.dtype, n=options.n, seed=options.seed
+            )
+            measured = measure(data, options.case, options.seconds, options.commit)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"benchmarks.table: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        report.write(measured, options.json)
+    print(markdown(measured))
+    return 0 if measured.rows else 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    about, _, notes = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser("python -m benchmarks.table", description=about, epilog=notes)
+    add = parser.add_argument
+    add(
+        "--case",
+        default="gemma2-2b",
+        metavar="NAME",
+        help=f"one of {', '.join(cases.CASES)}; default %(default)s",
+    )
+    add("--n", type=int, help="tokens, instead of the case's own number")
+    add(
+        "--inputs",
+        default="peaked",
+        help=f"{', '.join(inputs.KINDS)}, or an .npz file; default %(default)s",
+    )
+    add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
+    add("--seed", type=int, default=0, help="of the random inputs; default 0")
+    add("--seconds", type=float, default=2.0, help="about how long to time each row; default 2")
+    add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
+    add("--from", dest="from_file", type=pathlib.Path, metavar="FILE", help="render these rows")
+    add("--commit", help="recorded instead of git's answer, where the checkout has no git")
+    return parser.parse_args(arguments)
+
+
+def measure(data: inputs.Inputs, case: str, seconds: float, commit: str | None = None) -> Report:
+    """Measures every line, one process a framework; a process that dies skips its lines."""
+    commit = commit or runner.current_commit()
+    total = Report()
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        inputs.save(data, folder / "inputs.npz")
+        for framework in worker.FRAMEWORKS:
+            runs = tuple(runs_of(framework))
+            worker.write_plan(worker.Plan(case, runs, seconds, commit), framework, folder)
+            command = [sys.executable, "-m", "benchmarks.worker", framework, name]
+            code = subprocess.run(command, check=False).returncode
+            path = worker.report_path(framework, folder)
+            if path.exists():
+                total += report.read(path)
+            else:
+                reason = f"the {framework} process ended with code {code}"
+                total += Report(skipped=tuple(report.Skipped(run, reason) for run in runs))
+    return total
+
+
+def runs_of(framework: str) -> Iterator[Run]:
+    """The runs of one framework's lines, those of one β together."""
+    for label_smoothing in (LABEL_SMOOTHING, 0.0):
+        for line in LINES:
+            if line.framework == framework:
+                for mode in MODES:
+                    yield line.run(mode, label_smoothing)
+
+
+def markdown(measured: Report) -> str:
+    """Both tables, a heading that says where the figures come from, and what was skipped."""
+    if not measured.rows:
+        return "Nothing was measured.\n\n" + _skipped(measured)
+    first = measured.rows[0]
+    versions = sorted({part for row in measured.rows for part in row.framework.split(", ")})
+    heading = (
+        f"{first.case}: N, D, V = {first.n:,}, {first.d:,}, {first.v:,}, {first.dtype}, "
+        f"{first.inputs} inputs; {first.device}; {', '.join(versions)}; "
+        f"commit {first.commit}, {first.time[:10]}.\n"
+        f"Bare product E·Cᵀ: {report.matmul_ms(measured):.4g} ms. Times are medians in ms, the gradient's is "
+        "the difference of the two beside it; memory is what the call needs beyond its arguments, "
+        "the gradients themselves included, in MB of 2²⁰ bytes. Errors are ‖g − exact‖ / ‖exact‖."
+    )
+    return "\n\n".join(
+        [heading, *(_table(measured, beta) for beta in (LABEL_SMOOTHING, 0.0)), _skipped(measured)]
+    )
+
+
+def _table(measured: Report, label_smoothing: float) -> str:
+    rows = {row.run: row for row in measured.rows}
+    lines = [
+        f"**β = {label_smoothing:g}**",
+        "",
+        "| | loss MB | loss ms | gradient ms | loss + gradient MB | ms | × E·Cᵀ | dE, dC error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for line in LINES:
+        forward, both = (rows.get(line.run(mode, label_smoothing)) for mode in MODES)
+        if forward or both:
+            lines.append(_line(line.title, forward, both))
+    return "\n".join(lines)
+
+
+def _line(title: str, forward: Row | None, both: Row | None) -> str:
+    def cell(row: Row | None, field: str, form: str) -> str:
+        value = row and getattr(row, field)
+        return "–" if value is None else format(value, form)
+
+    gradient = "–"
+    if forward and both:
+        gradient = f"{both.p50_ms - forward.p50_ms:.3g}"
+    errors = [cell(both, field, ".2g") for field in ("hidden_error", "head_error")]
+    cells = [
+        title,
+        cell(forward, "extra_mb", ",.1f"),
+        cell(forward, "p50_ms", ".3g"),
+        gradient,
+        cell(both, "extra_mb", ",.1f"),
+        cell(both, "p50_ms", ".3g"),
+        cell(both, "matmul_ratio", ".2f"),
+        ", ".join(errors),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _skipped(measured: Report) -> str:
+    """One line a reason, with the titles it holds for."""
+    titles: dict[str, dict[str, None]] = {}
+    for skipped in measured.skipped:
+        run = skipped.run
+        for line in LINES:
+            if run == line.run(run.mode, run.settings.label_smoothing):
+                titles.setdefault(skipped.reason, {})[line.title] = None
+    lines = (f"- {reason}: {'; '.join(names)}" for reason, names in titles.items())
+    return "\n".join(["Not measured:", "", *lines]) if titles else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""One framework's process: python -m benchmarks.worker jax FOLDER.
+
+`benchmarks.table` starts one such process a framework, so that JAX and PyTorch never share a GPU's
+memory. The folder holds `inputs.npz`, the same for all, and `jax-plan.json`; it receives
+`jax-report.json` and the exact gradients that the first process makes for all.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from benchmarks import errors, inputs, report, runner
+from benchmarks.settings import Run, run_from_json
+
+FRAMEWORKS = ("jax", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one process is to measure."""
+
+    case: str
+    runs: tuple[Run, ...]
+    seconds: float
+    commit: str
+
+
+def write_plan(plan: Plan, framework: str, folder: pathlib.Path) -> None:
+    path = folder / f"{framework}-plan.json"
+    path.write_text(json.dumps(dataclasses.asdict(plan)))
+
+
+def read_plan(framework: str, folder: pathlib.Path) -> Plan:
+    fields = json.loads((folder / f"{framework}-plan.json").read_text())
+    return Plan(**{**fields, "runs": tuple(map(run_from_json, fields["runs"]))})
+
+
+def report_path(framework: str, folder: pathlib.Path) -> pathlib.Path:
+    return folder / f"{framework}-report.json"
+
+
+def work(framework: str, folder: pathlib.Path) -> None:
+    """Measures the framework's plan; a framework that cannot be imported skips all of it."""
+    plan = read_plan(framework, folder)
+    data = inputs.load(folder / "inputs.npz")
+    try:
+        if framework == "jax":
+            from benchmarks.jax_framework import JaxFramework as Framework
+        else:
+            from benchmarks.torch_framework import TorchFramework as Framework
+    except ImportError as error:
+        reason = f"{type(error).__name__}: {error}"
+        measured = report.Report(skipped=tuple(report.Skipped(run, reason) for run in plan.runs))
+    else:
+        measured = runner.measure_runs(
+            Framework(data),
+            data,
+            plan.case,
+            plan.runs,
+            seconds=plan.seconds,
+            commit=plan.commit,
+            reference=errors.Reference(folder, data, compute=framework == "jax"),
+            announce=lambda line: print(f"  {line} …", file=sys.stderr, flush=True),
+        )
+    report.write(measured, report_path(framework, folder))
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], pathlib.Path(sys.argv[2]))
