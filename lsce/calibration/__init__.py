@@ -1,13 +1,18 @@
 """How far a model's confidence can be trusted: calibration metrics in JAX, jitted and mergeable.
 
-Three ways in, by what is at hand:
+Four ways in, by what is at hand:
 
 * confidences and correctness of predictions (`lsce.TokenStats` has both):
-  `expected_calibration_error` and its relatives in `binned`;
-* class probabilities with labels: `brier_score`, `negative_log_likelihood`;
-* batches that never fit in memory together: `CalibrationState`.
+  `expected_calibration_error` and its relatives in `binned`, `smooth_calibration_error`,
+  `debiased_l2`, `top_label_brier_score`;
+* probabilities of all classes, with labels: `brier_score` and its decomposition,
+  `negative_log_likelihood`, and the errors over classes in `multiclass`;
+* logits with labels: `fit_temperature`;
+* batches that never meet in memory: `CalibrationState`.
 
-`reliability_diagram` draws the picture.
+`bootstrap_interval` puts error bars on any of them; `reliability_diagram` draws the picture. All
+metrics are pure functions that can be called inside `jit`, `vmap` and `scan`. Called outside, they
+refuse NaN, values out of range and shapes that do not fit; inside, such values make the result NaN.
 """
 
 from lsce.calibration.binned import (
@@ -17,20 +22,50 @@ from lsce.calibration.binned import (
     maximum_calibration_error,
     rms_calibration_error,
 )
+from lsce.calibration.bootstrap import Interval, bootstrap_interval
+from lsce.calibration.debiased import debiased_l2, debiased_l2_interval
 from lsce.calibration.diagram import reliability_diagram
-from lsce.calibration.scores import brier_score, negative_log_likelihood, top_label_brier_score
+from lsce.calibration.intervals import wilson_interval
+from lsce.calibration.multiclass import (
+    adaptive_calibration_error,
+    classwise_ece,
+    static_calibration_error,
+    thresholded_adaptive_calibration_error,
+)
+from lsce.calibration.scores import (
+    BrierDecomposition,
+    brier_decomposition,
+    brier_score,
+    negative_log_likelihood,
+    top_label_brier_score,
+)
+from lsce.calibration.smooth import smooth_calibration_error
 from lsce.calibration.state import CalibrationResult, CalibrationState
+from lsce.calibration.temperature import fit_temperature
 
 __all__ = [
+    "BrierDecomposition",
     "CalibrationResult",
     "CalibrationState",
+    "Interval",
+    "adaptive_calibration_error",
+    "bootstrap_interval",
+    "brier_decomposition",
     "brier_score",
+    "classwise_ece",
     "confidence_gap",
+    "debiased_l2",
+    "debiased_l2_interval",
     "expected_calibration_error",
+    "fit_temperature",
     "hendrycks_rms",
     "maximum_calibration_error",
     "negative_log_likelihood",
     "reliability_diagram",
     "rms_calibration_error",
+    "smooth_calibration_error",
+    "static_calibration_error",
+    "thresholded_adaptive_calibration_error",
     "top_label_brier_score",
+    "wilson_interval",
 ]

@@ -19,25 +19,12 @@ raised.
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
 from lsce.calibration import validate
-from lsce.calibration.bins import Spread, Table, equal_mass_edges, even_edges, tabulate
-
-
-@functools.partial(jax.jit, static_argnames=("bins", "equal_mass", "spread"))
-def _table(confidence, correct, weights, bins, equal_mass, spread: Spread = "front") -> Table:
-    confidence, correct, weights = validate.poisoned_samples(confidence, correct, weights)
-    if equal_mass:
-        edges = equal_mass_edges(confidence, weights != 0, bins, spread)
-    else:
-        edges = even_edges(bins, confidence.dtype)
-    return tabulate(confidence, correct, weights, edges)
+from lsce.calibration.bins import bin_samples
 
 
 def expected_calibration_error(
@@ -65,7 +52,7 @@ def expected_calibration_error(
     Array(0.1, dtype=float32)
     """
     samples = validate.samples(confidence, correct, weights)
-    table = _table(*samples, validate.positive_int("bins", bins), bool(equal_mass))
+    table = bin_samples(*samples, validate.positive_int("bins", bins), equal_mass)
     return jnp.sum(table.share * jnp.abs(table.gap))
 
 
@@ -85,7 +72,7 @@ def maximum_calibration_error(
     Source: Naeini et al., 2015, https://doi.org/10.1609/aaai.v29i1.9602.
     """
     samples = validate.samples(confidence, correct, weights)
-    table = _table(*samples, validate.positive_int("bins", bins), bool(equal_mass))
+    table = bin_samples(*samples, validate.positive_int("bins", bins), equal_mass)
     return jnp.max(jnp.abs(table.gap))
 
 
@@ -104,7 +91,7 @@ def rms_calibration_error(
     Source: Hendrycks, Mazeika and Dietterich, 2019, https://arxiv.org/abs/1812.04606.
     """
     samples = validate.samples(confidence, correct, weights)
-    table = _table(*samples, _bins_of(samples[0].size, bin_size), True)
+    table = bin_samples(*samples, _bins_of(samples[0].size, bin_size), True)
     return jnp.sqrt(jnp.sum(table.share * jnp.square(table.gap)))
 
 
@@ -123,7 +110,7 @@ def hendrycks_rms(
     Source: `calib_tools.py` of https://github.com/hendrycks/test.
     """
     samples = validate.samples(confidence, correct)
-    table = _table(*samples, _bins_of(samples[0].size, bin_size), True, "round")
+    table = bin_samples(*samples, _bins_of(samples[0].size, bin_size), True, "round")
     return jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(table.share * table.gap))))
 
 
@@ -134,7 +121,7 @@ def confidence_gap(
     weights: Real[ArrayLike, "*samples"] | None = None,
 ) -> Float[Array, ""]:
     """Mean confidence − accuracy: positive for an over-confident model, negative for a shy one."""
-    table = _table(*validate.samples(confidence, correct, weights), 1, False)
+    table = bin_samples(*validate.samples(confidence, correct, weights), 1, False)
     return table.gap[0]
 
 

@@ -7,6 +7,7 @@ and no result depends on the order of the samples.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from lsce.calibration import validate
 
 Spread = Literal["front", "round"]
 """Where equal-mass bins put the remainder r of N = q·B + r: one more sample in each of the first r
@@ -62,6 +65,24 @@ def equal_mass_edges(
     else:
         rank = i * (n // bins) + jnp.round(i * (n % bins) / bins).astype(n.dtype)
     return jnp.sort(jnp.where(counted, values, jnp.inf))[jnp.minimum(rank, n - 1)]
+
+
+@functools.partial(jax.jit, static_argnames=("bins", "equal_mass", "spread"))
+def bin_samples(
+    confidence: Float[Array, " N"],
+    correct: Float[Array, " N"],
+    weights: Float[Array, " N"],
+    bins: int,
+    equal_mass: bool = False,
+    spread: Spread = "front",
+) -> Table:
+    """The table of the samples that `validate.samples` returns; NaN where one is invalid."""
+    confidence, correct, weights = validate.poisoned_samples(confidence, correct, weights)
+    if equal_mass:
+        edges = equal_mass_edges(confidence, weights != 0, bins, spread)
+    else:
+        edges = even_edges(bins, confidence.dtype)
+    return tabulate(confidence, correct, weights, edges)
 
 
 def tabulate(

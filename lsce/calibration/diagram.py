@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVEL = 0.95
-ACCURACY, GAP, INK = "#4c78a8", "#e45756", "#333333"
+ACCURACY, OVER, UNDER, INK = "#4c78a8", "#e45756", "#2a9d8f", "#333333"
 
 
 def reliability_diagram(
@@ -33,9 +32,11 @@ def reliability_diagram(
 ) -> Figure:
     """Draws accuracy against confidence over even bins, and the histogram of confidences below.
 
-    A bar is a bin's accuracy with its 95 % Wilson interval; what is shaded between the bar and the
-    bin's mean confidence is the gap that ECE averages; on the dashed diagonal the two agree. Below,
-    each bin's share of the samples, with accuracy and mean confidence marked.
+    A dot stands at a bin's mean confidence and accuracy, with the 95 % Wilson interval of the
+    accuracy; on the dashed diagonal the two agree. What is shaded of the bin's bar lies between
+    them: the gap that ECE averages, in one colour where the model is over-confident and in another
+    where it is under-confident. Below, each bin's share of the samples, with the overall accuracy and mean
+    confidence marked.
 
     Args:
       confidence: probabilities of the predicted classes, in any shape; or a `CalibrationState`,
@@ -44,8 +45,8 @@ def reliability_diagram(
       bins: number of even bins.
       title: written above.
       path: file to save to; its ending names the format (png, pdf, svg).
-      ax: matplotlib axes to draw into, for figures of several diagrams; needs room below for the
-        histogram (a figure with `layout="constrained"` makes it). By default a new figure.
+      ax: matplotlib axes to draw into, for figures of several diagrams; its place in the figure's
+        grid is shared with the histogram. By default a new figure.
 
     Returns:
       The figure, which no global state of pyplot knows of.
@@ -65,18 +66,20 @@ def reliability_diagram(
         state = CalibrationState.create(bins).update(confidence, correct)
     result = jax.device_get(state.compute())
 
-    if ax is None:
-        figure = _new_figure()
-        ax = figure.add_subplot()
-    else:
-        figure = ax.get_figure(root=True)
-        if figure is None:
-            raise ValueError("ax has been removed from its figure")
-    histogram = ax.inset_axes((0, -0.32, 1, 0.26), sharex=ax)
+    figure, ax, histogram = _panels(_new_figure().add_subplot() if ax is None else ax)
     _draw_accuracy(ax, result)
     _draw_histogram(histogram, result)
+    ax.annotate(
+        _summary(result),
+        xy=(0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 5),
+        textcoords="offset points",
+        fontsize="small",
+        color=INK,
+    )
     if title:
-        ax.set_title(title, color=INK)
+        ax.set_title(title, loc="left", pad=22, color=INK)
     if path is not None:
         figure.savefig(path, dpi=160)
     return figure
@@ -89,94 +92,84 @@ def _new_figure() -> Figure:
         raise ImportError(
             'reliability_diagram needs matplotlib: pip install "lsce[plot]", or matplotlib itself'
         ) from error
-    return Figure(figsize=(4.8, 6.0), layout="constrained")
+    return Figure(figsize=(4.8, 6.2), layout="constrained")
+
+
+def _panels(ax: Axes) -> tuple[Figure, Axes, Axes]:
+    """Splits the place of `ax` in its figure in two: `ax` itself above, new axes below."""
+    figure, place = ax.get_figure(root=True), ax.get_subplotspec()
+    if figure is None or place is None:
+        raise ValueError("ax must be part of a figure's grid (from Figure.subplots or add_subplot)")
+    above, below = place.subgridspec(2, 1, height_ratios=(4, 1))
+    ax.set_subplotspec(above)
+    return figure, ax, figure.add_subplot(below, sharex=ax)
 
 
 def _draw_accuracy(ax: Axes, result: CalibrationResult) -> None:
-    bins = len(result.bin_count)
-    width = 1 / bins
-    seen = result.bin_count > 0
-    centre = (np.flatnonzero(seen) + 0.5) * width
+    width = 1 / len(result.bin_count)
+    seen = np.flatnonzero(result.bin_count)
+    centre = (seen + 0.5) * width
     count, accuracy, confidence = (
         field[seen] for field in (result.bin_count, result.bin_accuracy, result.bin_confidence)
     )
     low, high = wilson_interval(accuracy * count, count, LEVEL)
+    gap = confidence - accuracy
 
-    ax.bar(
-        centre, accuracy, width, color=ACCURACY, edgecolor="white", linewidth=0.6, label="accuracy"
-    )
-    ax.bar(
-        centre,
-        confidence - accuracy,
-        width,
-        bottom=accuracy,
-        color=(GAP, 0.25),
-        edgecolor=GAP,
-        linewidth=0.8,
-        label="gap to mean confidence",
-    )
-    ax.errorbar(
-        centre,
-        accuracy,
-        yerr=(accuracy - low, high - accuracy),
-        fmt="none",
-        ecolor=INK,
-        elinewidth=1,
-        capsize=min(3.0, 30 * width),
-        label=f"{LEVEL:.0%} interval",
-    )
-    ax.plot(
-        (0, 1), (0, 1), color=INK, linestyle=(0, (4, 3)), linewidth=1, label="perfect calibration"
-    )
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", ylabel="accuracy")
+    ax.plot((0, 1), (0, 1), color=INK, linestyle=(0, (4, 3)), linewidth=1, label="calibrated")
+    bars = {"width": width, "edgecolor": "white", "linewidth": 0.6}
+    if seen.size:
+        ax.bar(centre, np.minimum(accuracy, confidence), color=ACCURACY, label="accuracy", **bars)
+    for side, color, label in (
+        (gap > 0, OVER, "over-confident"),
+        (gap < 0, UNDER, "under-confident"),
+    ):
+        if side.any():
+            ax.bar(
+                centre[side],
+                np.abs(gap)[side],
+                bottom=np.minimum(accuracy, confidence)[side],
+                color=color,
+                alpha=0.45,
+                label=f"gap, {label}",
+                **bars,
+            )
+    if seen.size:
+        ax.errorbar(
+            confidence,
+            accuracy,
+            yerr=(accuracy - low, high - accuracy),
+            fmt="o",
+            markersize=3,
+            color=INK,
+            elinewidth=1,
+            capsize=2.5,
+            clip_on=False,
+            label=f"accuracy, {LEVEL:.0%} interval",
+        )
+    ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     ax.tick_params(labelbottom=False)
-    ax.legend(loc="upper left", fontsize="small", framealpha=0.9)
-    ax.text(
-        0.97,
-        0.03,
-        _summary(result),
-        transform=ax.transAxes,
-        ha="right",
-        va="bottom",
-        fontsize="small",
-        color=INK,
-        bbox={"facecolor": "white", "edgecolor": "0.8", "alpha": 0.9, "boxstyle": "round,pad=0.4"},
-    )
+    ax.legend(loc="lower right", fontsize="x-small", framealpha=0.95)
 
 
 def _draw_histogram(ax: Axes, result: CalibrationResult) -> None:
     bins = len(result.bin_count)
     share = result.bin_count / max(1, int(result.count))
-    ax.bar(
-        (np.arange(bins) + 0.5) / bins,
-        share,
-        1 / bins,
-        color="0.75",
-        edgecolor="white",
-        linewidth=0.6,
-    )
-    if not math.isnan(result.accuracy):
-        ax.axvline(float(result.accuracy), color=ACCURACY, linewidth=1.5, label="accuracy")
-        ax.axvline(
-            float(result.confidence),
-            color=GAP,
-            linewidth=1.5,
-            linestyle="--",
-            label="mean confidence",
-        )
-        ax.legend(loc="upper left", fontsize="small", framealpha=0.9)
+    ax.bar((np.arange(bins) + 0.5) / bins, share, 1 / bins, color="0.75", edgecolor="white")
+    if result.count > 0:
+        for value, style, color, label in (
+            (result.accuracy, "-", ACCURACY, "accuracy"),
+            (result.confidence, "--", OVER, "mean confidence"),
+        ):
+            ax.axvline(float(value), color=color, linewidth=1.5, linestyle=style, label=label)
+        ax.legend(fontsize="x-small", framealpha=0.95)
     ax.set(ylim=(0, max(1.1 * share.max(), 0.05)), xlabel="confidence", ylabel="share")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
 
 
 def _summary(result: CalibrationResult) -> str:
-    if int(result.count) == 0:
+    if result.count == 0:
         return "no samples"
-    return "\n".join(
-        [
-            f"ECE  {float(result.ece):.4f}",
-            f"accuracy  {float(result.accuracy):.4f}",
-            f"confidence  {float(result.confidence):.4f}",
-            f"n  {int(result.count):,}",
-        ]
+    return (
+        f"ECE {float(result.ece):.4f}   accuracy {float(result.accuracy):.4f}   "
+        f"confidence {float(result.confidence):.4f}   n {int(result.count):,}"
     )

@@ -53,7 +53,7 @@ def same_shape(name: str, x: Array, expected: tuple[int, ...], other: str) -> No
         raise ValueError(f"{name} has shape {x.shape}, but {other} has shape {expected}")
 
 
-def _refuse(name: str, x: ArrayLike, bad: np.ndarray, rule: str) -> None:
+def refuse(name: str, x: ArrayLike, bad: np.ndarray, rule: str) -> None:
     """Raises ValueError naming the first value of `x` where `bad` holds, if any does."""
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -85,7 +85,7 @@ def samples(
         raise ValueError(f"confidence has no samples (shape {p.shape}), so no calibration either")
     if weights is not None and known(weights):
         host = np.asarray(weights, np.float64)
-        _refuse("weights", weights, ~((host >= 0) & (host < np.inf)), "be finite and at least 0")
+        refuse("weights", weights, ~((host >= 0) & (host < np.inf)), "be finite and at least 0")
         if not host.any():
             raise ValueError(f"all {host.size} weights are 0: no sample is left to measure")
     if known(confidence) and known(correct) and (weights is None or known(weights)):
@@ -99,13 +99,13 @@ def check_confidence(confidence: ArrayLike, counted: np.ndarray) -> None:
     """Refuses NaN and anything outside [0, 1 + ROUNDING] where `counted` holds."""
     host = np.asarray(confidence, np.float64)
     bad = ~((host >= 0) & (host <= 1 + ROUNDING)) & counted
-    _refuse("confidence", confidence, bad, "be a probability in [0, 1]")
+    refuse("confidence", confidence, bad, "be a probability in [0, 1]")
 
 
 def check_correct(correct: ArrayLike, counted: np.ndarray) -> None:
     """Refuses anything but 0 and 1 where `counted` holds."""
     host = np.asarray(correct, np.float64)
-    _refuse("correct", correct, ~((host == 0) | (host == 1)) & counted, "be 0 or 1")
+    refuse("correct", correct, ~((host == 0) | (host == 1)) & counted, "be 0 or 1")
 
 
 def classified(probs: ArrayLike, labels: ArrayLike) -> tuple[Float[Array, "N K"], Int[Array, " N"]]:
@@ -122,10 +122,10 @@ def classified(probs: ArrayLike, labels: ArrayLike) -> tuple[Float[Array, "N K"]
     y = label_vector(labels, p, "probs")
     if known(probs):
         host = np.asarray(probs, np.float64)
-        _refuse("probs", probs, ~((host >= 0) & (host <= 1 + ROUNDING)), "lie in [0, 1]")
+        refuse("probs", probs, ~((host >= 0) & (host <= 1 + ROUNDING)), "lie in [0, 1]")
         sums = host.sum(1)
         slack = 1e-3 if jnp.asarray(probs).dtype.itemsize >= 4 else 0.05
-        _refuse("the sum of a row of probs", sums, sums > 1 + slack, "be at most 1")
+        refuse("the sum of a row of probs", sums, sums > 1 + slack, "be at most 1")
     return p, y
 
 
@@ -140,7 +140,7 @@ def label_vector(labels: ArrayLike, scores: Float[Array, "N K"], name: str) -> I
     if known(labels):
         host = np.asarray(labels)
         bad = (host < 0) | (host >= scores.shape[1])
-        _refuse("labels", labels, bad, f"lie in [0, {scores.shape[1]})")
+        refuse("labels", labels, bad, f"lie in [0, {scores.shape[1]})")
     return y
 
 
