@@ -34,11 +34,11 @@ def token_loss(
     problem: Problem,
     lse: Float[Array, " N"],
     target_logit: Float[Array, " N"],
-    mean_logit: Float[Array, " N"] | None,
+    mean_logit: Float[Array, " N"],
 ) -> Float[Array, " N"]:
-    """L; `mean_logit` = (1/V) Σ_v z_v may be None when β = 0."""
+    """L, where `mean_logit` = (1/V) Σ_v z_v."""
     loss = lse - (1.0 - problem.label_smoothing) * target_logit
-    if mean_logit is not None and problem.label_smoothing > 0.0:
+    if problem.label_smoothing > 0.0:
         # Left out at β = 0: a class masked by a bias of −∞ has a mean logit of −∞.
         loss = loss - problem.label_smoothing * mean_logit
     if problem.z_loss > 0.0:

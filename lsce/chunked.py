@@ -1,0 +1,275 @@
+"""The loss in plain XLA, tile by tile: exact, on any device, with no N×V array in either direction.
+
+A tile is some tokens × some classes. The forward pass keeps only sums over the classes; the
+backward pass makes the tile's logits again, and from its dz the tile's parts of the gradients. The
+loop over classes is the outer one there, so that dC of a strip of classes is complete, summed over
+all tokens in float32 and rounded once, before the next strip begins; dE is summed in float32.
+Nothing is scattered, so equal inputs give equal bits.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from lsce import formula
+from lsce.problem import Problem
+from lsce.stats import LogitSums, TokenStats
+
+
+class Chunked:
+    name = "chunked"
+
+    def refuses(self, problem: Problem) -> str | None:
+        return None
+
+    def token_losses(
+        self,
+        problem: Problem,
+        hidden: Float[Array, "N D"],
+        head: Float[Array, "V D"] | Float[Array, "D V"],
+        labels: Int[Array, " N"],
+        bias: Float[Array, " V"] | None,
+        vocab_order: Int[Array, " V"] | None,
+    ) -> tuple[Float[Array, " N"], TokenStats | None]:
+        return _jitted(problem, tile_size(problem), hidden, head, labels, bias)
+
+
+BACKEND = Chunked()
+
+
+class Tile(NamedTuple):
+    """The largest tile: n tokens × v classes."""
+
+    n: int
+    v: int
+
+
+def tile_size(problem: Problem) -> Tile:
+    """All tokens × as many classes as the budget allows, or fewer tokens where those are too few.
+
+    A strip of all tokens feeds the matmuls best, and reads the head once. The steps come out about
+    equal, so that the last one is not a sliver.
+    """
+    budget = {"cpu": 2**21, "gpu": 2**25}.get(problem.platform, 2**24)
+    v = _even_step(problem.v, at_most=max(512, budget // max(problem.n, 1)), multiple=128)
+    n = _even_step(problem.n, at_most=max(128, budget // v), multiple=8)
+    return Tile(n, v)
+
+
+def _even_step(size: int, at_most: int, multiple: int) -> int:
+    """The step that covers `size` in the fewest, nearly equal steps."""
+    steps = max(1, -(-size // at_most))
+    step = -(-size // steps)
+    return min(size, -(-step // multiple) * multiple) if steps > 1 else size
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The inputs whose gradients are asked for; a frozen one costs nothing."""
+
+    hidden: bool
+    head: bool
+    bias: bool
+
+
+jax.tree_util.register_static(Wanted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_losses(problem, tile, hidden, head, labels, bias):
+    loss, _, stats = _forward(problem, tile, hidden, head, labels, bias)
+    return loss, stats
+
+
+_jitted = jax.jit(_token_losses, static_argnums=(0, 1))
+
+
+def _fwd(problem, tile, hidden, head, labels, bias):
+    wanted = Wanted(hidden.perturbed, head.perturbed, bias is not None and bias.perturbed)
+    hidden, head, labels = hidden.value, head.value, labels.value
+    bias = None if bias is None else bias.value
+    loss, lse, stats = _forward(problem, tile, hidden, head, labels, bias)
+    return (loss, stats), (wanted, hidden, head, labels, bias, lse)
+
+
+def _bwd(problem, tile, residuals, cotangents):
+    wanted, hidden, head, labels, bias, lse = residuals
+    g, _ = cotangents  # the statistics have no gradients
+    if isinstance(g, SymbolicZero):
+        g = jnp.zeros(problem.n, jnp.float32)
+    return _backward(problem, tile, wanted, hidden, head, labels, bias, lse, g)
+
+
+_token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)
+
+
+def _forward(
+    problem: Problem,
+    tile: Tile,
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Int[Array, " N"],
+    bias: Float[Array, " V"] | None,
+) -> tuple[Float[Array, " N"], Float[Array, " N"], TokenStats | None]:
+    """The loss, lse and statistics of every token."""
+
+    def tokens(start, count, sums):
+        e, y = _part(hidden, start, count), _part(labels, start, count)
+
+        def classes(first, width, block):
+            z = _logits(problem, e, *_strip(problem, head, bias, first, width))
+            return block.combine(LogitSums.of(z, y, first))
+
+        block = _loop(problem.v, tile.v, classes, LogitSums.empty(count))
+        return jax.tree.map(lambda whole, part: _put(whole, start, part), sums, block)
+
+    sums = _loop(problem.n, tile.n, tokens, LogitSums.empty(problem.n))
+    return sums.finish(problem, labels)
+
+
+def _backward(
+    problem: Problem,
+    tile: Tile,
+    wanted: Wanted,
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Int[Array, " N"],
+    bias: Float[Array, " V"] | None,
+    lse: Float[Array, " N"],
+    g: Float[Array, " N"],
+) -> tuple[Array | None, Array | None, None, Array | None]:
+    """The gradients of Σ_n g_n·L_n in hidden, head, (labels,) and bias.
+
+    With u the logits before the cap and slope = dz/du:
+        du = g·((1 + 2λ·lse)·p − (1−β)·onehot(y) − β/V)·slope
+        dE = scale·du·C,  dC = scale·duᵀ·E,  db = Σ_n du
+    Without a cap the smoothing part of du is the same in every column, so it is left out of the
+    tiles and of their rounding, and comes in as vectors: −(β/V)·g_n·Σ_v C_v in dE,
+    −(β/V)·Σ_n g_n·E_n in dC, −(β/V)·Σ_n g_n in db.
+    """
+    vd = problem.head_layout
+    g = jnp.where(labels >= 0, g, 0.0 * g)
+    # A token without a say may hold NaN in its hidden row and its lse, and 0 · NaN is not 0.
+    active = g != 0.0
+    hidden = jnp.where(active[:, None], hidden, jnp.zeros_like(hidden))
+    lse = jnp.where(active, lse, jnp.inf)
+    softmax = jnp.where(active, g * formula.softmax_weight(problem, lse), 0.0)
+    target = (1.0 - problem.label_smoothing) * g
+    smoothing = (problem.label_smoothing / problem.v) * g
+    vectors = problem.label_smoothing > 0.0 and problem.softcap is None
+    smoothed_hidden = jnp.einsum("n,nd->d", smoothing, hidden.astype(jnp.float32))
+
+    def classes(first, width, carry):
+        d_hidden, head_sum, d_head, d_bias = carry
+        c, b = _strip(problem, head, bias, first, width)
+
+        def tokens(start, count, carry):
+            d_hidden, d_strip, d_bias_strip = carry
+            e, y, p_weight, y_weight, smooth, e_lse = (
+                _part(x, start, count) for x in (hidden, labels, softmax, target, smoothing, lse)
+            )
+            z = _logits(problem, e, c, b)
+            du = p_weight[:, None] * jnp.exp(z - e_lse[:, None])
+            at_target = (y - first)[:, None] == jnp.arange(width, dtype=jnp.int32)[None, :]
+            du = du - jnp.where(at_target, y_weight[:, None], 0.0)
+            if problem.softcap is not None:
+                du = (du - smooth[:, None]) * formula.softcap_slope(problem, z)
+            if wanted.hidden:
+                part = _product(problem, f"nv,{vd}->nd", du, c)
+                d_hidden = _put(d_hidden, start, _part(d_hidden, start, count) + part)
+            if wanted.head:
+                d_strip += _product(problem, f"nv,nd->{vd}", du, e)
+            if wanted.bias:
+                d_bias_strip += jnp.sum(du, axis=0)
+            return d_hidden, d_strip, d_bias_strip
+
+        zeros = jnp.zeros_like(c, jnp.float32), jnp.zeros(width, jnp.float32)
+        d_hidden, d_strip, d_bias_strip = _loop(problem.n, tile.n, tokens, (d_hidden, *zeros))
+        if vectors:
+            head_sum += jnp.einsum(f"{vd}->d", c.astype(jnp.float32))
+            d_strip -= jnp.expand_dims(smoothed_hidden, vd.index("v"))
+            d_bias_strip -= jnp.sum(smoothing)
+        if wanted.head:
+            d_head = _put(d_head, first, problem.logit_scale * d_strip, vd.index("v"))
+        if wanted.bias:
+            d_bias = _put(d_bias, first, d_bias_strip)
+        return d_hidden, head_sum, d_head, d_bias
+
+    carry = (
+        jnp.zeros((problem.n, problem.d), jnp.float32) if wanted.hidden else None,
+        jnp.zeros(problem.d, jnp.float32),
+        jnp.zeros_like(head) if wanted.head else None,
+        jnp.zeros_like(bias) if bias is not None and wanted.bias else None,
+    )
+    d_hidden, head_sum, d_head, d_bias = _loop(problem.v, tile.v, classes, carry)
+    if d_hidden is not None:
+        if vectors:
+            d_hidden -= smoothing[:, None] * head_sum[None, :]
+        d_hidden = (problem.logit_scale * d_hidden).astype(hidden.dtype)
+    return d_hidden, d_head, None, d_bias
+
+
+def _logits(
+    problem: Problem, e: Float[Array, "n D"], c: Array, b: Float[Array, " w"] | None
+) -> Float[Array, "n w"]:
+    product = _product(problem, f"nd,{problem.head_layout}->nv", e, c)
+    return formula.logits(problem, product, b)
+
+
+def _product(problem: Problem, subscripts: str, a: Array, b: Array) -> Array:
+    """A matmul summed in float32, of operands in the dtype that loses nothing of the inputs.
+
+    Two bfloat16 inputs are multiplied as they are, and dz, rounded to bfloat16, with them. Two
+    float16 inputs likewise, but float16 has too little range for dz. The rest is float32.
+    """
+    dtypes = {problem.hidden_dtype, problem.head_dtype}
+    native = dtypes == {np.dtype(jnp.bfloat16)} or (
+        dtypes == {np.dtype(np.float16)} and a.dtype == b.dtype
+    )
+    dtype = problem.head_dtype if native else np.dtype(np.float32)
+    # Without a word from the user JAX multiplies float32 on a GPU with 10 bits of mantissa.
+    chosen = jax.config.jax_default_matmul_precision
+    precision = lax.Precision.HIGHEST if chosen is None and dtype == np.float32 else None
+    return jnp.einsum(
+        subscripts,
+        a.astype(dtype),
+        b.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _loop(size: int, step: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """carry = body(start, count, carry) over [0, size) in steps, the last one as short as it is."""
+    whole, rest = divmod(size, step) if size else (0, 0)
+    if whole == 1:
+        carry = body(0, step, carry)
+    elif whole:
+        carry = lax.fori_loop(
+            0, whole, lambda i, carry: body(jnp.int32(i * step), step, carry), carry
+        )
+    return body(whole * step, rest, carry) if rest else carry
+
+
+def _strip(
+    problem: Problem, head: Array, bias: Array | None, first: Any, width: int
+) -> tuple[Array, Array | None]:
+    """The classes [first, first + width) of the head and of the bias."""
+    axis = problem.head_layout.index("v")
+    return _part(head, first, width, axis), None if bias is None else _part(bias, first, width)
+
+
+def _part(x: Array, start: Any, count: int, axis: int = 0) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, count, axis)
+
+
+def _put(x: Array, start: Any, part: Array, axis: int = 0) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
