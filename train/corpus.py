@@ -90,7 +90,9 @@ def _documented_items() -> list[dict[str, str]]:
     script = Path(__file__).with_name("docstrings.py")
     # Alone with the standard library (-I -S): no environment, site or user packages change a word.
     command = [sys.executable, "-I", "-S", "-W", "ignore", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
     return json.loads(result.stdout)

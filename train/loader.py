@@ -75,12 +75,12 @@ class Data:
 
 def build(
     *,
-    data: Sequence[str | Path] = (),
-    held_out: float = 0.1,
-    max_length: int = 512,
+    data: Sequence[str | Path],
+    held_out: float,
+    max_length: int,
     batch_size: int,
-    vocab_size: int = 8192,
-    seed: int = 0,
+    vocab_size: int,
+    seed: int,
     cache_dir: Path | None = None,
 ) -> Data:
     """Reads or makes the records, divides them, trains the tokenizer, packs, and makes questions.
@@ -178,7 +178,7 @@ class PackedLoader:
         indices = epochs.batch(batch_size, drop_remainder=True)
         # The rows are in memory: threads that read ahead would only add to what can go wrong.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        self._iterator = iter(indices.map(rows.__getitem__).to_iter_dataset(options))
+        self._iterator = iter(indices.map(lambda i: rows[i]).to_iter_dataset(options))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
