@@ -1,0 +1,172 @@
+"""The loop that every kernel here is: tiles of A·B on Hopper's tensor cores, fed by one producer.
+
+A CTA has three warpgroups. The producer streams operand tiles from global to shared memory with
+TMA through a ring of `steps` stages; two consumers multiply them with wgmma, each on its own half of
+the output tile, and run the epilogue. The ring never drains between output tiles: while a consumer
+is in its epilogue the producer already fills stages for the next tile and the other consumer may
+still be multiplying, which is what hides the epilogue's exponentials behind the matmul.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+CONSUMERS = 2
+
+
+def i32(value) -> Any:
+    return jnp.asarray(value, jnp.int32)
+
+
+def smem_tile(shape: tuple[int, ...], dtype, steps: int | None = None):
+    """A shared-memory tile in the swizzled layout that TMA writes and wgmma reads."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
+    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM((*(() if steps is None else (steps,)), *shape), dtype, transforms=transforms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What one kernel streams and multiplies.
+
+    `tile` is whatever `tiles` passes on: scalars that say which output tile is meant.
+    """
+
+    steps: int
+    """Stages of the ring."""
+    a: tuple[int, int]
+    """Shape of an A stage."""
+    b: tuple[int, int]
+    """Shape of a B stage."""
+    accumulator: tuple[int, int]
+    """Each consumer's part of the output tile, float32 in registers."""
+    length: Callable[[Any], Any]
+    """tile → number of ring steps (the inner dimension in stages)."""
+    copy: Callable[[Any, Any, Any, Any, Any], None]
+    """(tile, step, a_stage, b_stage, barrier): issue the two copies, each arriving on the barrier."""
+    operands: Callable[[Any, Any, Any], tuple[Any, Any]]
+    """(a_stage, b_stage, consumer) → the references that this consumer multiplies."""
+
+
+def run(
+    stream: Stream,
+    dtype,
+    *,
+    tiles: Callable[[Callable[[Any, Any], Any], Any], Any],
+    consume: Callable[[Callable[..., Any], Any], None],
+    scratch: dict[str, Any] | None = None,
+    cluster: bool = False,
+) -> None:
+    """Runs the producer and the consumers of one CTA.
+
+    `tiles(visit, carry)` walks this CTA's output tiles in order: carry = visit(tile, carry) for
+    each; it must visit the same tiles whoever calls it. `consume(multiply, consumer, **scratch)`
+    is the consumers' walk: it must call `acc, ring = multiply(tile, ring)` for the same tiles in
+    the same order, starting from ring = 0.
+    """
+    barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",)) if cluster else plgpu.Barrier
+    slot = lambda ring: lax.rem(ring, i32(stream.steps))
+
+    @functools.partial(
+        pl.run_scoped,
+        a_smem=smem_tile(stream.a, dtype, stream.steps),
+        b_smem=smem_tile(stream.b, dtype, stream.steps),
+        ready=plgpu.Barrier(num_arrivals=2, num_barriers=stream.steps),
+        consumed=barrier(num_arrivals=CONSUMERS, num_barriers=stream.steps),
+        scratch=scratch or {},
+        collective_axes="wg",
+    )
+    def _(a_smem, b_smem, ready, consumed, scratch):
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == CONSUMERS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def visit(tile, ring):
+                def step(k, ring):
+                    at = slot(ring)
+
+                    @pl.when(ring >= stream.steps)
+                    def _():
+                        plgpu.barrier_wait(consumed.at[at])
+
+                    stream.copy(tile, k, a_smem.at[at], b_smem.at[at], ready.at[at])
+                    return ring + 1
+
+                return lax.fori_loop(0, stream.length(tile), step, ring)
+
+            total = tiles(visit, i32(0))
+
+            # The last stages are released too: no arrival may be left for a CTA that has gone.
+            @pl.loop(jnp.maximum(total - stream.steps, 0), total)
+            def _(ring):
+                plgpu.barrier_wait(consumed.at[slot(ring)])
+
+        @pl.when(wg < CONSUMERS)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+
+            def multiply(tile, ring):
+                length = stream.length(tile)
+
+                def accumulate(acc_ref):
+                    def step(k, ring):
+                        at = slot(ring)
+                        plgpu.barrier_wait(ready.at[at])
+                        plgpu.wgmma(acc_ref, *stream.operands(a_smem.at[at], b_smem.at[at], wg))
+                        # One product stays in flight, so the stage before this one is free.
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(k > 0)
+                        def _():
+                            plgpu.barrier_arrive(consumed.at[slot(ring - 1)])
+
+                        return ring + 1
+
+                    lax.fori_loop(0, length, step, ring)
+                    return acc_ref[...]
+
+                acc = pl.run_scoped(accumulate, plgpu.ACC(stream.accumulator, jnp.float32))
+
+                @pl.when(length > 0)
+                def _():
+                    plgpu.barrier_arrive(consumed.at[slot(ring + length - 1)])
+
+                return acc, ring + length
+
+            consume(multiply, wg, **scratch)
+
+
+def share(count, ctas, cta):
+    """How many of `count` items CTA number `cta` takes when it takes every `ctas`-th."""
+    return lax.div(count - 1 - cta + ctas, ctas)
+
+
+def launch(body, out_type, *, ctas: int, interpret: Any, name: str, cluster: int = 1):
+    """The kernel on a grid of `ctas` CTAs (or clusters): three warpgroups each, named "wg"."""
+    body.__name__ = name
+    options = {} if interpret is None else {"interpret": interpret}
+    if cluster > 1:
+        options |= {"cluster": (cluster,), "cluster_names": ("member",)}
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **options,
+    )

@@ -1,0 +1,324 @@
+"""The forward kernel: one pass over the vocabulary that leaves sums per token and never a logit.
+
+For a block of tokens and a stretch of the vocabulary a CTA keeps, in registers and in units of
+log2 (x = z·log2 e),
+
+    m = max x,  l = Σ 2^(x−m),  s = Σ z,
+
+and, when asked, what the statistics and the backward need (see `Sums`). The stretches are joined
+afterwards by the log-sum-exp rule, which is a few kilobytes of work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from lsce.hopper import marks
+from lsce.hopper.engine import COLUMN, ROW, Stream, i32, launch, run, share
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+# A maximum below every logit: finite, so that no ∞ − ∞ appears before the first tile.
+LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+    """Tile sizes of the forward kernel."""
+
+    tile_n: int = 64
+    """Tokens a consumer warpgroup."""
+    tile_v: int = 256
+    """Vocabulary columns a tile."""
+    tile_d: int = 64
+    """Hidden entries a stage."""
+    steps: int = 4
+    """Stages in flight."""
+    cluster: int = 2
+    """CTAs that share the head's tiles by multicast."""
+
+    def __post_init__(self) -> None:
+        if self.tile_n not in (64, 128):
+            raise ValueError(f"{self.tile_n=} must be 64 or 128")
+        if self.tile_v % 128 or not 0 < self.tile_v <= 256:
+            raise ValueError(f"{self.tile_v=} must be 128 or 256")
+        if self.tile_n * self.tile_v > 64 * 256:
+            raise ValueError(f"{self.tile_n=} × {self.tile_v=} does not fit the registers")
+        if self.tile_d not in (32, 64):
+            raise ValueError(f"{self.tile_d=} must be 32 or 64")
+        if self.cluster not in (1, 2):
+            raise ValueError(f"{self.cluster=} must be 1 or 2")
+        if self.shared_memory > 220_000:
+            raise ValueError(f"{self.shared_memory=} bytes exceed an SM's shared memory")
+
+    @property
+    def block(self) -> int:
+        """Tokens a CTA."""
+        return 2 * self.tile_n
+
+    @property
+    def shared_memory(self) -> int:
+        return self.steps * (self.block + self.tile_v) * self.tile_d * 2
+
+
+class Sums(NamedTuple):
+    """Per-token results of the pass over the vocabulary, natural logarithms, float32 [N]."""
+
+    lse: Float[Array, " N"]
+    mean_logit: Float[Array, " N"]
+    top: Float[Array, " N"] | None
+    """max z (with statistics)."""
+    prediction: Int[Array, " N"] | None
+    """argmax z (with statistics)."""
+    entropy: Float[Array, " N"] | None
+    sum_p_squared: Float[Array, " N"] | None
+    kept: Float[Array, " N"] | None
+    """Mass of the elements above the filter (with marks)."""
+    mean_square_logit: Float[Array, " N"] | None
+    """(1/V) Σ z² (with `squares`)."""
+    marks: Int[Array, "blocks 4 words"] | None
+    """`marks.unpack` says what they mean; one block is `tile_n` tokens."""
+
+
+def splits_for(blocks: Any, units: int, most: int) -> Any:
+    """Into how many stretches to cut the vocabulary so that `units` CTAs (or clusters) stay busy.
+
+    The fewest whose last wave is nearly full; `blocks` may be traced (ignored tokens make fewer).
+    """
+    candidates = jnp.arange(1, most + 1)
+    items = candidates * jnp.maximum(blocks, 1)
+    waves = (items + units - 1) // units
+    cost = waves / candidates * (1.0 + 0.004 * candidates)
+    return candidates[jnp.argmin(cost)].astype(jnp.int32)
+
+
+def forward(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    bias: Float[Array, " V"] | None,
+    threshold: Float[Array, " N"] | None,
+    live: Int[Array, ""],
+    *,
+    tiles: ForwardTiles,
+    scale: float,
+    softcap: float | None,
+    drop: float = 0.0,
+    stats: bool = False,
+    squares: bool = False,
+    limit: Int[Array, ""] | None = None,
+    ctas: int = 132,
+    interpret: Any = None,
+) -> Sums:
+    """Runs the kernel over the first `live` tokens; later rows hold garbage.
+
+    `threshold` (nats) asks for marks: a column is marked where a logit exceeds it, or exceeds the
+    running maximum by more than `drop` (< 0), whichever is higher: neither exceeds lse + drop.
+    Columns from `limit` on do not exist.
+    """
+    n, d = hidden.shape
+    v = head.shape[0]
+    unit = tiles.block * tiles.cluster
+    units = max(ctas // tiles.cluster, 1)
+    blocks = pl.cdiv(n, unit)
+    v_tiles = pl.cdiv(v, tiles.tile_v)
+    most = min(units, v_tiles)
+    # Enough slots for any number of live blocks: splits_for never passes two waves of small work.
+    slots = max(blocks, 4 * units)
+    live_blocks = (live + unit - 1) // unit
+    splits = jnp.minimum(
+        splits_for(live_blocks, units, most), jnp.maximum(slots // jnp.maximum(live_blocks, 1), 1)
+    )
+    marking = threshold is not None
+    names = ["m", "l", "s"]
+    names += ["best", "w", "q"] if stats else []
+    names += ["kept"] if marking else []
+    names += ["squares"] if squares else []
+    k_iters = pl.cdiv(d, tiles.tile_d)
+
+    def body(e_gmem, c_gmem, bias_gmem, thr_gmem, plan_gmem, *outputs):
+        partial = dict(zip(names, outputs, strict=False))
+        marks_gmem = outputs[-1] if marking else None
+        cta, num = lax.axis_index("cta"), lax.axis_size("cta")
+        member = lax.axis_index("member") if tiles.cluster > 1 else i32(0)
+        live_blocks, splits = plan_gmem[0], plan_gmem[1]
+
+        def items(visit, carry):
+            def item(i, carry):
+                at = cta + i * num
+                split = lax.div(at, live_blocks)
+                first = lax.div(split * v_tiles, splits)
+                last = lax.div((split + 1) * v_tiles, splits)
+                row0 = (lax.rem(at, live_blocks) * tiles.cluster + member) * tiles.block
+                return visit((at, row0, first, last), carry)
+
+            return lax.fori_loop(0, share(live_blocks * splits, num, cta), item, carry)
+
+        def every_tile(visit, carry):
+            def of_item(item, carry):
+                _, row0, first, last = item
+                return lax.fori_loop(first, last, lambda vt, c: visit((row0, vt), c), carry)
+
+            return items(of_item, carry)
+
+        def copy(tile, k, a_stage, b_stage, barrier):
+            row0, vt = tile
+            ks = pl.ds(k * tiles.tile_d, tiles.tile_d)
+            plgpu.copy_gmem_to_smem(e_gmem.at[pl.ds(row0, tiles.block), ks], a_stage, barrier)
+            plgpu.copy_gmem_to_smem(
+                c_gmem.at[pl.ds(vt * tiles.tile_v, tiles.tile_v), ks],
+                b_stage,
+                barrier,
+                collective_axes="member" if tiles.cluster > 1 else None,
+            )
+
+        stream = Stream(
+            steps=tiles.steps,
+            a=(tiles.block, tiles.tile_d),
+            b=(tiles.tile_v, tiles.tile_d),
+            accumulator=(tiles.tile_n, tiles.tile_v),
+            length=lambda _: i32(k_iters),
+            copy=copy,
+            operands=lambda a, b, wg: (
+                a.at[pl.ds(wg * tiles.tile_n, tiles.tile_n)],
+                b.transpose((1, 0)),
+            ),
+        )
+
+        def consume(multiply, wg):
+            fill = lambda x, dtype=jnp.float32: plgpu.layout_cast(
+                jnp.full((tiles.tile_n,), x, dtype), ROW
+            )
+
+            def of_item(item, ring):
+                slot, row0, first, last = item
+                row0 = row0 + wg * tiles.tile_n
+                thr = None
+                if marking:
+                    thr_ref = thr_gmem.at[pl.ds(row0, tiles.tile_n)]
+                    thr = plgpu.load(thr_ref, layout=ROW, optimized=False) * LOG2E
+
+                def of_tile(vt, carry):
+                    ring, old = carry
+                    acc, ring = multiply((row0, vt), ring)
+                    return ring, update(acc, vt, row0, thr, old)
+
+                start = dict.fromkeys(names)
+                for name in names:
+                    start[name] = fill(LOWEST if name == "m" else 0.0)
+                if stats:
+                    start["best"] = fill(0, jnp.int32)
+                ring, sums = lax.fori_loop(first, last, of_tile, (ring, start))
+                rows = pl.ds(member * tiles.block + wg * tiles.tile_n, tiles.tile_n)
+                for name in names:
+                    partial[name][slot, rows] = sums[name]
+                return ring
+
+            def update(acc, vt, row0, thr, old):
+                wide = lambda row: lax.broadcast_in_dim(row, acc.shape, [0])
+                col0 = vt * tiles.tile_v
+                column = functools.partial(
+                    plgpu.broadcasted_iota, jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
+                )
+                z = acc * scale if scale != 1.0 else acc
+                if bias is not None:
+                    part = bias_gmem.at[pl.ds(col0, tiles.tile_v)]
+                    part = plgpu.load(part, layout=COLUMN, optimized=False)
+                    z = z + lax.broadcast_in_dim(part, acc.shape, [1])
+                if softcap is not None:
+                    z = softcap * capped(z, softcap)
+                x = z * LOG2E
+                if limit is not None or v % tiles.tile_v:
+                    inside = column() < (v if limit is None else plan_gmem[2]) - col0
+                    x = jnp.where(inside, x, LOWEST)
+                    z = jnp.where(inside, z, 0.0)
+                new = {}
+                top = x.max(axis=1)
+                new["m"] = jnp.maximum(old["m"], top)
+                shrink = jnp.exp2(old["m"] - new["m"])
+                offset = x - wide(new["m"])
+                p = jnp.exp2(offset)
+                new["l"] = old["l"] * shrink + p.sum(axis=1)
+                new["s"] = old["s"] + z.sum(axis=1)
+                if squares:
+                    new["squares"] = old["squares"] + (z * z).sum(axis=1)
+                if stats:
+                    at = jnp.where(x == wide(top), column(), tiles.tile_v).min(axis=1) + col0
+                    new["best"] = jnp.where(top > old["m"], at, old["best"])
+                    carried = old["w"] + (old["m"] - new["m"]) * old["l"]
+                    new["w"] = carried * shrink + (p * offset).sum(axis=1)
+                    new["q"] = old["q"] * shrink * shrink + (p * p).sum(axis=1)
+                if marking:
+                    bound = jnp.maximum(thr, new["m"] + drop * LOG2E)
+                    above = jnp.where(x > wide(bound), p, 0.0).sum(axis=1)
+                    new["kept"] = old["kept"] * shrink + above
+                    block = lax.div(row0, i32(tiles.tile_n))
+                    marks.store(x, bound, marks_gmem, block, vt, interpret=interpret is not None)
+                return new
+
+            items(of_item, i32(0))
+
+        run(
+            stream, hidden.dtype, tiles=every_tile, consume=consume, cluster=tiles.cluster > 1
+        )
+
+    padded = blocks * unit
+    out_type = [jax.ShapeDtypeStruct((slots, unit), jnp.int32 if x == "best" else jnp.float32) for x in names]
+    if marking:
+        words = v_tiles * marks.words(tiles.tile_v)
+        out_type.append(jax.ShapeDtypeStruct((padded // tiles.tile_n, 4, words), jnp.int32))
+    bias_in = jnp.zeros((8,), jnp.float32)
+    if bias is not None:
+        bias_in = jnp.pad(bias.astype(jnp.float32), (0, v_tiles * tiles.tile_v - v))
+    thr_in = jnp.zeros((8,), jnp.float32)
+    if marking:
+        # An infinite threshold keeps rows without a loss from marking anything.
+        thr_in = jnp.pad(threshold, (0, padded - n), constant_values=jnp.inf)
+    outputs = launch(
+        body, out_type, ctas=units, cluster=tiles.cluster, interpret=interpret, name="lsce_forward"
+    )(hidden, head, bias_in, thr_in, jnp.stack([live_blocks.astype(jnp.int32), splits, i32(v if limit is None else limit)]))
+
+    # Row r of block b was cut into `splits` stretches, kept in slots b, b + live_blocks, ….
+    row = jnp.arange(n)
+    stretch = jnp.arange(min(most, slots))[:, None]
+    slot = jnp.where(stretch < splits, stretch * live_blocks + row // unit, 0)
+    part = {name: x[slot, row % unit] for name, x in zip(names, outputs, strict=False)}
+    valid = stretch < splits
+    m = jnp.where(valid, part["m"], LOWEST)
+    top = m.max(0)
+    share_of = jnp.where(valid, jnp.exp2(m - top), 0.0)
+    total = lambda name: jnp.where(valid, part[name], 0.0)
+    l = (total("l") * share_of).sum(0)
+    result = dict.fromkeys(Sums._fields)
+    result["lse"] = (top + jnp.log2(l)) * LN2
+    result["mean_logit"] = total("s").sum(0) / v
+    if stats:
+        result["top"] = top * LN2
+        result["prediction"] = jnp.take_along_axis(part["best"], jnp.argmax(m, 0)[None], 0)[0]
+        w = (share_of * (total("w") + (m - top) * total("l"))).sum(0) / l
+        result["entropy"] = jnp.log(l) - w * LN2
+        result["sum_p_squared"] = (total("q") * share_of**2).sum(0) / l**2
+    if marking:
+        result["kept"] = (total("kept") * share_of).sum(0) / l
+        result["marks"] = outputs[-1]
+    if squares:
+        result["mean_square_logit"] = total("squares").sum(0) / v
+    return Sums(**result)
+
+
+def capped(z, softcap: float):
+    """tanh(z / softcap) from one exponential and one reciprocal square root.
+
+    The hardware's own tanh is good to 2^-11 only; this form is exact to a few float32 roundings.
+    """
+    root = lax.rsqrt(jnp.exp2(z * (2.0 * LOG2E / softcap)) + 1.0)
+    return 1.0 - 2.0 * root * root

@@ -1,0 +1,107 @@
+"""One bit a vocabulary column: can any token of a block give it a probability above the filter?
+
+A warpgroup holds a tile of logits [tile_n, tile_v] in the WGMMA layout: a thread owns, of every 8
+columns j, the two at 8j + 2q + c (q = lane mod 4, c = 0, 1) and, of every 16 rows of its warp, the
+rows lane // 4 and lane // 4 + 8. It can therefore pack 16 j's into one 32-bit word without talking
+to anybody; three shuffles join the eight lanes that own the same columns, and each of the four
+warps writes its own words, so that no two warps ever meet: no shared memory, no atomics, no race.
+
+Words of one tile: [4 warps, tile_v / 128, 4 (q)], bit 2 (j mod 16) + c.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref, scf, vector
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxtyping import Array, Bool, Int
+
+
+BIT = (np.arange(16)[:, None, None] * 2 + np.arange(2)).astype(np.uint32)
+"""The bit of [16 (j), 1 (q), 2 (c)] in its word."""
+
+
+def words(tile_v: int) -> int:
+    """32-bit words that one warp writes for a tile."""
+    return tile_v // 32
+
+
+def store(x, thr, marks_gmem, block, tile, *, interpret: bool) -> None:
+    """Marks the columns of `x` [tile_n, tile_v] in which some row exceeds `thr` [tile_n].
+
+    Writes marks_gmem[block, warp, tile · tile_v/32 : …] for the four warps.
+    """
+    tile_n, tile_v = x.shape
+    if interpret:
+        hit = (x > thr[:, None]).reshape(tile_n // 64, 4, 16, tile_v // 128, 16, 4, 2)
+        hit = jnp.any(hit, axis=(0, 2))  # [4 warps, tile_v/128, 16 j, 4 q, 2 c]
+        j, c = (jax.lax.broadcasted_iota(jnp.uint32, (16, 1, 2), axis) for axis in (0, 2))
+        value = jnp.where(hit, np.uint32(1) << (2 * j + c), np.uint32(0)).sum((2, 4), dtype=jnp.uint32)
+        value = jax.lax.bitcast_convert_type(value, jnp.int32).reshape(4, words(tile_v))
+        marks_gmem[block, :, pl.ds(tile * words(tile_v), words(tile_v))] = value
+        return
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            plgpu.Layout.WGMMA.reduce(1),
+            plgpu.RefType(),
+            plgpu.Layout.WG_SPLAT,
+            plgpu.Layout.WG_SPLAT,
+        )
+    )
+    def device_store(_, x, thr, marks, block, tile):
+        i32 = ir.IntegerType.get_signless(32)
+        const = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value))
+        at = lambda reg, i: vector.extract(
+            reg, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
+        )
+        repeats = tile_n // 64
+        row_thr = {
+            (i, h): at(thr.registers[i, 0, h, 0, 0], 0) for i in range(repeats) for h in range(2)
+        }
+        lane = arith.andi(mgpu_utils.thread_idx(), const(31))
+        warp = arith.andi(arith.shrui(mgpu_utils.thread_idx(), const(5)), const(3))
+        packed = []
+        for group in range(tile_v // 128):
+            word = const(0)
+            for j in range(16):
+                for c in range(2):
+                    hit = None
+                    for (i, h), bound in row_thr.items():
+                        value = at(x.registers[i, group * 16 + j, 0, 0, h, 0, 0, 0, 0], c)
+                        above = arith.cmpf(arith.CmpFPredicate.OGT, value, bound)
+                        hit = above if hit is None else arith.ori(hit, above)
+                    # Signed: bit 31 is the sign bit of an MLIR i32 constant.
+                    bit = 1 << (2 * j + c)
+                    bit = bit - (1 << 32) if bit >= 1 << 31 else bit
+                    word = arith.ori(word, arith.select(hit, const(bit), const(0)))
+            for distance in (4, 8, 16):
+                word = arith.ori(word, mgpu_utils.shfl_bfly(word, distance))
+            packed.append(word)
+        index = ir.IndexType.get()
+        as_index = lambda value: arith.index_cast(index, value)
+        block, tile = block.registers.item(), tile.registers.item()
+        first = arith.addi(arith.muli(tile, const(words(tile_v))), lane)
+        writes = arith.cmpi(arith.CmpIPredicate.ult, lane, const(4))
+        with ir.InsertionPoint(scf.IfOp(writes).then_block):
+            for group, word in enumerate(packed):
+                column = arith.addi(first, const(4 * group))
+                memref.store(word, marks, [as_index(block), as_index(warp), as_index(column)])
+            scf.yield_([])
+
+    device_store(x, thr, marks_gmem, block, tile)
+
+
+def unpack(marks: Int[Array, "blocks 4 words"], v: int) -> Bool[Array, "blocks V"]:
+    """The bits as one boolean a block and column, the four warps joined."""
+    blocks, _, total = marks.shape
+    joined = jax.lax.bitcast_convert_type(marks, jnp.uint32)
+    joined = (joined[:, 0] | joined[:, 1]) | (joined[:, 2] | joined[:, 3])
+    joined = joined.reshape(blocks, total // 4, 1, 4, 1)  # group, j, q, c
+    return ((joined >> BIT) & np.uint32(1) != 0).reshape(blocks, total * 32)[:, :v]
