@@ -1,0 +1,306 @@
+"""`python -m train.sweep`: a run for every combination of the flags' values, then a comparison.
+
+Each run is a `python -m train` of its own, in a folder named after what is varied. A crash costs
+that run only; the same command again skips the runs that are done and resumes those that are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from train import comparison, run_folder
+from train.config import TrainConfig, flag
+
+SWEEP = "sweep.json"
+PICTURE = "sweep.png"
+
+NO_MATTER = {"out", "resume", "overwrite", "eval_every", "checkpoint_every", "keep", "log_every"}
+"""Fields that leave the weights at the end of a run as they are."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(TrainConfig):
+    """Train once for every combination of the given values, and compare accuracy and calibration.
+
+    Any flag takes several values: --label-smoothing 0 0.1 --learning-rate 1e-3 3e-3 makes four
+    runs. Only the files of --data go together to every run; --remat takes true and false.
+
+    Each run has its folder in --out, next to the comparison: sweep.json and sweep.png. The same
+    command again skips finished runs and goes on with unfinished ones.
+    """
+
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="FOLDER",
+            help="The sweep's folder.",
+            help_behavior_hint="(default: runs/sweep)",
+        ),
+    ] = Path("runs/sweep")
+    resume: Annotated[bool, tyro.conf.Suppress] = False
+    overwrite: Annotated[bool, tyro.conf.Suppress] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of the grid."""
+
+    settings: dict[str, Any]
+    """What this run has for each field that the sweep varies."""
+    config: SweepConfig
+    """`out` is the run's own folder."""
+    arguments: tuple[str, ...]
+    """The flags that make `python -m train` this run, --out and --resume apart."""
+
+    @property
+    def name(self) -> str:
+        """`label_smoothing=0.1,learning_rate=0.003`."""
+        return run_name(self.settings)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out or "")
+
+    @property
+    def evaluation(self) -> Path:
+        """The file that the run writes last."""
+        from train.report import EVALUATION  # loads jax, which --help need not wait for
+
+        return self.folder / EVALUATION
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the grid; returns 0, 1 if a run failed, 2 for a user's mistake, 128 + n for signal n."""
+    try:
+        jobs = grid(sys.argv[1:] if arguments is None else arguments)
+        for job in jobs:
+            check_folder(job)
+    except ValueError as error:
+        print(f"python -m train.sweep: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    failed: dict[str, str] = {}
+    for number, job in enumerate(jobs, start=1):
+        done = job.evaluation.is_file()
+        console.rule(f"{number}/{len(jobs)}  {job.name}" + ("  (already done)" if done else ""))
+        if not done:
+            status, signum = run(job)
+            if signum:
+                print(f"{signal.Signals(signum).name}: the same command goes on", file=sys.stderr)
+                return 128 + signum
+            if status:
+                failed[job.name] = f"exit status {status}"
+        save(jobs, failed)
+    results = load(jobs)
+    if results:
+        comparison.print_table(results, console)
+        console.print(f"comparison: {jobs[0].folder.parent / PICTURE}", highlight=False)
+    for name, reason in failed.items():
+        print(f"python -m train.sweep: {name} failed ({reason})", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def grid(arguments: Sequence[str]) -> list[Job]:
+    """The runs that a command line asks for, every one of them checked.
+
+    Raises:
+      ValueError: in one line, for wrong flags, no field with several values, or twin runs.
+      SystemExit: after printing help.
+    """
+    if {"-h", "--help"} & set(arguments):
+        read(["--help"])
+    choices = alternatives(arguments)
+    varied = [field for field, options in choices.items() if len(options) > 1]
+    if not varied:
+        raise ValueError(
+            "nothing to compare: give a flag several values, as in --label-smoothing 0 0.1"
+        )
+    jobs: dict[str, Job] = {}
+    for combination in itertools.product(*choices.values()):
+        flags = dict(zip(choices, combination, strict=True))
+        config = read([part for option in flags.values() for part in option])
+        settings = {field: getattr(config, field) for field in varied}
+        name = run_name(settings)
+        if name in jobs:
+            raise ValueError(f"the same run is asked for twice: {name}")
+        flags.pop("out", None)
+        jobs[name] = Job(
+            settings,
+            dataclasses.replace(config, out=Path(config.out or "") / name),
+            tuple(part for option in flags.values() for part in option),
+        )
+    return list(jobs.values())
+
+
+def run_name(settings: dict[str, Any]) -> str:
+    pairs = (f"{field}={comparison.text(value)}" for field, value in settings.items())
+    return ",".join(pairs).replace(os.sep, "_")
+
+
+def alternatives(arguments: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
+    """For each field given, the flags that it may be set by: one for each of its values.
+
+    >>> alternatives(["--label-smoothing", "0", "0.1", "--steps", "20"])
+    {'label_smoothing': [('--label-smoothing', '0'), ('--label-smoothing', '0.1')],
+     'steps': [('--steps', '20')]}
+    """
+    fields = {
+        flag(field.name): field
+        for field in dataclasses.fields(SweepConfig)
+        if field.name not in ("resume", "overwrite")
+    }
+    values: dict[str, list[str]] = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            name = name.replace("_", "-")
+            if name in ("--resume", "--overwrite"):
+                raise ValueError(f"{name} is for single runs: a sweep always resumes, see --help")
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                hint = f": did you mean {near[0]}?" if near else ", see --help"
+                raise ValueError(f"there is no flag {name}{hint}")
+            if name in values:
+                raise ValueError(f"{name} is given twice: put its values behind one {name}")
+            values[name] = [value] if equals else []
+        elif values:
+            values[next(reversed(values))].append(argument)
+        else:
+            raise ValueError(f"{argument!r} stands behind no flag, see --help")
+
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for name, given in values.items():
+        field = fields[name]
+        if isinstance(field.default, bool):
+            found[field.name] = [switch(name, value) for value in given or ["true"]]
+        elif isinstance(field.default, tuple):
+            found[field.name] = [(name, *given)]
+        elif given:
+            found[field.name] = [(name, value) for value in given]
+        else:
+            raise ValueError(f"{name} needs a value, or several")
+    if len(found.get("out", [])) > 1:
+        raise ValueError("--out takes one folder, in which each run has its own")
+    return found
+
+
+def switch(name: str, value: str) -> tuple[str, ...]:
+    """A flag without a value, there or not."""
+    if value.lower() not in ("true", "false"):
+        raise ValueError(f"{name} takes true and false, not {value!r}")
+    return (name,) if value.lower() == "true" else ()
+
+
+def read(arguments: Sequence[str]) -> SweepConfig:
+    """The configuration of one run; a mistake is a ValueError of one line, not tyro's box."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                SweepConfig,
+                prog="python -m train.sweep",
+                args=arguments,
+                default=SweepConfig(),
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    lines = [line.strip(" │") for line in said.getvalue().splitlines()[1:]]
+    message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
+    raise ValueError(message.removeprefix(f"Error parsing {SweepConfig.__name__}: "))
+
+
+def check_folder(job: Job) -> None:
+    """Raises ValueError if another sweep left a run of the same name with other settings."""
+    if not (job.folder / run_folder.RUN_FILE).is_file():
+        return
+    saved = run_folder.load(job.folder)
+    for name, before in vars(saved).items():
+        now = getattr(job.config, name)
+        if name == "data":
+            before, now = ([str(file.absolute()) for file in files] for files in (before, now))
+        if name not in NO_MATTER and before != now:
+            raise ValueError(
+                f"{job.folder} holds a run with {flag(name)} {before}, not {now}:"
+                " name another --out for this sweep"
+            )
+
+
+def run(job: Job) -> tuple[int, int | None]:
+    """Runs `python -m train` to its end.
+
+    Returns its exit status, and the signal that asked this process to stop meanwhile. The signal is
+    passed on once, so that the run can save its state: hence a process group of its own, which
+    Ctrl-C at the terminal does not reach.
+    """
+    command = [sys.executable, "-m", "train", *job.arguments, "--out", str(job.folder)]
+    if (job.folder / run_folder.RUN_FILE).is_file():
+        command.append("--resume")
+    stopped_by: int | None = None
+
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
+        nonlocal stopped_by
+        stopped_by = signum
+        child.send_signal(signum)
+
+    with subprocess.Popen(command, process_group=0) as child:
+        before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            status = child.wait()
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+    return status, stopped_by
+
+
+def load(jobs: Sequence[Job]) -> list[comparison.Result]:
+    """The results of the finished runs."""
+    return [
+        comparison.Result(job.name, job.settings, json.loads(job.evaluation.read_text("utf-8")))
+        for job in jobs
+        if job.evaluation.is_file()
+    ]
+
+
+def save(jobs: Sequence[Job], failed: dict[str, str]) -> None:
+    """Writes the comparison of the runs so far: sweep.json, and sweep.png if any is finished."""
+    out = jobs[0].folder.parent
+    out.mkdir(parents=True, exist_ok=True)
+    results = load(jobs)
+    by_name = {result.name: result.evaluation for result in results}
+    runs = [
+        {
+            "name": job.name,
+            "settings": job.settings,
+            "status": "done" if job.name in by_name else "failed" if job.name in failed else "due",
+            "tokens": by_name.get(job.name, {}).get("tokens"),
+            "choices": by_name.get(job.name, {}).get("choices"),
+        }
+        for job in jobs
+    ]
+    whole = out / f"{SWEEP}.tmp"
+    whole.write_text(json.dumps({"format": 1, "runs": runs}, indent=2) + "\n", "utf-8")
+    os.replace(whole, out / SWEEP)
+    if results:
+        comparison.save(results, out / PICTURE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
