@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -33,12 +34,13 @@ def bootstrap_interval(
     level: float = 0.95,
     method: Literal["percentile", "basic"] = "percentile",
 ) -> Interval:
-    """The bootstrap interval of `metric(*arrays)`, from resampling the leading axis with replacement.
+    """The bootstrap interval of `metric(*arrays)`, from resampling the leading axis.
 
-    With q the quantiles of the metric over the resamples and α = 1 − level, "percentile" gives
-    [q(α/2), q(1 − α/2)], and "basic" [2m − q(1 − α/2), 2m − q(α/2)] around the metric m of the data.
-    A calibration error grows when data are resampled, because chance gaps in its bins grow: the
-    percentile interval then lies too high and may miss m altogether; "basic" takes the shift back.
+    Each resample draws N of the N samples with replacement. With q the quantiles of the metric over
+    the resamples, m its value on the data and α = 1 − level, "percentile" gives
+    [q(α/2), q(1 − α/2)] and "basic" gives [2m − q(1 − α/2), 2m − q(α/2)]. A calibration error grows
+    when data are resampled, because the chance gaps in its bins do: the percentile interval then
+    lies too high and may miss m altogether, and "basic" takes the shift back.
 
     Args:
       metric: any jit-able function of the arrays to a scalar; other options go in with
@@ -62,7 +64,7 @@ def bootstrap_interval(
     tail = (1 - validate.unit_interval("level", level, open_ends=True)) / 2
     if method not in ("percentile", "basic"):
         raise ValueError(f'method must be "percentile" or "basic", got {method!r}')
-    data = tuple(jnp.asarray(x) for x in arrays)
+    data = tuple(validate.to_array(x) for x in arrays)
     lengths = [x.shape[:1] for x in data]
     if not data or lengths != lengths[:1] * len(data) or lengths[0] in ((), (0,)):
         raise ValueError(
@@ -87,5 +89,7 @@ def _resample(metric, arrays, key, samples: int) -> Float[Array, " samples"]:
         index = jax.random.randint(key, (n,), 0, n)
         return metric(*(x[index] for x in arrays))
 
-    batch = max(1, min(samples, VALUES_AT_ONCE // n))
-    return jax.lax.map(once, jax.random.split(key, samples), batch_size=batch)
+    # Whole batches only: a remainder would be compiled a second time.
+    batches = min(samples, math.ceil(samples * n / VALUES_AT_ONCE))
+    keys = jax.random.split(key, (batches, math.ceil(samples / batches)))
+    return jax.lax.map(jax.vmap(once), keys).ravel()[:samples]

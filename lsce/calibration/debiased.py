@@ -1,15 +1,15 @@
 """The L2 calibration error without the bias that finite bins give it.
 
 Even for a perfectly calibrated model, the accuracy observed in a bin of n_b samples misses the
-confidence by chance, and squaring makes every miss count: the plug-in estimate is too large by about
-ȳ_b(1 − ȳ_b)/n_b a bin. The debiased estimate subtracts what chance is expected to add.
+confidence by chance, and squaring makes every miss count: the plug-in estimate of the squared error
+is too large by about ȳ_b(1 − ȳ_b)/n_b a bin. The debiased one subtracts what chance is expected to
+add.
 """
 
 from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Real
@@ -28,8 +28,8 @@ def debiased_l2(
 ) -> Float[Array, ""]:
     """√ max(0, Σ_b n_b/N · [(conf_b − ȳ_b)² − ȳ_b(1 − ȳ_b)/(n_b − 1)]) over equal-mass bins.
 
-    ȳ_b is the bin's accuracy; a bin of one sample, whose variance nothing tells, contributes 0. With
-    `debias=False`, the plug-in: the same without the subtracted term. Raises what
+    ȳ_b is the bin's accuracy; a bin of one sample, whose variance nothing tells, contributes 0.
+    With `debias=False`, the plug-in: the same without the subtracted term. Raises what
     `validate.samples` says; NaN for invalid values inside `jit`.
 
     Source: Kumar, Liang and Ma, 2019, https://arxiv.org/abs/1909.10155.
@@ -55,8 +55,9 @@ def debiased_l2_interval(
 ) -> Interval:
     """Error bars of the L2 calibration error, by resampling the plug-in.
 
-    Each resample adds chance to the plug-in once more, about as much as the data added to the truth:
-    the interval is the bootstrap's "basic" one, which subtracts it. `estimate` is `debiased_l2`.
+    Each resample adds chance to the plug-in once more, about as much as the data added to the
+    truth: the interval is the bootstrap's "basic" one, which subtracts it, cut at 0. `estimate` is
+    `debiased_l2`.
 
     Source: Kumar, Liang and Ma, 2019, section 5.
     """

@@ -35,8 +35,8 @@ def reliability_diagram(
     A dot stands at a bin's mean confidence and accuracy, with the 95 % Wilson interval of the
     accuracy; on the dashed diagonal the two agree. What is shaded of the bin's bar lies between
     them: the gap that ECE averages, in one colour where the model is over-confident and in another
-    where it is under-confident. Below, each bin's share of the samples, with the overall accuracy and mean
-    confidence marked.
+    where it is under-confident. Below, each bin's share of the samples, with the overall
+    accuracy and mean confidence marked.
 
     Args:
       confidence: probabilities of the predicted classes, in any shape; or a `CalibrationState`,

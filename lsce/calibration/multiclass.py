@@ -11,8 +11,9 @@ Each metric is the mean over the K classes of an ECE in which the confidence is 
 | `thresholded_adaptive_calibration_error` (TACE) | the same, of the probabilities above 0.01 only |
 
 Most probabilities of a large vocabulary are close to 0 and perfectly calibrated there, and so bring
-the mean down as K grows; TACE is there to leave them out. All take probs [N, K] and labels [N], return
-a scalar, raise what `validate.classified` says, and give NaN for invalid values inside `jit`.
+the mean down as K grows; TACE is there to leave them out. All take probs [N, K] and labels [N],
+return a scalar, raise what `validate.classified` says, and give NaN for invalid values inside
+`jit`.
 
 Sources: Nixon et al., 2019, https://arxiv.org/abs/1904.01685; Kumar, Liang and Ma, 2019,
 https://arxiv.org/abs/1909.10155 (classwise).
@@ -44,7 +45,7 @@ def static_calibration_error(
 def classwise_ece(
     probs: Float[ArrayLike, "N K"], labels: Int[ArrayLike, " N"], *, bins: int = 15
 ) -> Float[Array, ""]:
-    """(1/K) Σ_k ECE_k over even bins: SCE with the customary number of bins of the top-label ECE."""
+    """(1/K) Σ_k ECE_k over even bins: SCE with as many bins as the top-label ECE customarily has."""
     return _mean_over_classes(probs, labels, bins, adaptive=False)
 
 

@@ -64,12 +64,12 @@ def _nll(probs, labels):
 
 
 class BrierDecomposition(NamedTuple):
-    """Terms of the Brier score: brier_score = reliability − resolution + uncertainty + within_bins."""
+    """brier_score = reliability − resolution + uncertainty + within_bins."""
 
     reliability: Float[Array, ""]
     """Σ_k Σ_b n_kb/N · (conf_kb − acc_kb)²: the squared calibration error; 0 is best."""
     resolution: Float[Array, ""]
-    """Σ_k Σ_b n_kb/N · (acc_kb − acc_k)²: how far bins differ from the base rate; more is better."""
+    """Σ_k Σ_b n_kb/N · (acc_kb − acc_k)²: how far bins are from the base rate; more is better."""
     uncertainty: Float[Array, ""]
     """Σ_k acc_k · (1 − acc_k): the score of always predicting the base rates; the data's, not the
     model's."""
@@ -84,7 +84,8 @@ def brier_decomposition(
     """Splits `brier_score` into calibration, sharpness and the data's own uncertainty.
 
     Summed over the K events "the label is k", each with B even bins of its probabilities, where
-    conf_kb and acc_kb are the mean probability and the event's frequency in a bin, and acc_k overall.
+    conf_kb and acc_kb are the mean probability and the event's frequency in a bin, acc_k the overall
+    frequency.
     Raises what `validate.classified` says; NaN for invalid values inside `jit`.
 
     Sources: Murphy, 1973; Stephenson, Coelho and Jolliffe, 2008,

@@ -59,6 +59,10 @@ class CalibrationState:
     (confidences are rounded to 2⁻²⁴ first): any split of the samples over batches, devices or
     hosts, in any order, gives the same state to the last bit. Methods return a new state.
 
+    Arrays sharded over a mesh can be passed as they are. Inside `shard_map`, each device makes its
+    own state and `psum` adds them up; to carry one through a `scan` there, tell jax that it differs
+    from device to device: `jax.lax.pcast(CalibrationState.create(), axis_name, to="varying")`.
+
     >>> state = CalibrationState.create(bins=15)
     >>> state = state.update(np.array([0.9, 0.9, 0.6, 0.6]), np.array([1, 1, 1, 0]))
     >>> state.compute().ece
@@ -79,7 +83,7 @@ class CalibrationState:
     @property
     def bins(self) -> int:
         """B."""
-        return self.sums.shape[0]
+        return self.sums.shape[-3]
 
     def update(
         self,
@@ -94,8 +98,8 @@ class CalibrationState:
         sample is counted as invalid, and `compute` gives NaN.
         """
         confidence = validate.real_array("confidence", confidence)
-        correct = jnp.asarray(correct)
-        kept = jnp.ones(confidence.shape, bool) if mask is None else jnp.asarray(mask)
+        correct = validate.to_array(correct)
+        kept = jnp.ones(confidence.shape, bool) if mask is None else validate.to_array(mask)
         validate.same_shape("correct", correct, confidence.shape, "confidence")
         validate.same_shape("mask", kept, confidence.shape, "confidence")
         if kept.dtype != jnp.bool_:
@@ -120,6 +124,7 @@ class CalibrationState:
         return _compute(self)
 
 
+@jax.jit
 def _carried(state: CalibrationState) -> CalibrationState:
     return jax.tree.map(exact.carry, state)
 
@@ -147,10 +152,11 @@ def _compute(state: CalibrationState) -> CalibrationResult:
     accuracy, confidence = _means(overall)
     bin_accuracy, bin_confidence = _means(state.sums)
     gap = jnp.abs(bin_accuracy - bin_confidence)
-    share = exact.as_float(state.sums[:, 0]) / exact.as_float(overall[0])
-    readable = (exact.as_uint32(overall[0]) > 0) & (invalid == 0)
+    count = exact.as_uint32(overall[0])
+    share = exact.as_float(state.sums[:, 0]) / jnp.maximum(exact.as_float(overall[0]), 1)
+    readable = (count > 0) & (invalid == 0)
     return CalibrationResult(
-        count=exact.as_uint32(overall[0]),
+        count=count,
         accuracy=jnp.where(readable, accuracy, jnp.nan),
         confidence=jnp.where(readable, confidence, jnp.nan),
         gap=jnp.where(readable, confidence - accuracy, jnp.nan),

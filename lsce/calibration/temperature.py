@@ -24,14 +24,14 @@ def fit_temperature(
 ) -> Float[Array, ""]:
     """The T that minimises (1/N) Σ_n −log softmax(logits_n / T)[y_n].
 
-    Divide logits by it (`logit_scale=1/T` in `lsce.linear_cross_entropy`): predictions stay the same,
-    T > 1 softens an over-confident model, T < 1 sharpens a shy one. Fit it on other data than it is
-    judged on.
+    Divide logits by it (`logit_scale=1/T` in `lsce.linear_cross_entropy`): predictions stay the
+    same, T > 1 softens an over-confident model, T < 1 sharpens a shy one. Fit it on other data than
+    it is judged on.
 
-    The loss is convex in 1/T, so there is one minimum; it is found by Newton's method on log T inside
-    a bracket. Logits that predict every label right have none (T → 0), nor have logits worse than
-    chance (T → ∞): the result is then 0.001 or 1000, the ends of the range. A logit of −∞ means a
-    class that cannot be; a label there makes the result NaN.
+    The loss is convex in 1/T, so there is one minimum; it is found by Newton's method on log T
+    inside a bracket. Logits that predict every label right have none (T → 0), nor have logits worse
+    than chance (T → ∞): the result is then 0.001 or 1000, the ends of the range. A logit of −∞
+    means a class that cannot be; a label there makes the result NaN.
 
     Raises ValueError for wrong ranks or lengths, no samples, a logit that is NaN or +∞, and a label
     outside [0, K); TypeError for integer logits or labels that are not integers. NaN for invalid

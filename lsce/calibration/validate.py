@@ -8,6 +8,7 @@ never a number that looks fine.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -21,6 +22,15 @@ ROUNDING = 1e-6
 def known(x: ArrayLike) -> bool:
     """Whether the values of `x` can be read here and now."""
     return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def to_array(x: ArrayLike) -> Array:
+    """`x` as a jax array; one sharded over explicit mesh axes is gathered, to be sorted and summed."""
+    array = jnp.asarray(x)
+    sharding = jax.typeof(array).sharding
+    if any(axes is not None for axes in sharding.spec):
+        array = jax.reshard(array, sharding.update(spec=jax.P()))
+    return array
 
 
 def positive_int(name: str, value: int) -> int:
@@ -42,7 +52,7 @@ def unit_interval(name: str, value: float, *, open_ends: bool = False) -> float:
 
 def real_array(name: str, x: ArrayLike) -> Float[Array, "*samples"]:
     """`x` as float32, or as float64 when it is that and jax's x64 mode is on."""
-    array = jnp.asarray(x)
+    array = to_array(x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be a float array, got dtype {array.dtype}")
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
@@ -77,8 +87,8 @@ def samples(
     are all zero; TypeError for integer confidences.
     """
     p = real_array("confidence", confidence)
-    a = jnp.asarray(correct)
-    w = jnp.ones(p.shape, p.dtype) if weights is None else jnp.asarray(weights)
+    a = to_array(correct)
+    w = jnp.ones(p.shape, p.dtype) if weights is None else to_array(weights)
     same_shape("correct", a, p.shape, "confidence")
     same_shape("weights", w, p.shape, "confidence")
     if p.size == 0:
@@ -131,7 +141,7 @@ def classified(probs: ArrayLike, labels: ArrayLike) -> tuple[Float[Array, "N K"]
 
 def label_vector(labels: ArrayLike, scores: Float[Array, "N K"], name: str) -> Int[Array, " N"]:
     """Labels [N] that index the columns of `scores` [N, K], which `name` names in messages."""
-    y = jnp.asarray(labels)
+    y = to_array(labels)
     if scores.ndim != 2 or scores.shape[0] == 0 or scores.shape[1] == 0:
         raise ValueError(f"{name} must have shape [N, K] with N, K ≥ 1, got {scores.shape}")
     if not jnp.issubdtype(y.dtype, jnp.integer):
