@@ -40,7 +40,7 @@ def many_examples(draw):
     starts = [draw(st.integers(0, size)) for size in sizes]
     # The tokens are all different, so that a wrong one cannot pass for a right one.
     tokens = np.split(np.arange(100, 100 + sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
-    return length, [example(list(t), s) for t, s in zip(tokens, starts, strict=True)]
+    return length, [example(t.tolist(), s) for t, s in zip(tokens, starts, strict=True)]
 
 
 def expected_labels(example: Example) -> list[int]:
@@ -94,11 +94,11 @@ def test_several_turns_keep_their_gaps_of_loss():
 
 def test_little_of_many_real_lengths_is_padding():
     random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(4.2, 0.7, 20_000), 8, 512).astype(int)
+    lengths = np.clip(random.lognormal(4.8, 0.7, 20_000), 8, 512).astype(int)
     examples = [example([7] * n, n // 2) for n in lengths.tolist()]
     rows = pack(examples, 512)
     assert np.count_nonzero(rows.tokens == 7) == lengths.sum()
-    assert np.mean(rows.segments == 0) < 0.01
+    assert np.mean(rows.segments == 0) < 0.002
 
 
 def test_nothing_packs_to_no_rows():

@@ -103,13 +103,13 @@ def train_or_load(texts: Sequence[str], cache_dir: Path, vocab_size: int = 8192)
     path = Path(cache_dir) / f"bpe-{key.hexdigest()}.json"
     if path.exists():
         try:
-            return Tokenizer.from_json(path.read_text())
+            return Tokenizer.from_json(path.read_text(encoding="utf-8"))
         except Exception:  # the library raises plain Exception for a damaged file
             path.unlink(missing_ok=True)
     tokenizer = train(texts, vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        file.write(tokenizer.to_json())
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False, suffix=".tmp") as file:
+        file.write(tokenizer.to_json().encode())
     os.replace(file.name, path)
     return tokenizer
 
