@@ -136,9 +136,10 @@ def markdown(measured: Report) -> str:
         f"{first.case}: N, D, V = {first.n:,}, {first.d:,}, {first.v:,}, {first.dtype}, "
         f"{first.inputs} inputs; {first.device}; {', '.join(versions)}; "
         f"commit {first.commit}, {first.time[:10]}.\n"
-        f"Bare product E·Cᵀ: {report.matmul_ms(measured):.4g} ms. Times are medians in ms, the gradient's is "
-        "the difference of the two beside it; memory is what the call needs beyond its arguments, "
-        "the gradients themselves included, in MB of 2²⁰ bytes. Errors are ‖g − exact‖ / ‖exact‖."
+        f"Bare product E·Cᵀ: {report.matmul_ms(measured):.4g} ms. Times are medians in ms, the "
+        "gradient's is the difference of the two beside it; memory is what the call needs beyond "
+        "its arguments, the gradients themselves included, in MB of 2²⁰ bytes. Errors are "
+        "‖g − exact‖ / ‖exact‖."
     )
     return "\n\n".join(
         [heading, *(_table(measured, beta) for beta in (LABEL_SMOOTHING, 0.0)), _skipped(measured)]

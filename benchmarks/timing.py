@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,8 +59,8 @@ def measure(
         return (time.perf_counter() - start) / launches
 
     once = sample(1)
-    launches = math.ceil(min(max(SAMPLE_SECONDS / once, 1), 1000))
-    samples = int(min(max(seconds / (launches * once), 5), 20))
+    launches = round(min(max(min(SAMPLE_SECONDS, seconds / 5) / once, 1), 1000))
+    samples = round(min(max(seconds / (launches * once), 5), 20))
     p20, p50, p80 = np.percentile([sample(launches) for _ in range(samples)], (20, 50, 80)) * 1e3
     return Timing(float(p20), float(p50), float(p80), samples, launches)
 

@@ -1,0 +1,127 @@
+"""The table of all peers: one process a framework, absent peers skipped, markdown that adds up."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from benchmarks import cases, report, table, worker
+from benchmarks import inputs as inputs_module
+from benchmarks.report import Report, Row, Skipped
+from benchmarks.settings import Run, Settings
+
+TORCH = importlib.util.find_spec("torch") is not None
+
+
+@pytest.mark.slow
+def test_the_tiny_case_runs_on_a_cpu(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    tested = {"jax": ("auto", "naive", "jax-cce"), "torch": ("torch-eager", "liger")}
+    lines = [line for line in table.LINES if line.implementation in tested[line.framework]]
+    monkeypatch.setattr(table, "LINES", [line for line in lines if not line.settings.vocab_order])
+    path = tmp_path / "table.json"
+    flags = "--case tiny --n 16 --dtype float32 --seconds 0.01 --json"
+    command = [*flags.split(), str(path)]
+    assert table.main(command) == 0
+    text = capsys.readouterr().out
+    measured = report.read(path)
+    done = {(row.run.implementation, row.run.mode) for row in measured.rows}
+    assert {("auto", "fwd"), ("auto", "fwdbwd"), ("naive", "fwdbwd")} <= done
+    for row in measured.rows:
+        if row.run.mode == "fwdbwd":
+            assert row.head_error is not None
+            assert row.head_error < 1e-5
+    losses = {
+        beta: [row.loss for row in measured.rows if row.run.settings.label_smoothing == beta]
+        for beta in (0.0, table.LABEL_SMOOTHING)
+    }
+    for same in losses.values():
+        assert max(same) - min(same) < 1e-5
+    assert min(losses[table.LABEL_SMOOTHING]) > max(losses[0.0])
+    every = {run for framework in worker.FRAMEWORKS for run in table.runs_of(framework)}
+    assert {x.run for x in (*measured.rows, *measured.skipped)} == every
+    if not TORCH:
+        assert "No module named 'torch'" in text
+    assert table.main(["--from", str(path)]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_the_plan_reaches_the_other_process(tmp_path: pathlib.Path):
+    plan = worker.Plan("tiny", tuple(table.runs_of("torch")), 0.5, "abc")
+    worker.write_plan(plan, "torch", tmp_path)
+    assert worker.read_plan("torch", tmp_path) == plan
+
+
+@pytest.mark.skipif(TORCH, reason="torch is installed, so nothing is absent")
+def test_an_absent_framework_skips_its_lines(tmp_path: pathlib.Path):
+    inputs_module.save(
+        inputs_module.make("flat", cases.CASES["tiny"], "bfloat16"), tmp_path / "inputs.npz"
+    )
+    runs = tuple(table.runs_of("torch"))
+    worker.write_plan(worker.Plan("tiny", runs, 0.01, "abc"), "torch", tmp_path)
+    worker.work("torch", tmp_path)
+    measured = report.read(worker.report_path("torch", tmp_path))
+    assert [skipped.run for skipped in measured.skipped] == list(runs)
+    assert {s.reason for s in measured.skipped} == {"ModuleNotFoundError: No module named 'torch'"}
+
+
+def row(run: Run, **changes: object) -> Row:
+    blank: dict[str, object] = {field.name: "" for field in dataclasses.fields(Row)}
+    numbers = {
+        "n": 8192, "d": 2304, "v": 256000, "loss": 1.0, "p20_ms": 1.0, "p50_ms": 1.0, "p80_ms": 1.0,
+        "samples": 5, "launches": 1, "temporary_mb": 1.0, "output_mb": 1.0, "extra_mb": 2.0,
+        "tflops": 1.0, "matmul_ms": 14.0, "matmul_ratio": 1.0, "matmul_share": 1.0,
+        "hidden_error": None, "head_error": None,
+    }  # fmt: skip
+    return Row(**(blank | numbers | {"run": run} | changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_line_holds_loss_gradient_and_both():
+    ours = table.LINES[0]
+    measured = Report(
+        rows=(
+            row(ours.run("fwd", 0.1), p50_ms=15.0, extra_mb=0.5, framework="jax 1.2"),
+            row(
+                ours.run("fwdbwd", 0.1),
+                p50_ms=25.5,
+                extra_mb=1234.5,
+                matmul_ratio=1.82,
+                hidden_error=0.0123,
+                head_error=0.004,
+                framework="jax 1.2",
+            ),
+            row(Run("torch-eager", "fwd"), p50_ms=33.0, extra_mb=None, framework="torch 3.4"),
+        ),
+        skipped=(
+            Skipped(Run("liger", "fwd", Settings(0.1)), "absent"),
+            Skipped(Run("liger", "fwdbwd", Settings(0.1)), "absent"),
+            Skipped(Run("jax-cce", "fwd"), "absent"),
+        ),
+    )
+    lines = table.markdown(measured).splitlines()
+    assert "| **lsce** | 0.5 | 15 | 10.5 | 1,234.5 | 25.5 | 1.82 | 0.012, 0.004 |" in lines
+    assert "| torch, eager | – | 33 | – | – | – | – | –, – |" in lines
+    assert "- absent: Liger; jax-cce" in lines
+    assert "jax 1.2, torch 3.4" in lines[0]
+    # The smoothed table comes first and holds no unsmoothed row.
+    smoothed, plain = (lines.index(f"**β = {beta}**") for beta in ("0.1", "0"))
+    assert smoothed < lines.index("| torch, eager | – | 33 | – | – | – | – | –, – |")
+    assert smoothed < plain
+
+
+def test_nothing_measured_is_said_and_fails(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "empty.json"
+    report.write(Report(skipped=(Skipped(Run("liger", "fwd"), "absent"),)), path)
+    assert table.main(["--from", str(path)]) == 1
+    assert "Nothing was measured." in capsys.readouterr().out
+
+
+def test_a_wrong_name_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert table.main(["--case", "huge"]) == 2
+    assert "must be one of gemma2-2b" in capsys.readouterr().err
+    assert table.main(["--from", "absent.json"]) == 2
+    assert "absent.json" in capsys.readouterr().err
