@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +33,7 @@ COLUMNS: dict[str, tuple[str, str, Callable[..., float]]] = {
 }
 """By what is printed above it: the field of `evaluate.Scores`, its format, which value is best."""
 INK = "#333333"
-COLORS = ("#e45756", "#4c78a8", "#2a9d8f", "#f2a03d", "#b279a2", "#8c6d31")
+COLORS = ("#4c78a8", "#e45756", "#2a9d8f", "#f2a03d", "#b279a2", "#8c6d31")
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -59,9 +60,14 @@ class Result:
 def print_table(results: Sequence[Result], console: Console) -> None:
     """Prints a row a run, β varying fastest, and each column's best value in bold."""
     header, rows, best = table(results)
-    shown = Table(title="Accuracy and calibration on held-out data", title_style="bold")
+    title = "Accuracy and calibration on held-out data"
+    shown = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    groups = set[str]()
     for group, name in header:
-        shown.add_column(f"{group}\n{name}", justify="right")
+        above = "" if group in groups else group
+        heading = f"{above}\n{name}" if group else name.replace(" ", "\n", 1)
+        shown.add_column(heading, justify="right", vertical="bottom")
+        groups.add(group)
     for r, row in enumerate(rows):
         cells = [f"[bold]{cell}[/]" if (r, c) in best else cell for c, cell in enumerate(row)]
         shown.add_row(*cells)
@@ -147,12 +153,12 @@ def draw_lines(ax: Axes, results: Sequence[Result], x: str, group: str, field: s
     ticks = sorted({result.settings[x] for result in results}, key=sort_key)
     numeric = all(map(is_number, ticks))
     place = {tick: tick if numeric else i for i, tick in enumerate(ticks)}
-    betas = sorted({dict(line).get("label_smoothing", 0) for line in lines})
+    betas = sorted({dict(line).get("label_smoothing", 0.0) for line in lines})
     rest = sorted({unsmoothed(line) for line in lines}, key=repr)
     for line, points in sorted(lines.items(), key=lambda item: repr(item[0])):
         where = sorted(points, key=sort_key)
         means = [math.fsum(points[v]) / len(points[v]) for v in where]
-        beta = dict(line).get("label_smoothing", 0)
+        beta = dict(line).get("label_smoothing", 0.0)
         style: dict[str, Any] = {
             "color": COLORS[betas.index(beta) % len(COLORS)],
             "linestyle": STYLES[rest.index(unsmoothed(line)) % len(STYLES)],

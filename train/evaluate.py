@@ -7,6 +7,7 @@ from the loss's own statistics. No array of N×V is ever made, whatever the voca
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -180,6 +181,7 @@ def score_rows(model: Llama, rows: Rows, config: EvaluationConfig) -> TokenScore
     Batches have `config.batch_size` rows, the last one filled up with rows of padding, so that one
     compilation serves every evaluation of a run.
     """
+    graphdef, params = nnx.split(model)
     scored = []
     for start in range(0, len(rows), config.batch_size):
         batch = rows[start : start + config.batch_size]
@@ -189,16 +191,20 @@ def score_rows(model: Llama, rows: Rows, config: EvaluationConfig) -> TokenScore
             name: jnp.pad(array, ((0, missing), (0, 0)), constant_values=filling.get(name, 0))
             for name, array in batch.items()
         }
-        scored.append(score_batch(model, padded, config.softcap))
+        scored.append(score_batch(graphdef, params, padded, config.softcap))
     parts = jax.device_get(scored)
     return TokenScores(*(np.concatenate(field)[: len(rows)] for field in zip(*parts, strict=True)))
 
 
-@nnx.jit(static_argnames="softcap")
+@functools.partial(jax.jit, static_argnames=("graphdef", "softcap"))
 def score_batch(
-    model: Llama, batch: dict[str, Int[Array, "B T"]], softcap: float | None
+    graphdef: nnx.GraphDef[Llama],
+    params: nnx.State,
+    batch: dict[str, Int[Array, "B T"]],
+    softcap: float | None,
 ) -> TokenScores:
     """One batch through the model and the loss, of which only the statistics are used."""
+    model = nnx.merge(graphdef, params)
     hidden = model(batch["tokens"], batch["segments"], batch["positions"])
     _, stats = lsce.linear_cross_entropy(
         hidden,

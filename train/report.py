@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -32,38 +33,47 @@ ROWS = {
     "RMS": ("rms", "{:.4f}"),
     "Brier": ("brier", "{:.4f}"),
 }
-SCORINGS: dict[Scoring, str] = {
-    "sum": "summed log-likelihood",
-    "per_token": "log-likelihood per token",
-}
+SCORINGS: dict[Scoring, str] = {"per_token": "per token", "sum": "summed"}
+"""How the log-likelihood of an option is read, in words."""
 
 
 def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
     """Prints the scores, a column for the tokens and one for each scoring of the questions."""
     columns: dict[str, Scores] = {}
     if evaluation.tokens:
-        columns["held-out tokens"] = evaluation.tokens
-    for scoring, scores in evaluation.choices.items():
-        columns[f"questions\n{SCORINGS[scoring]}"] = scores
-    table = Table(title="Held-out evaluation", caption=caption(evaluation), title_style="bold")
+        columns["tokens\n"] = evaluation.tokens
+    for scoring, words in SCORINGS.items():
+        if scoring in evaluation.choices:
+            columns[f"questions\n{words}"] = evaluation.choices[scoring]
+    table = Table(
+        title="Held-out evaluation",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
     for label, (field, form) in ROWS.items():
         table.add_row(label, *(form.format(getattr(s, field)) for s in columns.values()))
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    console.print(caption(evaluation), highlight=False)
 
 
 def caption(evaluation: Evaluation) -> str:
     """What a reader of the table must know to read it."""
     notes = [f"ECE over {BINS} even bins, RMS over bins of 100 predictions."]
     if evaluation.chance:
-        notes.append(f"Guessing at the questions is right {evaluation.chance:.0%} of the time.")
+        notes.append(
+            "An option is scored by the log-likelihood of its text, per token (reported) or summed;"
+            f" guessing is right {evaluation.chance:.0%} of the time."
+        )
     else:
         notes.append("The held-out records give no multiple-choice questions.")
     if evaluation.left_out:
-        notes.append(f"{evaluation.left_out} questions are too long for a row and left out.")
-    return " ".join(notes)
+        notes.append(f"{evaluation.left_out} questions too long for a row are left out.")
+    return "\n".join(notes)
 
 
 def write(out: Path, evaluation: Evaluation, config: Any, *, step: int) -> None:
@@ -147,7 +157,7 @@ def reliability_figure(evaluation: Evaluation) -> Figure:
     if evaluation.tokens:
         panels["Next token"] = evaluation.tokens
     if evaluation.choices:
-        panels[f"Multiple choice, by {SCORINGS[REPORTED]}"] = evaluation.choices[REPORTED]
+        panels["Multiple choice"] = evaluation.choices[REPORTED]
     figure = Figure(figsize=(5.2 * max(1, len(panels)), 6.2), layout="constrained")
     axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
     for ax, (title, scores) in zip(axes, panels.items(), strict=False):
