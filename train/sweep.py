@@ -27,6 +27,7 @@ from rich.console import Console
 from train import comparison, run_folder
 from train.config import TrainConfig, flag
 
+TRAIN = (sys.executable, "-m", "train")
 SWEEP = "sweep.json"
 PICTURE = "sweep.png"
 
@@ -173,7 +174,7 @@ def alternatives(arguments: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
             if name in ("--resume", "--overwrite"):
                 raise ValueError(f"{name} is for single runs: a sweep always resumes, see --help")
             if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
+                near = difflib.get_close_matches(name, fields, n=1, cutoff=0.75)
                 hint = f": did you mean {near[0]}?" if near else ", see --help"
                 raise ValueError(f"there is no flag {name}{hint}")
             if name in values:
@@ -250,7 +251,7 @@ def run(job: Job) -> tuple[int, int | None]:
     passed on once, so that the run can save its state: hence a process group of its own, which
     Ctrl-C at the terminal does not reach.
     """
-    command = [sys.executable, "-m", "train", *job.arguments, "--out", str(job.folder)]
+    command = [*TRAIN, *job.arguments, "--out", str(job.folder)]
     if (job.folder / run_folder.RUN_FILE).is_file():
         command.append("--resume")
     stopped_by: int | None = None

@@ -1,0 +1,283 @@
+"""The sweep: its command line, finished, cut off and failing runs, the comparison."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from rich.console import Console
+
+from train import comparison, sweep
+
+ROOT = Path(__file__).parent.parent
+
+STAND_IN = '''
+"""Claims its folder as `python -m train` does, and "trains" in no time."""
+import json, os, signal, sys, time
+from pathlib import Path
+from train import run_folder
+from train.__main__ import parse
+
+config = parse(sys.argv[1:])
+out = run_folder.claim(config)
+with open(out.parent / "calls.txt", "a") as calls:
+    print(out.name, "resume" if config.resume else "new", file=calls)
+if config.label_smoothing == 0.3:
+    sys.exit(3)
+if config.label_smoothing == 0.4 and not config.resume:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    (out.parent / "ready").touch()
+    signal.pause()
+scores = {"n": 100, "nll": 2.0, "accuracy": 0.5 + config.label_smoothing,
+          "ece": 0.2 - config.label_smoothing, "rms": 0.21, "brier": 0.7, "mean_confidence": 0.6}
+evaluation = {"tokens": scores, "choices": {"reported": "sum", "sum": scores}}
+(out / "eval.json").write_text(json.dumps(evaluation))
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch) -> Path:
+    """Replaces the trainer by a script."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return script
+
+
+def calls(out: Path) -> list[str]:
+    return (out / "calls.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "nothing to compare: give a flag several values"),
+        ("--steps 5", "nothing to compare"),
+        ("--learning-rat 1 2", "there is no flag --learning-rat: did you mean --learning-rate?"),
+        ("--nonsense 1 2", "there is no flag --nonsense, see --help"),
+        ("--learning-rate fast 1", "--learning-rate: could not convert string to float: 'fast'"),
+        ("--learning-rate", "--learning-rate needs a value"),
+        ("--label-smoothing 0 2", "--label-smoothing must be in [0, 1], not 2.0"),
+        ("--steps 5 10 --epochs 1", "--steps 5 and --epochs 1.0 contradict each other"),
+        ("--schedule linear upwards", "invalid choice 'upwards' for argument '--schedule'"),
+        ("0 0.1", "'0' stands behind no flag"),
+        ("--seed 0 --seed 1", "--seed is given twice"),
+        ("--label-smoothing 0 0.0", "the same run is asked for twice: label_smoothing=0"),
+        ("--out a b --seed 0 1", "--out takes one folder"),
+        ("--remat maybe true", "--remat takes true and false, not 'maybe'"),
+        ("--resume --seed 0 1", "--resume is for single runs"),
+        ("--data no.jsonl --seed 0 1", "no file no.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(flags, message, capsys):
+    assert sweep.main(flags.split()) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_help_lists_the_flags_and_how_to_give_several_values(capsys):
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "--label-smoothing 0 0.1 --learning-rate 1e-3 3e-3" in said
+    for flag in ("--label-smoothing BETA", "--steps N", "--out FOLDER"):
+        assert flag in said
+    assert "--overwrite" not in said
+
+
+def test_the_grid_is_every_combination_in_order(tmp_path):
+    jobs = sweep.grid(
+        f"--label_smoothing=0 --steps 7 --learning-rate 1e-3 3e-3 --out {tmp_path}"
+        " --softcap None 30".split()
+    )
+    assert [job.settings for job in jobs] == [
+        {"learning_rate": rate, "softcap": cap} for rate in (1e-3, 3e-3) for cap in (None, 30.0)
+    ]
+    assert jobs[0].name == "learning_rate=0.001,softcap=off"
+    assert jobs[3].folder == tmp_path / "learning_rate=0.003,softcap=30"
+    assert all(job.config.steps == 7 and job.config.label_smoothing == 0 for job in jobs)
+    assert " ".join(jobs[1].arguments) == (
+        "--label-smoothing 0 --steps 7 --learning-rate 1e-3 --softcap 30"
+    )
+
+
+def test_switches_and_files_in_a_grid(tmp_path):
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        file.touch()
+    off, on = sweep.grid(["--remat", "false", "true", "--data", *map(str, files)])
+    assert (off.config.remat, on.config.remat) == (False, True)
+    assert off.config.data == on.config.data == tuple(files)
+    assert off.arguments == ("--data", *map(str, files))
+    assert on.arguments == ("--remat", "--data", *map(str, files))
+
+
+def test_runs_once_then_skips_and_compares(stand_in, tmp_path, capfd):
+    out = tmp_path / "sweep"
+    command = f"--label-smoothing 0 0.1 --learning-rate 1e-3 3e-3 --steps 5 --out {out}".split()
+    assert sweep.main(command) == 0
+    names = [
+        f"label_smoothing={b},learning_rate={r}"
+        for b, r in itertools.product(("0", "0.1"), ("0.001", "0.003"))
+    ]
+    assert calls(out) == [f"{name} new" for name in names]
+    shown = capfd.readouterr().out
+    assert "60.0%" in shown  # accuracy with smoothing
+    assert "0.1000" in shown  # ECE with smoothing
+    found = json.loads((out / "sweep.json").read_text())
+    assert [run["name"] for run in found["runs"]] == names
+    assert {run["status"] for run in found["runs"]} == {"done"}
+    assert found["runs"][2]["settings"] == {"label_smoothing": 0.1, "learning_rate": 0.001}
+    assert found["runs"][2]["tokens"]["ece"] == pytest.approx(0.1)
+    assert matplotlib.image.imread(out / "sweep.png").shape[1] > 1000
+
+    assert sweep.main([*command, "--log-every", "3"]) == 0
+    assert len(calls(out)) == 4
+    assert capfd.readouterr().out.count("already done") == 4
+
+    assert sweep.main([*command[:-4], "--steps", "6", "--out", str(out)]) == 2
+    assert "holds a run with --steps 5, not 6" in capfd.readouterr().err
+
+
+def test_a_failing_run_is_named_and_costs_no_other(stand_in, tmp_path, capfd):
+    out = tmp_path / "sweep"
+    assert sweep.main(f"--label-smoothing 0 0.3 0.1 --out {out}".split()) == 1
+    assert len(calls(out)) == 3
+    assert "label_smoothing=0.3 failed (exit status 3)" in capfd.readouterr().err
+    runs = json.loads((out / "sweep.json").read_text())["runs"]
+    assert [run["status"] for run in runs] == ["done", "failed", "done"]
+    assert runs[1]["tokens"] is None
+
+
+def test_a_signal_reaches_the_run_and_the_same_command_goes_on(stand_in, tmp_path):
+    out = tmp_path / "sweep"
+    flags = f"--label-smoothing 0.4 0.1 --out {out}".split()
+    code = f"""
+import sys
+from train import sweep
+sweep.TRAIN = {(sys.executable, str(stand_in))!r}
+sys.exit(sweep.main({flags!r}))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}) as process:
+        try:
+            while not (out / "ready").exists():
+                assert process.poll() is None
+                os.sched_yield()
+            process.terminate()
+            assert process.wait(60) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert calls(out) == ["label_smoothing=0.4 new"]
+    assert sweep.main(flags) == 0
+    assert calls(out)[1:] == ["label_smoothing=0.4 resume", "label_smoothing=0.1 new"]
+
+
+def result(scores: dict[str, float] | None = None, **settings) -> comparison.Result:
+    beta = settings.get("label_smoothing", 0.0)
+    tokens = {"accuracy": 0.4 + beta, "ece": 0.2 - beta, "rms": 0.3 - beta} | (scores or {})
+    choices = {"reported": "per_token", "per_token": tokens, "sum": None}
+    return comparison.Result("a run", settings, {"tokens": tokens, "choices": choices})
+
+
+GRID = [
+    result({"ece": 0.2 - beta + seed / 100}, label_smoothing=beta, learning_rate=rate, seed=seed)
+    for beta, rate, seed in itertools.product((0.0, 0.1), (1e-3, 1e-2), (0, 1))
+]
+
+
+def test_the_table_has_smoothed_beside_unsmoothed_and_marks_the_best():
+    header, rows, best = comparison.table(GRID)
+    assert [name for _, name in header] == [
+        "β", "learning rate", "seed", *["accuracy", "ECE", "RMS"] * 2,
+    ]  # fmt: skip
+    assert [row[:3] for row in rows[:3]] == [
+        ["0", "0.001", "0"], ["0.1", "0.001", "0"], ["0", "0.001", "1"],
+    ]  # fmt: skip
+    assert rows[1][3:6] == ["50.0%", "0.1000", "0.2000"]
+    ece = next(c for c, column in enumerate(header) if column == ("questions", "ECE"))
+    assert {r for r, c in best if c == ece} == {1, 5}  # β = 0.1 and seed 0, at both rates
+
+
+def test_the_printed_table_fits_a_terminal():
+    text = io.StringIO()
+    comparison.print_table(GRID, Console(file=text, width=80))
+    assert "…" not in text.getvalue()
+    assert text.getvalue().count("50.0%") == 8
+
+
+def lines(results: list[comparison.Result]) -> dict[str, tuple[list, list]]:
+    """The lines of the ECE panel of the questions, by their label."""
+    panel = comparison.figure(results).axes[1]
+    return {
+        str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in panel.lines
+    }
+
+
+def test_the_picture_draws_a_line_for_each_beta_with_seeds_averaged():
+    drawn = lines(GRID)
+    assert drawn.keys() == {"β = 0", "β = 0.1"}
+    rates, ece = drawn["β = 0.1"]
+    assert rates == [1e-3, 1e-2]
+    assert ece == pytest.approx([0.105, 0.105])
+
+
+@pytest.mark.parametrize(
+    ("varied", "x"),
+    [
+        ({"label_smoothing": (0.0, 0.1)}, [0.0, 0.1]),
+        ({"seed": (0, 1)}, [0, 1]),
+        ({"label_smoothing": (0.0, 0.1), "dropout": (0.0, 0.2)}, [0.0, 0.2]),
+        ({"schedule": ("linear", "cosine")}, [0, 1]),
+        ({"softcap": (None, 30.0)}, [0, 1]),
+    ],
+)
+def test_other_fields_take_the_place_of_the_learning_rate(varied, x):
+    results = [
+        result(**dict(zip(varied, values, strict=True)))
+        for values in itertools.product(*varied.values())
+    ]
+    assert {tuple(xs) for xs, _ in lines(results).values()} == {tuple(x)}
+
+
+def test_runs_without_questions_are_compared_by_tokens():
+    evaluation = {
+        "tokens": {"accuracy": 0.5, "ece": 0.1, "rms": 0.1},
+        "choices": {"reported": "sum", "sum": None},
+    }
+    results = [comparison.Result("a run", {"seed": seed}, evaluation) for seed in (0, 1)]
+    header, _, _ = comparison.table(results)
+    assert [group for group, _ in header] == ["", "tokens", "tokens", "tokens"]
+    assert len(comparison.figure(results).axes) == 3
+
+
+@pytest.mark.slow
+def test_two_real_runs(tmp_path):
+    data = tmp_path / "data.jsonl"
+    with data.open("w") as file:
+        for i in range(80):
+            print(
+                json.dumps({"prompt": f"Count {i}.", "completion": f"{i} and {i + 1}"}), file=file
+            )
+    flags = f"--label-smoothing 0 0.5 --data {data} --out {tmp_path / 'sweep'} --held-out 0.2"
+    flags += " --model nano --vocab-size 270 --max-length 32 --batch-size 2 --steps 2"
+    command = [sys.executable, "-m", "train.sweep", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
+    assert [run["settings"] for run in runs] == [{"label_smoothing": b} for b in (0.0, 0.5)]
+    assert all(0 < run["tokens"]["nll"] < 6 and run["tokens"]["n"] > 20 for run in runs)
+    assert runs[0]["tokens"]["nll"] != runs[1]["tokens"]["nll"]
+    assert (tmp_path / "sweep" / "label_smoothing=0.5" / "reliability.png").is_file()
