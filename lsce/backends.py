@@ -21,6 +21,7 @@ MODULES = {
 }
 
 
+@runtime_checkable
 class Backend(Protocol):
     """One way to compute the loss of each token, float32, differentiable in hidden, head and bias.
 
