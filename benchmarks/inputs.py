@@ -2,14 +2,17 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
-from benchmarks.cases import Case, find
+from benchmarks.cases import Case
 
-KINDS = ("flat", "peaked")
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""hidden, head and labels."""
+
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 
@@ -40,25 +43,34 @@ class Inputs:
 
 
 def make(kind: str, case: Case, dtype: str, seed: int = 0) -> Inputs:
-    """Random inputs of a kind.
-
-    "flat": logits of standard deviation 1, an untrained model: no class stands out. "peaked":
-    labels with Zipf's frequencies, each hidden state pointing at its label's row so that the
-    label takes most of the probability and nearly all other classes take none that matters.
-    """
+    """Random inputs of a kind, one of `KINDS`, the same for the same seed."""
     if kind not in KINDS:
         raise ValueError(f"no inputs {kind!r}; must be one of {', '.join(KINDS)}, or an .npz file")
-    rng = np.random.default_rng(seed)
+    hidden, head, labels = KINDS[kind](case, np.random.default_rng(seed))
+    return _cast(kind, hidden, head, labels, dtype)
+
+
+def flat(case: Case, rng: np.random.Generator) -> Arrays:
+    """Logits of standard deviation 1, as of an untrained model: no class stands out."""
     hidden = rng.standard_normal((case.n, case.d), np.float32)
     head = rng.standard_normal((case.v, case.d), np.float32) / np.float32(np.sqrt(case.d))
-    if kind == "flat":
-        labels = rng.integers(0, case.v, case.n)
-    else:
-        frequency = 1 / np.arange(1, case.v + 1)
-        labels = rng.permutation(case.v)[rng.choice(case.v, case.n, p=frequency / frequency.sum())]
-        target = head[labels] / np.linalg.norm(head[labels], axis=1, keepdims=True)
-        hidden += np.float32(np.log(case.v) + 2) * target
-    return _cast(kind, hidden, head, labels, dtype)
+    return hidden, head, rng.integers(0, case.v, case.n)
+
+
+def peaked(case: Case, rng: np.random.Generator) -> Arrays:
+    """Labels with Zipf's frequencies, each hidden state pointing at its label's row of the head.
+
+    The label takes most of a token's probability, and nearly all other classes take none that
+    matters. Real text is less tidy.
+    """
+    hidden, head, _ = flat(case, rng)
+    frequency = 1 / np.arange(1, case.v + 1)
+    labels = rng.permutation(case.v)[rng.choice(case.v, case.n, p=frequency / frequency.sum())]
+    target = head[labels] / np.linalg.norm(head[labels], axis=1, keepdims=True)
+    return hidden + np.float32(np.log(case.v) + 2) * target, head, labels
+
+
+KINDS: dict[str, Callable[[Case, np.random.Generator], Arrays]] = {"flat": flat, "peaked": peaked}
 
 
 def save(inputs: Inputs, path: pathlib.Path) -> None:
@@ -98,19 +110,17 @@ def _cast(
     )
 
 
-def of(name: str, case_name: str, dtype: str, *, n: int | None = None, seed: int = 0) -> Inputs:
-    """Inputs by name: a kind, made for a case, or the path of an .npz file of that case's D and V.
+def of(name: str, case: Case, dtype: str, seed: int = 0) -> Inputs:
+    """Inputs by name for a case: a kind, or the path of an .npz file, cut to the case's N tokens.
 
-    `n` replaces the case's number of tokens; of a file it takes the first `n`. ValueError for
-    names that are neither, and for a file of other shapes than the case's.
+    ValueError for a name that is neither, and for a file of another D or V or with fewer tokens.
     """
-    case = find(case_name, n)
     if not name.endswith(".npz"):
         return make(name, case, dtype, seed)
     inputs = load(pathlib.Path(name), dtype)
-    if n is not None:
-        inputs = dataclasses.replace(inputs, hidden=inputs.hidden[:n], labels=inputs.labels[:n])
-    shape = inputs.case(case_name)
-    if (shape.d, shape.v) != (case.d, case.v) or (n is not None and shape.n != n):
-        raise ValueError(f"{name} holds {shape}, which does not fit {case}")
-    return inputs
+    cut = dataclasses.replace(
+        inputs, hidden=inputs.hidden[: case.n], labels=inputs.labels[: case.n]
+    )
+    if cut.case(case.name) != case:
+        raise ValueError(f"{name} holds {inputs.case(inputs.kind)}, too little or not of {case}")
+    return cut

@@ -1,9 +1,9 @@
 """Time and memory of implementations of the loss: python -m benchmarks.loss --case tiny.
 
-Every combination of --implementation, --mode, --label-smoothing and --gradient-filter is a row.
-Extra MB is what the compiled program needs beyond its arguments, temporaries and outputs (the
-gradients), by the compiler's own analysis. TFLOP/s counts one matrix product for fwd and three for
-fwdbwd; its share, and "× matmul", are against a bare product E·Cᵀ timed in the same run.
+Every combination of --case, --n, --implementation, --mode, --label-smoothing and --gradient-filter
+is a row. Extra MB is what the compiled program needs beyond its arguments, temporaries and outputs
+(the gradients), by the compiler's own analysis. TFLOP/s counts one matrix product for fwd and three
+for fwdbwd; its share, and "× matmul", are against a bare product E·Cᵀ timed in the same run.
 """
 
 import argparse
@@ -22,28 +22,37 @@ from benchmarks.settings import MODES, Run, Settings, gradient_filter
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    total = report.Report()
     try:
         runs = runs_of(options)
-        dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        data = inputs.of(options.inputs, options.case, dtype, n=options.n, seed=options.seed)
+        shapes = [cases.find(name, n) for name in options.case for n in options.n]
+        for case in shapes:
+            measured = measure(case, runs, options)
+            report.show(measured)
+            total += measured
+            if options.json:  # after each case, so that an interrupted run leaves what it has
+                report.write(total, options.json)
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks.loss: {error}", file=sys.stderr)
         return 2
+    return 0 if total.rows else 1
+
+
+def measure(case: cases.Case, runs: list[Run], options: argparse.Namespace) -> report.Report:
+    """All runs at one case's shapes."""
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    data = inputs.of(options.inputs, case, dtype, seed=options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        measured = runner.measure_runs(
+        return runner.measure_runs(
             JaxFramework(data),
             data,
-            options.case,
+            case.name,
             runs,
             seconds=options.seconds,
             commit=options.commit,
             reference=errors.Reference(pathlib.Path(folder), data, compute=options.errors),
             announce=lambda line: print(f"  {line} …", file=sys.stderr, flush=True),
         )
-    report.show(measured)
-    if options.json:
-        report.write(measured, options.json)
-    return 0 if measured.rows else 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,11 +65,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--case",
-        default="tiny",
+        nargs="+",
+        default=["tiny"],
         metavar="NAME",
-        help=f"one of {', '.join(cases.CASES)}; default %(default)s",
+        help=f"any of {', '.join(cases.CASES)}; default tiny",
     )
-    add("--n", type=int, help="tokens, instead of the case's own number")
+    add(
+        "--n",
+        nargs="+",
+        type=int,
+        default=[None],
+        help="tokens, instead of the case's own number",
+    )
     add(
         "--implementation",
         nargs="+",

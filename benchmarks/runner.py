@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from benchmarks.errors import Gradients, relative_error
 from benchmarks.inputs import Inputs
 from benchmarks.memory import ExtraMemory
-from benchmarks.report import Report, Row, Skipped
+from benchmarks.report import Report, Row, Skipped, options
 from benchmarks.settings import PRODUCTS, Implementation, Run, Settings
 from benchmarks.timing import Timing, measure, tflops
 
@@ -80,7 +80,7 @@ def measure_runs(
         if reason := framework.losses[run.implementation].refuses(run.settings):
             report += Report(skipped=(Skipped(run, reason),))
             continue
-        announce(f"{run.implementation} {run.mode}")
+        announce(f"{run.implementation} {run.mode} {options(run)}")
         try:
             bare = framework.matmul(seconds / 4)  # beside each run, as clocks drift
             prepared = framework.prepare(run)

@@ -58,10 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.from_file:
             measured = report.read(options.from_file)
         else:
-            data = inputs.of(
-                options.inputs, options.case, options.dtype, n=options.n, seed=options.seed
-            )
-            measured = measure(data, options.case, options.seconds, options.commit)
+            case = cases.find(options.case, options.n)
+            data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
+            measured = measure(data, case.name, options.seconds, options.commit)
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks.table: {error}", file=sys.stderr)
         return 2

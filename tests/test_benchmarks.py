@@ -92,7 +92,7 @@ def test_a_plain_file_is_cast_cut_and_named_after_itself(tmp_path: pathlib.Path)
     data = inputs.make("flat", cases.CASES["tiny"], "float32")
     path = tmp_path / "mine.npz"
     np.savez(path, hidden=data.hidden, head=data.head, labels=data.labels.astype(np.int64))
-    loaded = inputs.of(str(path), "tiny", "bfloat16", n=5)
+    loaded = inputs.of(str(path), cases.find("tiny", 5), "bfloat16")
     assert loaded.kind == "mine"
     assert loaded.hidden.shape == (5, 72)
     assert loaded.hidden.dtype.name == "bfloat16"
@@ -101,7 +101,7 @@ def test_a_plain_file_is_cast_cut_and_named_after_itself(tmp_path: pathlib.Path)
 
 def test_wrong_inputs_are_refused_with_what_would_be_right(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match="'spiky'; must be one of flat, peaked, or an"):
-        inputs.of("spiky", "tiny", "float32")
+        inputs.of("spiky", SMALL, "float32")
     with pytest.raises(ValueError, match="'int8'; must be one of bfloat16, float32"):
         inputs.make("flat", SMALL, "int8")
     np.savez(tmp_path / "x.npz", hidden=np.zeros((2, 3), np.float32))
@@ -113,8 +113,9 @@ def test_wrong_inputs_are_refused_with_what_would_be_right(tmp_path: pathlib.Pat
     with pytest.raises(ValueError, match="do not fit"):
         inputs.Inputs("x", zeros, zeros[:, :2], np.array([0, 1, 2], np.int32))
     inputs.save(inputs.make("flat", SMALL, "float32"), tmp_path / "small.npz")
-    with pytest.raises(ValueError, match="does not fit tiny"):
-        inputs.of(str(tmp_path / "small.npz"), "tiny", "float32")
+    for other in (cases.CASES["tiny"], dataclasses.replace(SMALL, n=34)):
+        with pytest.raises(ValueError, match=r"holds flat .*33, 24, 201\), too little or not of"):
+            inputs.of(str(tmp_path / "small.npz"), other, "float32")
 
 
 # Timer
@@ -368,15 +369,13 @@ def test_one_command_measures_the_whole_grid(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "rows.json"
-    command = "--case tiny --n 16 --implementation chunked naive --label-smoothing 0 0.1 --errors"
-    assert loss.main([*command.split(), "--seconds", "0.01", "--json", str(path)]) == 0
+    command = "--n 8 16 --implementation chunked naive --mode fwdbwd --label-smoothing 0 0.1"
+    assert loss.main([*command.split(), "--errors", "--seconds", "0.01", "--json", str(path)]) == 0
     outcome = report.read(path)
-    grid = {
-        (r.run.implementation, r.run.mode, r.run.settings.label_smoothing) for r in outcome.rows
-    }
+    grid = {(row.n, row.run) for row in outcome.rows}
     assert len(grid) == len(outcome.rows) == 8
-    assert all(row.n == 16 for row in outcome.rows)
-    assert all((row.head_error or 0) < 1e-5 for row in outcome.rows)
+    assert {row.n for row in outcome.rows} == {8, 16}
+    assert all(row.head_error is not None and row.head_error < 1e-5 for row in outcome.rows)
     assert "bare matmul" in capsys.readouterr().out
 
 
