@@ -8,11 +8,11 @@ and no result depends on the order of the samples.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,6 +22,9 @@ Spread = Literal["front", "round"]
 """Where equal-mass bins put the remainder r of N = q·B + r: one more sample in each of the first r
 bins (as `numpy.array_split`, netcal and uncertainty-calibration do), or spread out by rounding the
 ranks i·N/B half to even (as robustness-metrics and Hendrycks et al.'s code do)."""
+
+MOST_SPREAD_BINS = 1 << 16
+"""Above this many bins, i·r would not fit into 32 bits."""
 
 
 class Table(NamedTuple):
@@ -47,7 +50,8 @@ class Table(NamedTuple):
 
 def even_edges(bins: int, dtype: DTypeLike) -> Float[Array, " B-1"]:
     """The inner edges 1/B … (B−1)/B, each the nearest number of `dtype`."""
-    return jnp.arange(1, bins, dtype=dtype) / bins
+    # Divided by numpy: XLA may multiply by 1/B instead, and is then an ulp away.
+    return jnp.asarray(np.arange(1, bins) / bins, dtype)
 
 
 def equal_mass_edges(
@@ -58,13 +62,23 @@ def equal_mass_edges(
     An edge is the first value of the bin above it. With more bins than values, or with many equal
     values, some bins stay empty.
     """
-    n = jnp.sum(counted)
-    i = jnp.arange(1, bins)
+    n = jnp.sum(counted, dtype=jnp.uint32)
+    i = jnp.arange(1, bins, dtype=jnp.uint32)
+    quotient, remainder = n // bins, n % bins
     if spread == "front":
-        rank = i * (n // bins) + jnp.minimum(i, n % bins)
+        rank = i * quotient + jnp.minimum(i, remainder)
+    elif bins > MOST_SPREAD_BINS:
+        raise ValueError(f"{bins} bins are too many here; at most {MOST_SPREAD_BINS} are possible")
     else:
-        rank = i * (n // bins) + jnp.round(i * (n % bins) / bins).astype(n.dtype)
+        rank = i * quotient + i * remainder // bins
+        half = 2 * (i * remainder % bins)
+        rank = rank + ((half > bins) | ((half == bins) & (rank % 2 == 1)))
     return jnp.sort(jnp.where(counted, values, jnp.inf))[jnp.minimum(rank, n - 1)]
+
+
+def bin_of(values: Float[Array, " N"], edges: Float[Array, " B-1"]) -> Int[Array, " N"]:
+    """The bin each value lies in: how many edges are not above it. NaN counts as above them all."""
+    return jnp.searchsorted(edges, values, side="right", method="scan_unrolled")
 
 
 @functools.partial(jax.jit, static_argnames=("bins", "equal_mass", "spread"))
@@ -93,8 +107,7 @@ def tabulate(
 ) -> Table:
     """Sorts the samples into the bins between `edges`; a NaN makes its bin NaN."""
     columns = jnp.stack([weights, weights * confidence, weights * correct], axis=1)
-    index = jnp.searchsorted(edges, confidence, side="right")
-    return Table(*sums_by_bin(columns, index, edges.size + 1).T)
+    return Table(*sums_by_bin(columns, bin_of(confidence, edges), edges.size + 1).T)
 
 
 def sums_by_bin(
@@ -102,11 +115,14 @@ def sums_by_bin(
 ) -> Float[Array, "B C"]:
     """Σ of the rows of `values` in each bin, accurate in float32 however large N is.
 
-    A bin's rows are dealt out to about √N partial sums, which are then added: a running float32 sum
-    would stop counting at 2²⁴ and lose digits long before.
+    A running float32 sum would stop counting at 2²⁴ and lose digits long before: a bin's rows are
+    dealt out to partial sums of about 64 rows, which are then added in pairs.
     """
     n, columns = values.shape
-    partials = max(1, min(math.isqrt(n), n // bins))
-    cell = index * partials + jnp.arange(n) % partials
-    sums = jax.ops.segment_sum(values, cell, bins * partials)
-    return jnp.sum(sums.reshape(bins, partials, columns), axis=1)
+    halvings = max(1, n // max(bins, 64)).bit_length() - 1
+    cell = (index << halvings) | (jnp.arange(n) & ((1 << halvings) - 1))
+    sums = jax.ops.segment_sum(values, cell, bins << halvings)
+    sums = sums.reshape(bins, 1 << halvings, columns)
+    for _ in range(halvings):
+        sums = sums[:, ::2] + sums[:, 1::2]
+    return sums[:, 0]

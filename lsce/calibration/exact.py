@@ -41,19 +41,19 @@ def sums_by_bin(
 ) -> UInt32[Array, "B C 4"]:
     """Σ of the rows of `values` in each of the bins, for N below 2³²."""
     n, columns = values.shape
-    zero = jnp.zeros_like(values)
-    limbs = jnp.stack([_low_bits(values), values >> BITS, zero, zero], axis=-1)
-    # No more than √N rows meet in one partial sum, hence less than 2³² even in limbs of 2¹⁶ − 1.
+    limbs = jnp.stack([_low_bits(values), values >> BITS], axis=-1)
+    # About √N rows meet in one partial sum, hence less than 2³² even in limbs of 2¹⁶ − 1.
     partials = max(1, math.isqrt(n))
     cell = index * partials + jnp.arange(n) % partials
     sums = jax.ops.segment_sum(limbs, cell, bins * partials)
+    sums = jnp.pad(sums, ((0, 0), (0, 0), (0, LIMBS - 2)))
     return total(carry(sums).reshape(bins, partials, columns, LIMBS), axis=1)
 
 
 def as_float(limbs: UInt32[Array, "*any 4"]) -> Float[Array, "*any"]:
     """The numbers as floats, to about one part in 10⁷ in float32."""
     worth = 2.0 ** (BITS * jnp.arange(LIMBS))
-    return jnp.sum(limbs * worth, axis=-1)
+    return jnp.matmul(limbs.astype(worth.dtype), worth, precision=jax.lax.Precision.HIGHEST)
 
 
 def as_uint32(limbs: UInt32[Array, "*any 4"]) -> UInt32[Array, "*any"]:

@@ -45,7 +45,7 @@ def static_calibration_error(
 def classwise_ece(
     probs: Float[ArrayLike, "N K"], labels: Int[ArrayLike, " N"], *, bins: int = 15
 ) -> Float[Array, ""]:
-    """(1/K) Σ_k ECE_k over even bins: SCE with as many bins as the top-label ECE customarily has."""
+    """(1/K) Σ_k ECE_k over even bins: SCE with the number of bins that is usual for ECE."""
     return _mean_over_classes(probs, labels, bins, adaptive=False)
 
 

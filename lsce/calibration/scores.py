@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Real
 
 from lsce.calibration import validate
-from lsce.calibration.bins import even_edges, sums_by_bin, tabulate
+from lsce.calibration.bins import bin_of, even_edges, sums_by_bin, tabulate
 
 
 def brier_score(probs: Float[ArrayLike, "N K"], labels: Int[ArrayLike, " N"]) -> Float[Array, ""]:
@@ -84,8 +84,7 @@ def brier_decomposition(
     """Splits `brier_score` into calibration, sharpness and the data's own uncertainty.
 
     Summed over the K events "the label is k", each with B even bins of its probabilities, where
-    conf_kb and acc_kb are the mean probability and the event's frequency in a bin, acc_k the overall
-    frequency.
+    conf_kb and acc_kb are the mean probability and the event's frequency in a bin, acc_k overall.
     Raises what `validate.classified` says; NaN for invalid values inside `jit`.
 
     Sources: Murphy, 1973; Stephenson, Coelho and Jolliffe, 2008,
@@ -106,8 +105,8 @@ def _decompose(probs, labels, bins: int) -> BrierDecomposition:
         n = jnp.maximum(table.weight, 1)
         base = mean(event)
         # A sample's distance from the means of its bin.
-        bin_of = jnp.searchsorted(edges, p, side="right")
-        dp, devent = p - (table.confidence / n)[bin_of], event - (table.correct / n)[bin_of]
+        b = bin_of(p, edges)
+        dp, devent = p - (table.confidence / n)[b], event - (table.correct / n)[b]
         return BrierDecomposition(
             reliability=jnp.sum(table.share * jnp.square(table.gap)),
             resolution=jnp.sum(table.share * jnp.square(table.correct / n - base)),

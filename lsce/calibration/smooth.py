@@ -76,7 +76,7 @@ def _gather(confidence, residual) -> Float[Array, "G 2"]:
 
 def _error(gathered: Float[Array, "G 2"], bandwidth):
     """smECE at one bandwidth σ, over a mesh of 10/σ points."""
-    grid = jnp.linspace(0, 1, GRID, dtype=gathered.dtype)
+    grid = jnp.linspace(0, 1, GRID, dtype=gathered.dtype)[None, :]
     points = jnp.maximum(jnp.round(10 / bandwidth), BLOCK)
 
     def gaussian(distance):
@@ -88,7 +88,7 @@ def _error(gathered: Float[Array, "G 2"], bandwidth):
         t = (index / (points - 1))[:, None]
         kernel = gaussian(t - grid) + gaussian(t + grid) + gaussian(2 - t - grid)
         smoothed = jnp.matmul(kernel, gathered, precision=jax.lax.Precision.HIGHEST)
-        residual, density = jnp.where(index < points, smoothed.T, 0)
+        residual, density = jnp.where((index < points)[None, :], smoothed.T, 0)
         return sums + jnp.stack([jnp.sum(jnp.abs(residual)), jnp.sum(density)])
 
     blocks = jnp.ceil(points / BLOCK).astype(jnp.int32)

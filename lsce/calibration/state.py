@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real, UInt32
 
 from lsce.calibration import exact, validate
-from lsce.calibration.bins import even_edges
+from lsce.calibration.bins import bin_of, even_edges
 
 UNIT = 2.0**-24
 """Confidences are summed in whole multiples of this: every float32 from 0.5 to 1 is one."""
@@ -54,7 +54,7 @@ class CalibrationResult(NamedTuple):
 class CalibrationState:
     """Per-bin totals from which ECE, RMS, MCE, accuracy and the reliability diagram follow.
 
-    A pytree of two small integer arrays, whatever the number of samples, so it can be carried
+    A pytree of one small integer array, whatever the number of samples, so it can be carried
     through `scan`, donated, checkpointed, and added up over devices. The totals are exact
     (confidences are rounded to 2⁻²⁴ first): any split of the samples over batches, devices or
     hosts, in any order, gives the same state to the last bit. Methods return a new state.
@@ -69,16 +69,15 @@ class CalibrationState:
     Array(0.1, dtype=float32)
     """
 
-    sums: UInt32[Array, "B 3 4"]
-    """For each bin, as `exact` limbs: samples, right predictions, Σ confidence / UNIT."""
-    invalid: UInt32[Array, " 4"]
-    """Samples that could not be counted."""
+    sums: UInt32[Array, "B 4 4"]
+    """For each bin, as `exact` limbs: samples, right predictions, Σ confidence / UNIT, and samples
+    that are invalid, all of them in the first bin."""
 
     @classmethod
     def create(cls, bins: int = 15) -> CalibrationState:
         """The state that has seen nothing, for B even bins."""
         bins = validate.positive_int("bins", bins)
-        return cls(sums=exact.zeros(bins, 3), invalid=exact.zeros())
+        return cls(exact.zeros(bins, 4))
 
     @property
     def bins(self) -> int:
@@ -135,24 +134,20 @@ def _count(confidence, correct, kept, bins: int) -> CalibrationState:
     valid &= (correct == 0) | (correct == 1)
     # NaN compares as False, so that what is converted to integers below is always finite.
     confidence = jnp.where(valid, jnp.minimum(confidence, 1), 0)
-    units = jnp.stack([valid, valid & (correct == 1), jnp.round(confidence / UNIT)], axis=1)
-    units = jnp.where(kept[:, None], units, 0).astype(jnp.uint32)
-    index = jnp.searchsorted(even_edges(bins, confidence.dtype), confidence, side="right")
-    invalid = (kept & ~valid).astype(jnp.uint32)[:, None]
-    return CalibrationState(
-        sums=exact.sums_by_bin(units, index, bins),
-        invalid=exact.sums_by_bin(invalid, jnp.zeros_like(index), 1)[0, 0],
-    )
+    units = jnp.round(confidence / UNIT)
+    columns = jnp.stack([valid, valid & (correct == 1), units, ~valid], axis=1)
+    columns = jnp.where(kept[:, None], columns, 0).astype(jnp.uint32)
+    index = bin_of(confidence, even_edges(bins, confidence.dtype))
+    return CalibrationState(exact.sums_by_bin(columns, index, bins))
 
 
 @jax.jit
 def _compute(state: CalibrationState) -> CalibrationResult:
     overall = exact.total(state.sums)
-    invalid = exact.as_uint32(state.invalid)
+    count, invalid = exact.as_uint32(overall[0]), exact.as_uint32(overall[3])
     accuracy, confidence = _means(overall)
     bin_accuracy, bin_confidence = _means(state.sums)
     gap = jnp.abs(bin_accuracy - bin_confidence)
-    count = exact.as_uint32(overall[0])
     share = exact.as_float(state.sums[:, 0]) / jnp.maximum(exact.as_float(overall[0]), 1)
     readable = (count > 0) & (invalid == 0)
     return CalibrationResult(
@@ -171,9 +166,9 @@ def _compute(state: CalibrationState) -> CalibrationResult:
 
 
 def _means(
-    sums: UInt32[Array, "*any 3 4"],
+    sums: UInt32[Array, "*any 4 4"],
 ) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
     """Accuracy and mean confidence, 0 where there are no samples."""
-    n, right, units = jnp.moveaxis(exact.as_float(sums), -1, 0)
+    n, right, units, _ = jnp.moveaxis(exact.as_float(sums), -1, 0)
     n = jnp.maximum(n, 1)
     return right / n, units / n * UNIT

@@ -25,7 +25,7 @@ def known(x: ArrayLike) -> bool:
 
 
 def to_array(x: ArrayLike) -> Array:
-    """`x` as a jax array; one sharded over explicit mesh axes is gathered, to be sorted and summed."""
+    """`x` as a jax array; one sharded over explicit mesh axes is gathered first."""
     array = jnp.asarray(x)
     sharding = jax.typeof(array).sharding
     if any(axes is not None for axes in sharding.spec):
