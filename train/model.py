@@ -13,8 +13,9 @@ from train.shapes import ModelConfig
 class Llama(nnx.Module):
     """The decoder: embedding, blocks of attention and MLP, a last norm.
 
-    The model holds parameters and nothing else. Randomness comes in with each call, so that
-    `nnx.split(model)` gives a pure pytree of weights.
+    The model holds parameters and nothing else: randomness comes in with each call. The blocks
+    are one `Block` whose weights have a leading axis of layers, so that the time to compile does
+    not grow with their number.
 
     Args:
         config: the shape.
@@ -31,7 +32,8 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.dropout = nnx.Dropout(config.dropout)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
         self.norm = _norm(config, rngs)
         if not config.tied_head:
             shape = (config.vocab_size, config.hidden_size)
@@ -55,17 +57,21 @@ class Llama(nnx.Module):
             positions: the index of each token within its segment, for RoPE.
             dropout_key: draws the dropout masks; None turns dropout off (evaluation).
         """
-        keys = (
-            [None] * (1 + self.config.layers)
-            if dropout_key is None
-            else jax.random.split(dropout_key, 1 + self.config.layers)
-        )
         rotation = rope_rotation(positions, self.config.head_size, self.config.rope_theta)
         mask = attention_mask(segments)
-        apply = jax.checkpoint(Block.__call__) if self.config.remat else Block.__call__
-        stream = _drop(self.dropout, self.embedding(tokens), keys[0])
-        for block, key in zip(self.blocks, keys[1:], strict=True):
-            stream = apply(block, stream, rotation, mask, key)
+        first_key, keys = None, None
+        if dropout_key is not None and self.config.dropout > 0:
+            first_key, key = jax.random.split(dropout_key)
+            keys = jax.random.split(key, self.config.layers)
+
+        def layer(stream, inputs):
+            block, key = inputs
+            return block(stream, rotation, mask, key), None
+
+        if self.config.remat:
+            layer = jax.checkpoint(layer)
+        stream = _drop(self.dropout, self.embedding(tokens), first_key)
+        stream, _ = jax.lax.scan(layer, stream, (self.blocks, keys))
         return self.norm(stream)
 
     @property
@@ -143,7 +149,7 @@ def attention_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     """
     same = segments[:, :, None] == segments[:, None, :]
     causal = jnp.tri(segments.shape[1], dtype=bool)
-    return (same & causal)[:, None]
+    return (same & causal[None])[:, None]
 
 
 def rope_rotation(
@@ -154,7 +160,7 @@ def rope_rotation(
     Source: RoFormer (Su et al. 2021), https://arxiv.org/abs/2104.09864.
     """
     frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,7 +42,7 @@ def adamw(
     weight_decay: float,
     clip_norm: float | None,
 ) -> optax.GradientTransformation:
-    """Clip, then AdamW; weights of one dimension (the norms' scales) are not decayed.
+    """Clip, then AdamW, which decays matrices and not the scales of norms.
 
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
@@ -52,6 +54,13 @@ def adamw(
             b1=beta1,
             b2=beta2,
             weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda weight: weight.ndim > 1, params),
+            mask=_decayed,
         ),
+    )
+
+
+def _decayed(params: optax.Params) -> Any:
+    # By name, since a stack of all layers' scales has two dimensions, as a matrix has.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "'scale'" not in jax.tree_util.keystr(path), params
     )

@@ -40,7 +40,7 @@ PRESETS: Mapping[str, ModelConfig] = {
         vocab_size=8192, hidden_size=64, layers=2, heads=4, kv_heads=2, head_size=16, mlp_size=192
     ),
     "tiny": ModelConfig(
-        vocab_size=8192, hidden_size=192, layers=4, heads=6, kv_heads=2, head_size=32, mlp_size=512
+        vocab_size=8192, hidden_size=128, layers=4, heads=4, kv_heads=2, head_size=32, mlp_size=384
     ),
     "small": ModelConfig(
         vocab_size=8192, hidden_size=512, layers=8, heads=8, kv_heads=4, head_size=64, mlp_size=1408

@@ -146,7 +146,7 @@ def train_step(
     updates, opt_state = state.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    loss, grad_norm = sums.total / count, optax.global_norm(gradient)
+    loss, grad_norm = sums.total / count, optax.tree.norm(gradient)
     seen = sums.calibration.compute()
     metrics = StepMetrics(
         loss=loss,

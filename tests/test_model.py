@@ -1,0 +1,230 @@
+"""The decoder: against a float64 reference in numpy, and what attention may and may not see."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from train.model import Llama, apply_rope, rope_rotation
+from train.shapes import PRESETS, ModelConfig
+
+SHAPE = ModelConfig(
+    vocab_size=61, hidden_size=24, layers=2, heads=6, kv_heads=2, head_size=8, mlp_size=40
+)
+
+
+@functools.cache
+def weights() -> nnx.State:
+    create = jax.jit(lambda key: nnx.state(Llama(SHAPE, rngs=nnx.Rngs(params=key))))
+    return create(jax.random.key(1))
+
+
+def make_model(**changes) -> Llama:
+    """The same weights in a model that differs in how it computes."""
+    return nnx.merge(nnx.graphdef(abstract(dataclasses.replace(SHAPE, **changes))), weights())
+
+
+def abstract(shape: ModelConfig) -> Llama:
+    return nnx.eval_shape(lambda: Llama(shape, rngs=nnx.Rngs(params=0)))
+
+
+def packed(lengths: list[list[int]], length: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of random tokens; `lengths[row]` are the lengths of a row's segments."""
+    random = np.random.default_rng(seed)
+    segments = np.zeros((len(lengths), length), np.int32)
+    positions = np.zeros_like(segments)
+    for row, sizes in enumerate(lengths):
+        start = 0
+        for number, size in enumerate(sizes, start=1):
+            segments[row, start : start + size] = number
+            positions[row, start : start + size] = np.arange(size)
+            start += size
+    tokens = random.integers(0, SHAPE.vocab_size, segments.shape, dtype=np.int32)
+    return {"tokens": tokens, "segments": segments, "positions": positions}
+
+
+@jax.jit
+def hidden_states(model: Llama, batch: dict[str, np.ndarray], dropout_key=None) -> jax.Array:
+    return model(**batch, dropout_key=dropout_key)
+
+
+@jax.jit
+def logits(model: Llama, batch: dict[str, np.ndarray]) -> jax.Array:
+    return model(**batch) @ model.head.T
+
+
+def reference_hidden(model: Llama, tokens: np.ndarray) -> np.ndarray:
+    """The hidden states of one unpacked sequence, float64, head by head and pair by pair."""
+    weight = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.state(model))
+    config = model.config
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_epsilon) * scale
+
+    def rotate(x):
+        pairs = x[:, : config.head_size // 2] + 1j * x[:, config.head_size // 2 :]
+        speed = config.rope_theta ** (-2 * np.arange(pairs.shape[1]) / config.head_size)
+        pairs = pairs * np.exp(1j * np.arange(len(x))[:, None] * speed)
+        return np.concatenate([pairs.real, pairs.imag], axis=1)
+
+    def columns(x, head):
+        return x[:, head * config.head_size : (head + 1) * config.head_size]
+
+    x = weight["embedding"]["embedding"][...][tokens]
+    future = np.triu(np.full((len(tokens), len(tokens)), -np.inf), k=1)
+    for layer in range(config.layers):
+        block = weight["blocks"]
+        kernel = {
+            name: values["kernel"][layer]
+            for part in ("attention", "mlp")
+            for name, values in block[part].items()
+        }
+        normed = norm(x, block["attention_norm"]["scale"][layer])
+        query, key, value = (normed @ kernel[name] for name in ("query", "key", "value"))
+        mixed = []
+        for head in range(config.heads):
+            shared = head // (config.heads // config.kv_heads)
+            scores = rotate(columns(query, head)) @ rotate(columns(key, shared)).T
+            scores = np.exp(scores / np.sqrt(config.head_size) + future)
+            mixed.append(scores / scores.sum(axis=1, keepdims=True) @ columns(value, shared))
+        x = x + np.concatenate(mixed, axis=1) @ kernel["out"]
+        normed = norm(x, block["mlp_norm"]["scale"][layer])
+        gate = normed @ kernel["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (normed @ kernel["up"])) @ kernel["down"]
+    return norm(x, weight["norm"]["scale"][...])
+
+
+def test_hidden_states_are_those_of_the_float64_reference_for_every_packed_segment():
+    model = make_model()
+    batch = packed([[7, 5], [13]], length=13, seed=3)
+    hidden = np.asarray(hidden_states(model, batch))
+    assert hidden.dtype == np.float32
+    for row, start, end in ((0, 0, 7), (0, 7, 12), (1, 0, 13)):
+        expected = reference_hidden(model, batch["tokens"][row, start:end])
+        assert np.abs(expected).max() > 0.5
+        np.testing.assert_allclose(hidden[row, start:end], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changed", [0, 1, 2, 3])
+def test_changing_one_segment_leaves_the_logits_of_the_others_bit_identical(dtype, changed):
+    model = make_model(dtype=dtype)
+    batch = packed([[5, 9, 3], [17, 2]], length=20)
+    inside = (batch["segments"] == changed) & (np.arange(2)[:, None] == 0)
+    tokens = np.where(inside, (batch["tokens"] + 7) % SHAPE.vocab_size, batch["tokens"])
+    before = np.asarray(logits(model, batch)).astype(np.float32)
+    after = np.asarray(logits(model, batch | {"tokens": tokens})).astype(np.float32)
+    assert inside.any()
+    assert (before[inside] != after[inside]).any(axis=-1).all()
+    np.testing.assert_array_equal(before[~inside], after[~inside])
+
+
+def test_a_token_does_not_see_those_after_it():
+    model = make_model()
+    batch = packed([[20]], length=20)
+    tokens = batch["tokens"].copy()
+    tokens[0, 11] = (tokens[0, 11] + 1) % SHAPE.vocab_size
+    before, after = logits(model, batch), logits(model, batch | {"tokens": tokens})
+    np.testing.assert_array_equal(before[0, :11], after[0, :11])
+    assert (np.asarray(before)[0, 11:] != np.asarray(after)[0, 11:]).any(axis=-1).all()
+
+
+def test_rope_scores_depend_on_the_distance_alone():
+    random = np.random.default_rng(0)
+    query, key = (random.normal(size=(1, 1, 1, 8)).astype(np.float32) for _ in range(2))
+
+    def score(query_position: int, key_position: int) -> float:
+        turned = [
+            apply_rope(jnp.asarray(x), rope_rotation(jnp.array([[position]]), 8, 1e4))
+            for x, position in ((query, query_position), (key, key_position))
+        ]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
+    assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
+
+
+def test_dropout_needs_a_key_and_depends_on_it():
+    model = make_model(dropout=0.5)
+    batch = packed([[20]], length=20)
+    keys = jax.random.split(jax.random.key(0))
+    one, again, other = (hidden_states(model, batch, keys[i]) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other, atol=0.1)
+    off = hidden_states(model, batch)
+    assert not np.allclose(one, off, atol=0.1)
+    without = make_model(dropout=0.0)
+    np.testing.assert_array_equal(off, hidden_states(without, batch, keys[0]))
+
+
+def test_remat_changes_neither_loss_nor_gradient():
+    batch = packed([[9, 8]], length=20)
+
+    def loss_and_gradient(model: Llama):
+        def loss(model: Llama) -> jax.Array:
+            return jnp.sum(jnp.sin(model(**batch, dropout_key=jax.random.key(3))))
+
+        return jax.jit(jax.value_and_grad(loss))(model)
+
+    kept, recomputed = (
+        jax.tree.leaves(loss_and_gradient(make_model(dropout=0.1, remat=remat)))
+        for remat in (False, True)
+    )
+    assert len(kept) == len(recomputed)
+    for one, other in zip(kept, recomputed, strict=True):
+        assert np.abs(one).max() > 1e-3
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_on_float32_weights():
+    model = make_model(dtype="bfloat16")
+    batch = packed([[20]], length=20)
+    hidden = hidden_states(model, batch)
+    assert hidden.dtype == model.head.dtype == jnp.bfloat16
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(model: Llama) -> jax.Array:
+        return jnp.sum(model(**batch).astype(jnp.float32) ** 2)
+
+    gradient = gradient_of(model)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(model) + jax.tree.leaves(gradient)}
+    assert dtypes == {np.dtype(np.float32)}
+    expected = hidden_states(make_model(), batch)
+    error = np.abs(hidden.astype(jnp.float32) - expected).max()
+    assert 0 < error < 0.1
+
+
+def test_the_head_is_the_embedding_unless_it_is_untied():
+    tied, untied = abstract(SHAPE), abstract(dataclasses.replace(SHAPE, tied_head=False))
+    table = (SHAPE.vocab_size, SHAPE.hidden_size)
+    assert size(nnx.state(untied)) - size(nnx.state(tied)) == np.prod(table)
+    for model in (tied, untied):
+        nnx.update(model, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), nnx.state(model)))
+        model.embedding.embedding[...] = jnp.full(table, 2.0)
+    untied.untied_head[...] = jnp.full(table, 3.0)
+    np.testing.assert_array_equal(tied.head, np.full(table, 2.0))
+    np.testing.assert_array_equal(untied.head, np.full(table, 3.0))
+
+
+def test_smollm2_has_its_published_number_of_parameters():
+    shape = PRESETS["smollm2-135m"]
+    assert size(nnx.state(abstract(shape))) == 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"kv_heads": 4}, "self.kv_heads=4"), ({"head_size": 7}, "even")]
+)
+def test_an_impossible_shape_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SHAPE, **changes)
+
+
+def size(state: nnx.State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state))

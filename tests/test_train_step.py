@@ -1,0 +1,179 @@
+"""One step: sums divided once, whatever the microbatches; what it reports; what it flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lsce.calibration import expected_calibration_error
+from train.config import TrainConfig
+from train.model import Llama
+from train.packing import IGNORE
+from train.shapes import ModelConfig
+from train.step import TrainState, train_step
+
+SHAPE = ModelConfig(
+    vocab_size=101, hidden_size=16, layers=1, heads=2, kv_heads=1, head_size=8, mlp_size=24
+)
+ROWS, LENGTH = 8, 12
+SGD = optax.sgd(1.0)  # a step subtracts the gradient
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}
+
+
+def make_batch(labelled: float = 0.6) -> dict[str, np.ndarray]:
+    """Rows of which the later have more labels, so that the mean of means is not the mean."""
+    random = np.random.default_rng(0)
+    shape = (ROWS, LENGTH)
+    labels = random.integers(0, SHAPE.vocab_size, shape, dtype=np.int32)
+    share = labelled * np.arange(1, ROWS + 1)[:, None] / ROWS * 2
+    return {
+        "tokens": random.integers(0, SHAPE.vocab_size, shape, dtype=np.int32),
+        "labels": np.where(random.random(shape) < share, labels, IGNORE).astype(np.int32),
+        "segments": np.ones(shape, np.int32),
+        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def create(shape: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    model = Llama(shape, rngs=nnx.Rngs(params=0))
+    # Larger embeddings, so that the model is sure of something.
+    model.embedding.embedding[...] = 30 * model.embedding.embedding[...]
+    return TrainState.create(model, optimizer, jax.random.key(5))
+
+
+def make_state(optimizer: optax.GradientTransformation | None = None, **shape) -> TrainState:
+    optimizer = optimizer or SGD
+    return create(dataclasses.replace(SHAPE, **shape), optimizer)
+
+
+def gradient(batch: dict[str, np.ndarray], config: TrainConfig, **shape):
+    """What `train_step` subtracts from the weights with SGD at rate 1, flat, and its metrics."""
+    before = flat(make_state(**shape))
+    state, metrics = train_step(make_state(**shape), batch, config)
+    return before - flat(state), metrics
+
+
+def flat(state: TrainState) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
+
+
+def naive_loss(model: Llama, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+    """Σ L and the probabilities, from whole logits."""
+    z = model(batch["tokens"], batch["segments"], batch["positions"]) @ model.head.T
+    z = OPTIONS["softcap"] * jnp.tanh(z / OPTIONS["softcap"])
+    targets = optax.smooth_labels(
+        jax.nn.one_hot(batch["labels"], SHAPE.vocab_size), OPTIONS["label_smoothing"]
+    )
+    lse = jax.nn.logsumexp(z, axis=-1)
+    loss = lse - jnp.sum(targets * z, axis=-1) + OPTIONS["z_loss"] * lse**2
+    return jnp.sum(jnp.where(batch["labels"] != IGNORE, loss, 0)), jax.nn.softmax(z)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("accumulate", [1, 2, 8])
+def test_the_gradient_is_that_of_the_whole_batch_however_it_is_divided(reduction, accumulate):
+    batch, model = make_batch(), make_state().model
+    count = np.count_nonzero(batch["labels"] != IGNORE)
+    config = TrainConfig(accumulate=accumulate, reduction=reduction, **OPTIONS)
+    found, metrics = gradient(batch, config)
+
+    total, whole = jax.value_and_grad(lambda model: naive_loss(model, batch)[0])(model)
+    expected = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(whole)])
+    if reduction == "mean":
+        expected = expected / count
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert metrics.loss == pytest.approx(float(total) / count, rel=1e-5)
+    assert metrics.grad_norm == pytest.approx(np.linalg.norm(expected), rel=1e-4)
+    assert metrics.tokens == count
+
+
+def test_a_mean_of_means_would_be_seen():
+    batch = make_batch()
+    config = TrainConfig(batch_size=2, **OPTIONS)
+    whole, _ = gradient(batch, config)
+    parts = [
+        gradient({name: rows[i : i + 2] for name, rows in batch.items()}, config)[0]
+        for i in range(0, ROWS, 2)
+    ]
+    assert np.abs(np.mean(parts, axis=0) - whole).max() > 1e-2 * np.abs(whole).max()
+
+
+def test_accuracy_and_calibration_error_are_those_of_the_labelled_tokens():
+    batch = make_batch()
+    _, metrics = gradient(batch, TrainConfig(accumulate=4, **OPTIONS))
+    _, probs = naive_loss(make_state().model, batch)
+    labelled = batch["labels"] != IGNORE
+    confidence = np.asarray(probs.max(axis=-1))[labelled]
+    correct = np.asarray(probs.argmax(axis=-1) == batch["labels"])[labelled]
+    expected = expected_calibration_error(confidence, correct)
+    assert expected > 0.01
+    assert metrics.token_ece == pytest.approx(float(expected), abs=1e-5)
+    assert metrics.token_accuracy == pytest.approx(correct.mean(), abs=1e-6)
+
+
+def test_a_batch_without_labels_gives_no_loss_and_no_gradient():
+    found, metrics = gradient(make_batch(labelled=0.0), TrainConfig(accumulate=2, **OPTIONS))
+    np.testing.assert_array_equal(found, 0)
+    assert (metrics.loss, metrics.tokens, metrics.grad_norm) == (0, 0, 0)
+    assert metrics.finite
+
+
+def test_dropout_differs_between_steps_and_microbatches_and_not_between_runs():
+    batch, config = make_batch(), TrainConfig(accumulate=2, **OPTIONS)
+    twice = {name: np.concatenate([rows[-1:], rows[-1:]]) for name, rows in batch.items()}
+    alone = {name: rows[-1:] for name, rows in batch.items()}
+    one, first = gradient(batch, config, dropout=0.3)
+    again, _ = gradient(batch, config, dropout=0.3)
+    np.testing.assert_array_equal(one, again)
+
+    frozen = make_state(optax.sgd(0.0), dropout=0.3)
+    frozen, at_step_0 = train_step(frozen, batch, config)
+    _, at_step_1 = train_step(frozen, batch, config)
+    assert at_step_0.loss == first.loss != at_step_1.loss
+
+    _, same_rows = gradient(twice, config, dropout=0.3)
+    _, one_row = gradient(alone, dataclasses.replace(config, accumulate=1), dropout=0.3)
+    assert same_rows.loss != one_row.loss
+
+
+def test_bfloat16_accumulates_in_float32_and_is_near_float32():
+    batch, config = make_batch(), TrainConfig(accumulate=4, **OPTIONS)
+    exact, _ = gradient(batch, config)
+    found, metrics = gradient(batch, config, dtype="bfloat16")
+    assert found.dtype == np.float32
+    assert metrics.loss.dtype == jnp.float32
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 0 < error < 0.05
+
+
+def test_the_old_state_is_donated():
+    state = make_state()
+    train_step(state, make_batch(), TrainConfig(**OPTIONS))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_weights_that_an_update_breaks_are_flagged_though_the_loss_is_finite():
+    state, metrics = train_step(
+        make_state(optax.sgd(3e38)), make_batch(), TrainConfig(accumulate=2, **OPTIONS)
+    )
+    assert not np.isfinite(flat(state)).all()
+    assert np.isfinite(metrics.loss)
+    assert np.isfinite(metrics.grad_norm)
+    assert not metrics.finite
+
+
+def test_a_label_outside_the_vocabulary_is_flagged():
+    batch = make_batch()
+    batch["labels"][-1, -1] = SHAPE.vocab_size
+    _, metrics = gradient(batch, TrainConfig(**OPTIONS))
+    assert np.isnan(metrics.loss)
+    assert not metrics.finite
