@@ -7,7 +7,6 @@ all tokens in float32 and rounded once, before the next strip begins; dE is summ
 Nothing is scattered, so equal inputs give equal bits.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,16 +70,24 @@ def _even_step(size: int, at_most: int, multiple: int) -> int:
     return min(size, -(-step // multiple) * multiple) if steps > 1 else size
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """The inputs whose gradients are asked for; a frozen one costs nothing."""
 
     hidden: bool
     head: bool
     bias: bool
 
+    def as_arrays(self) -> list[Array]:
+        """The answers as lengths of arrays, which is how they get from _fwd to _bwd.
 
-jax.tree_util.register_static(Wanted)
+        Not as structure of the residuals: JAX may take a forward pass from its cache and with it
+        the residuals' structure of the last one traced, which may have had other answers.
+        """
+        return [jnp.zeros(int(wanted)) for wanted in self]
+
+    @classmethod
+    def from_arrays(cls, arrays: list[Array]) -> "Wanted":
+        return cls(*[array.size > 0 for array in arrays])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -97,7 +104,7 @@ def _fwd(problem, tile, hidden, head, labels, bias):
     hidden, head, labels = hidden.value, head.value, labels.value
     bias = None if bias is None else bias.value
     loss, lse, stats = _forward(problem, tile, hidden, head, labels, bias)
-    return (loss, stats), (wanted, hidden, head, labels, bias, lse)
+    return (loss, stats), (wanted.as_arrays(), hidden, head, labels, bias, lse)
 
 
 def _bwd(problem, tile, residuals, cotangents):
@@ -105,6 +112,7 @@ def _bwd(problem, tile, residuals, cotangents):
     g, _ = cotangents  # the statistics have no gradients
     if isinstance(g, SymbolicZero):
         g = jnp.zeros(problem.n, jnp.float32)
+    wanted = Wanted.from_arrays(wanted)
     return _backward(problem, tile, wanted, hidden, head, labels, bias, lse, g)
 
 
@@ -155,7 +163,7 @@ def _backward(
     tiles and of their rounding, and comes in as vectors: −(β/V)·g_n·Σ_v C_v in dE,
     −(β/V)·Σ_n g_n·E_n in dC, −(β/V)·Σ_n g_n in db.
     """
-    vd = problem.head_layout
+    layout = problem.head_layout
     g = jnp.where(labels >= 0, g, 0.0 * g)
     # A token without a say may hold NaN in its hidden row and its lse, and 0 · NaN is not 0.
     active = g != 0.0
@@ -165,7 +173,9 @@ def _backward(
     target = (1.0 - problem.label_smoothing) * g
     smoothing = (problem.label_smoothing / problem.v) * g
     vectors = problem.label_smoothing > 0.0 and problem.softcap is None
-    smoothed_hidden = jnp.einsum("n,nd->d", smoothing, hidden.astype(jnp.float32))
+    smoothed_hidden = jnp.einsum(
+        "n,nd->d", smoothing, hidden.astype(jnp.float32), precision=lax.Precision.HIGHEST
+    )
 
     def classes(first, width, carry):
         d_hidden, head_sum, d_head, d_bias = carry
@@ -183,10 +193,10 @@ def _backward(
             if problem.softcap is not None:
                 du = (du - smooth[:, None]) * formula.softcap_slope(problem, z)
             if wanted.hidden:
-                part = _product(problem, f"nv,{vd}->nd", du, c)
+                part = _product(problem, f"nv,{layout}->nd", du, c)
                 d_hidden = _put(d_hidden, start, _part(d_hidden, start, count) + part)
             if wanted.head:
-                d_strip += _product(problem, f"nv,nd->{vd}", du, e)
+                d_strip += _product(problem, f"nv,nd->{layout}", du, e)
             if wanted.bias:
                 d_bias_strip += jnp.sum(du, axis=0)
             return d_hidden, d_strip, d_bias_strip
@@ -194,11 +204,11 @@ def _backward(
         zeros = jnp.zeros_like(c, jnp.float32), jnp.zeros(width, jnp.float32)
         d_hidden, d_strip, d_bias_strip = _loop(problem.n, tile.n, tokens, (d_hidden, *zeros))
         if vectors:
-            head_sum += jnp.einsum(f"{vd}->d", c.astype(jnp.float32))
-            d_strip -= jnp.expand_dims(smoothed_hidden, vd.index("v"))
+            head_sum += jnp.einsum(f"{layout}->d", c.astype(jnp.float32))
+            d_strip -= jnp.expand_dims(smoothed_hidden, layout.index("v"))
             d_bias_strip -= jnp.sum(smoothing)
         if wanted.head:
-            d_head = _put(d_head, first, problem.logit_scale * d_strip, vd.index("v"))
+            d_head = _put(d_head, first, problem.logit_scale * d_strip, layout.index("v"))
         if wanted.bias:
             d_bias = _put(d_bias, first, d_bias_strip)
         return d_hidden, head_sum, d_head, d_bias

@@ -34,8 +34,7 @@ class Candidate:
     implementation: str
     variant: str = ""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    shapes: tuple[Shape, ...] = ((127, 72, 257), (64, 16, 128), (3, 5, 2), (1, 1, 1))
-    layouts: tuple[str, ...] = ("vd", "dv")
+    shapes: tuple[Shape, ...] = ((127, 72, 257), (64, 16, 128), (3, 5, 2))
     patch: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None
 
     def __str__(self) -> str:
@@ -260,32 +259,32 @@ def truth(
     )
 
 
-def assert_no_worse(got: Result, case: Case, *, slack: float = 2.0) -> None:
+def assert_no_worse(got: Result, this: Case, *, slack: float = 2.0) -> None:
     """Every value and gradient is as near to the truth as the naive loss's, up to a factor.
 
     Distances are norms of whole arrays, so that no zero divides, and of the head's gradient also
     over the classes that are nobody's label and over the others: the smoothing term is all that
     the former would miss.
     """
-    _assert_near("value", got.value, case.truth.value, case.naive.value, slack)
-    assert got.grads.keys() == case.truth.grads.keys()
-    for name, true in case.truth.grads.items():
-        assert got.grads[name].dtype == getattr(case.inputs, name).dtype, name
-        _assert_near(name, got.grads[name], true, case.naive.grads[name], slack)
-    axis = 0 if case.options.get("head_layout") != "dv" else 1
-    heads = [x.grads["head"] for x in (got, case.truth, case.naive)]
+    _assert_near("value", got.value, this.truth.value, this.naive.value, slack)
+    assert got.grads.keys() == this.truth.grads.keys()
+    for name, true in this.truth.grads.items():
+        assert got.grads[name].dtype == getattr(this.inputs, name).dtype, name
+        _assert_near(name, got.grads[name], true, this.naive.grads[name], slack)
+    axis = 0 if this.options.get("head_layout") != "dv" else 1
+    heads = [x.grads["head"] for x in (got, this.truth, this.naive)]
     classes = np.arange(heads[0].shape[axis])
-    hit = np.isin(classes, case.inputs.labels)
+    hit = np.isin(classes, this.inputs.labels)
     for name, some in {"labels' head rows": classes[hit], "other head rows": classes[~hit]}.items():
         _assert_near(name, *(np.take(head, some, axis) for head in heads), slack)
 
 
-def assert_stats(got: Result, case: Case) -> None:
+def assert_stats(got: Result, this: Case) -> None:
     """The statistics are float32 sums of exact logits, whatever the dtype of the inputs."""
     assert got.stats is not None
-    assert case.truth.stats is not None
+    assert this.truth.stats is not None
     for name, values, true in zip(
-        lsce.TokenStats._fields, got.stats, case.truth.stats, strict=True
+        lsce.TokenStats._fields, got.stats, this.truth.stats, strict=True
     ):
         if values.dtype == np.float32:
             np.testing.assert_allclose(values, true, rtol=2e-5, atol=2e-5, err_msg=name)
