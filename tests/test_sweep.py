@@ -186,7 +186,9 @@ sys.exit(sweep.main({flags!r}))
 
 def result(scores: dict[str, float] | None = None, **settings) -> comparison.Result:
     beta = settings.get("label_smoothing", 0.0)
-    tokens = {"accuracy": 0.4 + beta, "ece": 0.2 - beta, "rms": 0.3 - beta} | (scores or {})
+    tokens = {"n": 100, "accuracy": 0.4 + beta, "ece": 0.2 - beta, "rms": 0.3 - beta} | (
+        scores or {}
+    )
     choices = {"reported": "per_token", "per_token": tokens, "sum": None}
     return comparison.Result("a run", settings, {"tokens": tokens, "choices": choices})
 
@@ -234,6 +236,13 @@ def test_the_picture_draws_a_line_for_each_beta_with_seeds_averaged():
     assert ece == pytest.approx([0.105, 0.105])
 
 
+def test_a_chance_difference_in_accuracy_looks_small():
+    results = [result({"accuracy": 0.4 + seed / 1000}, seed=seed) for seed in (0, 1)]
+    low, high = comparison.figure(results).axes[0].get_ylim()
+    assert low < 0.4 < 0.401 < high
+    assert high - low >= 0.05
+
+
 @pytest.mark.parametrize(
     ("varied", "x"),
     [
@@ -254,7 +263,7 @@ def test_other_fields_take_the_place_of_the_learning_rate(varied, x):
 
 def test_runs_without_questions_are_compared_by_tokens():
     evaluation = {
-        "tokens": {"accuracy": 0.5, "ece": 0.1, "rms": 0.1},
+        "tokens": {"n": 100, "accuracy": 0.5, "ece": 0.1, "rms": 0.1},
         "choices": {"reported": "sum", "sum": None},
     }
     results = [comparison.Result("a run", {"seed": seed}, evaluation) for seed in (0, 1)]

@@ -34,6 +34,8 @@ COLUMNS: dict[str, tuple[str, str, Callable[..., float]]] = {
 """By what is printed above it: the field of `evaluate.Scores`, its format, which value is best."""
 INK = "#333333"
 COLORS = ("#4c78a8", "#e45756", "#2a9d8f", "#f2a03d", "#b279a2", "#8c6d31")
+LEAST_SPAN = 0.05
+"""Of the accuracies along an axis."""
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -121,7 +123,10 @@ def figure(results: Sequence[Result]) -> Figure:
             draw_lines(ax, results, x, group, COLUMNS[name][0])
             ax.set_ylabel(name if column == 0 else "")
             if row == 0:
-                ax.set_title(f"Held-out {group}", loc="left", color=INK, fontsize="medium")
+                n = results[0].scores()[group]["n"]
+                ax.set_title(
+                    f"Held-out {group}, n = {n:,}", loc="left", color=INK, fontsize="medium"
+                )
             else:
                 ax.set_xlabel(NAMES.get(x, x.replace("_", " ")))
             axes.append(ax)
@@ -150,6 +155,8 @@ def draw_lines(ax: Axes, results: Sequence[Result], x: str, group: str, field: s
         points = lines.setdefault(key, {})
         points.setdefault(result.settings[x], []).append(result.scores()[group][field])
 
+    from matplotlib.ticker import PercentFormatter
+
     ticks = sorted({result.settings[x] for result in results}, key=sort_key)
     numeric = all(map(is_number, ticks))
     place = {tick: tick if numeric else i for i, tick in enumerate(ticks)}
@@ -174,9 +181,13 @@ def draw_lines(ax: Axes, results: Sequence[Result], x: str, group: str, field: s
     ax.set_xticks([place[tick] for tick in ticks], [text(tick) for tick in ticks])
     ax.minorticks_off()
     if field == "accuracy":
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:.1%}")
+        # Wide enough that the luck of a few predictions does not look like an effect.
+        low, high = ax.get_ylim()
+        middle, half = (low + high) / 2, max(high - low, LEAST_SPAN) / 2
+        ax.set_ylim(middle - half, middle + half)
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
     else:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.12 * max(result.scores()[group][field] for result in results))
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
 
