@@ -12,46 +12,34 @@ output tile has one owner that adds in a fixed order: the same inputs give the s
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce.hopper.engine import COLUMN, ROW, Stream, i32, launch, run, share, smem_tile
+from lsce.hopper.engine import (
+    COLUMN,
+    ROW,
+    Stream,
+    i32,
+    launch,
+    run,
+    share,
+    smem_tile,
+    store_stage,
+    store_tile,
+)
 from lsce.hopper.forward import capped
-from lsce.hopper.plan import BLOCK, Lists
+from lsce.hopper.plan import BLOCK, Work
+from lsce.hopper.tiles import BackwardTiles
 
 LOG2E = math.log2(math.e)
 HALF = BLOCK // 2
-
-
-@dataclasses.dataclass(frozen=True)
-class BackwardTiles:
-    """Tile sizes of the backward kernels."""
-
-    width: int = 4096
-    """Columns a chunk."""
-    tile_c: int = 128
-    """Columns a tile."""
-    tile_d: int = 256
-    """Hidden entries an output tile."""
-    stage: int = 64
-    """Inner dimension of one stage."""
-    steps: int = 4
-    """Stages in flight."""
-
-    def __post_init__(self) -> None:
-        if self.tile_c not in (128, 256):
-            raise ValueError(f"{self.tile_c=} must be 128 or 256")
-        if self.width % self.tile_c:
-            raise ValueError(f"{self.width=} must be a multiple of {self.tile_c=}")
-        if self.tile_d * self.tile_c > 256 * 128:
-            raise ValueError(f"{self.tile_d=} × {self.tile_c=} does not fit the registers")
 
 
 class Vectors(NamedTuple):
@@ -72,13 +60,27 @@ class Vectors(NamedTuple):
 
 
 def probabilities(
-    hidden, head, bias, vectors: Vectors, lists: Lists, where, p_ref, kept_ref, *,
-    tiles: BackwardTiles, gathered: bool, scale: float, softcap: float | None, smooth: bool, v: int,
-    ctas: int, interpret: Any,
+    hidden,
+    head,
+    bias,
+    vectors: Vectors,
+    work: Work,
+    chunk,
+    p_ref,
+    kept_ref,
+    *,
+    tiles: BackwardTiles,
+    gathered: bool,
+    scale: float,
+    softcap: float | None,
+    smooth: bool,
+    v: int,
+    ctas: int,
+    interpret: Any,
 ) -> None:
-    """Writes P of the active tiles of chunk where[0] into p_ref [rows, width].
+    """Writes P of a chunk's active pairs into their slots of p_ref [slots · BLOCK, tile_c].
 
-    kept_ref [T, rows] receives each row's probability mass in each active tile.
+    kept_ref [slots · BLOCK] receives each row's probability mass in the tile.
     """
     d = hidden.shape[1]
     blocks = hidden.shape[0] // BLOCK
@@ -87,32 +89,55 @@ def probabilities(
     dtype = hidden.dtype
 
     def body(
-        e_gmem, c_gmem, bias_gmem, lse_gmem, a_gmem, b_gmem, s_gmem, kappa_gmem, y_gmem,
-        list_gmem, count_gmem, where_gmem, p_gmem, kept_gmem,
+        e_gmem,
+        c_gmem,
+        bias_gmem,
+        lse_gmem,
+        a_gmem,
+        b_gmem,
+        s_gmem,
+        kappa_gmem,
+        y_gmem,
+        item_gmem,
+        first_item_gmem,
+        first_tile_gmem,
+        of_tile_gmem,
+        slot_gmem,
+        chunk_gmem,
+        p_gmem,
+        kept_gmem,
     ):
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
-        chunk, row = where_gmem[0], where_gmem[1]
+        member = lax.axis_index("member") if tiles.cluster > 1 else i32(0)
+        chunk = chunk_gmem[0]
+        first_item = first_item_gmem[chunk]
+        first_tile = first_tile_gmem[chunk]
 
         def every_tile(visit, carry):
             def item(i, carry):
-                code = list_gmem[row, cta + i * num]
-                return visit((lax.div(code, i32(blocks)), lax.rem(code, i32(blocks))), carry)
+                code = item_gmem[first_item + cta + i * num]
+                t, rank = lax.div(code, i32(blocks)), lax.rem(code, i32(blocks)) + member
+                return visit((t, of_tile_gmem[t, rank], slot_gmem[t] + rank), carry)
 
-            return lax.fori_loop(0, share(count_gmem[row], num, cta), item, carry)
+            mine = share(first_item_gmem[chunk + 1] - first_item, num, cta)
+            return lax.fori_loop(0, mine, item, carry)
 
         def first_column(t):
-            return t * tile_c if gathered else chunk * tiles.width + t * tile_c
+            return (t - first_tile if gathered else t) * tile_c
 
         def copy(tile, k, a_stage, b_stage, barrier):
-            t, block = tile
+            t, block, _ = tile
             ks = pl.ds(k * tiles.stage, tiles.stage)
             plgpu.copy_gmem_to_smem(e_gmem.at[pl.ds(block * BLOCK, BLOCK), ks], a_stage, barrier)
             plgpu.copy_gmem_to_smem(
-                c_gmem.at[pl.ds(first_column(t), tile_c), ks], b_stage, barrier
+                c_gmem.at[pl.ds(first_column(t), tile_c), ks],
+                b_stage,
+                barrier,
+                collective_axes="member" if tiles.cluster > 1 else None,
             )
 
         stream = Stream(
-            steps=tiles.steps,
+            steps=tiles.fitting(BLOCK + tile_c, HALF),
             a=(BLOCK, tiles.stage),
             b=(tile_c, tiles.stage),
             accumulator=(HALF, tile_c),
@@ -123,7 +148,7 @@ def probabilities(
 
         def consume(multiply, wg, p_smem):
             def visit(tile, ring):
-                t, block = tile
+                t, block, slot = tile
                 acc, ring = multiply(tile, ring)
                 rows = pl.ds(block * BLOCK + wg * HALF, HALF)
                 of_row = lambda ref: lax.broadcast_in_dim(
@@ -138,12 +163,12 @@ def probabilities(
                     u = capped(z, softcap)
                     z = softcap * u
                 p = jnp.exp2(z * LOG2E - of_row(lse_gmem))
-                column = plgpu.broadcasted_iota(
-                    jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
-                ) + (chunk * tiles.width + t * tile_c)
-                if v % tiles.width:
+                iota = plgpu.broadcasted_iota(jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA)
+                column = iota + t * tile_c
+                if v % tile_c:
                     p = jnp.where(column < v, p, 0.0)
-                kept_gmem[t, rows] = p.sum(axis=1)
+                to = pl.ds(slot * BLOCK + wg * HALF, HALF)
+                kept_gmem[to] = p.sum(axis=1)
                 out = p * of_row(a_gmem)
                 out = out - jnp.where(column == of_row(y_gmem), of_row(b_gmem), 0.0)
                 if softcap is not None:
@@ -151,153 +176,298 @@ def probabilities(
                     out = out * slope
                     if smooth:
                         out = out - of_row(s_gmem) * (slope - of_row(kappa_gmem))
-                stage = p_smem.at[wg]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                stage[...] = out.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(stage, p_gmem.at[rows, pl.ds(t * tile_c, tile_c)])
+                store_tile(out.astype(dtype), p_smem.at[wg], p_gmem.at[to])
                 return ring
 
             every_tile(visit, i32(0))
             plgpu.wait_smem_to_gmem(0)
 
         run(
-            stream, dtype, tiles=every_tile, consume=consume,
-            scratch={"p_smem": smem_tile((HALF, tile_c), dtype, 2)},
+            stream,
+            dtype,
+            tiles=every_tile,
+            consume=consume,
+            cluster=tiles.cluster > 1,
+            scratch={"p_smem": store_stage(HALF, dtype)},
         )
 
     bias_in = jnp.zeros((8,), jnp.float32) if bias is None else bias
-    launch(body, (), ctas=ctas, interpret=interpret, name="lsce_probabilities")(
-        hidden, head, bias_in, *vectors, lists.tiles, lists.tile_count, where, p_ref, kept_ref
+    launch(
+        body,
+        (),
+        ctas=max(ctas // tiles.cluster, 1),
+        cluster=tiles.cluster,
+        interpret=interpret,
+        name="lsce_probabilities",
+    )(
+        hidden,
+        head,
+        bias_in,
+        *vectors,
+        work.items,
+        work.first_item,
+        work.first_tile,
+        work.of_tile,
+        work.tile_slot,
+        chunk,
+        p_ref,
+        kept_ref,
     )
 
 
 def accumulate_hidden(
-    p_ref, head, lists: Lists, where, dh_ref, *,
-    tiles: BackwardTiles, gathered: bool, ctas: int, interpret: Any,
+    p_ref,
+    head,
+    work: Work,
+    chunk,
+    dh_ref,
+    *,
+    tiles: BackwardTiles,
+    gathered: bool,
+    dense: bool,
+    ctas: int,
+    interpret: Any,
 ) -> None:
-    """dh_ref [rows, D] += P·C of chunk where[0], float32."""
-    blocks = p_ref.shape[0] // BLOCK
-    d_tiles = pl.cdiv(head.shape[1], tiles.tile_d)
+    """dh_ref [rows, D] += P·C of a chunk, float32.
+
+    `dense` says that neighbouring blocks have the same tiles, so that they can share the head's.
+    """
+    cluster = tiles.cluster if dense else 1
+    blocks = dh_ref.shape[0] // BLOCK
+    d_tiles = pl.cdiv(head.shape[1], tiles.hidden_d)
     per_tile = tiles.tile_c // tiles.stage
 
-    def body(p_gmem, c_gmem, list_gmem, count_gmem, where_gmem, dh_gmem):
+    def body(
+        p_gmem, c_gmem, first_gmem, first_tile_gmem, of_block_gmem, slot_gmem, chunk_gmem, dh_gmem
+    ):
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
-        chunk, row = where_gmem[0], where_gmem[1]
+        member = lax.axis_index("member") if cluster > 1 else i32(0)
+        chunk = chunk_gmem[0]
+        first_tile = first_tile_gmem[chunk]
 
         def every_tile(visit, carry):
             def item(i, carry):
                 at = cta + i * num
-                return visit((lax.div(at, i32(d_tiles)), lax.rem(at, i32(d_tiles))), carry)
+                block = lax.div(at, i32(d_tiles)) * cluster + member
+                first = first_gmem[chunk, block]
+                count = first_gmem[chunk + 1, block] - first
+                return visit((block, lax.rem(at, i32(d_tiles)), first, count), carry)
 
-            return lax.fori_loop(0, share(i32(blocks * d_tiles), num, cta), item, carry)
+            return lax.fori_loop(0, share(i32(blocks // cluster * d_tiles), num, cta), item, carry)
 
         def copy(tile, k, a_stage, b_stage, barrier):
-            block, dt = tile
-            t = list_gmem[row, block, lax.div(k, i32(per_tile))]
-            column = t * tiles.tile_c + lax.rem(k, i32(per_tile)) * tiles.stage
-            p_part = p_gmem.at[pl.ds(block * BLOCK, BLOCK), pl.ds(column, tiles.stage)]
-            plgpu.copy_gmem_to_smem(p_part, a_stage, barrier)
-            if not gathered:
-                column = column + chunk * tiles.width
-            c_part = c_gmem.at[pl.ds(column, tiles.stage), pl.ds(dt * tiles.tile_d, tiles.tile_d)]
-            plgpu.copy_gmem_to_smem(c_part, b_stage, barrier)
+            block, dt, first, _ = tile
+            at = first + lax.div(k, i32(per_tile))
+            inner = lax.rem(k, i32(per_tile)) * tiles.stage
+            p_rows = pl.ds(slot_gmem[block, at] * BLOCK, BLOCK)
+            plgpu.copy_gmem_to_smem(p_gmem.at[p_rows, pl.ds(inner, tiles.stage)], a_stage, barrier)
+            t = of_block_gmem[block, at]
+            c_rows = pl.ds((t - first_tile if gathered else t) * tiles.tile_c + inner, tiles.stage)
+            c_part = c_gmem.at[c_rows, pl.ds(dt * tiles.hidden_d, tiles.hidden_d)]
+            plgpu.copy_gmem_to_smem(
+                c_part, b_stage, barrier, collective_axes="member" if cluster > 1 else None
+            )
 
         stream = Stream(
-            steps=tiles.steps,
+            steps=tiles.fitting(BLOCK + tiles.hidden_d, 0),
             a=(BLOCK, tiles.stage),
-            b=(tiles.stage, tiles.tile_d),
-            accumulator=(HALF, tiles.tile_d),
-            length=lambda tile: count_gmem[row, tile[0]] * per_tile,
+            b=(tiles.stage, tiles.hidden_d),
+            accumulator=(HALF, tiles.hidden_d),
+            length=lambda tile: tile[3] * per_tile,
             copy=copy,
             operands=lambda a, b, wg: (a.at[pl.ds(wg * HALF, HALF)], b),
         )
 
         def consume(multiply, wg):
             def visit(tile, ring):
-                block, dt = tile
+                block, dt, _, count = tile
                 acc, ring = multiply(tile, ring)
-                at = dh_gmem.at[
-                    pl.ds(block * BLOCK + wg * HALF, HALF), pl.ds(dt * tiles.tile_d, tiles.tile_d)
-                ]
-                at[...] = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False) + acc
+
+                @pl.when(count > 0)
+                def _():
+                    rows = pl.ds(block * BLOCK + wg * HALF, HALF)
+                    at = dh_gmem.at[rows, pl.ds(dt * tiles.hidden_d, tiles.hidden_d)]
+                    old = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
+                    at[...] = old + acc
+
                 return ring
 
             every_tile(visit, i32(0))
 
-        run(stream, head.dtype, tiles=every_tile, consume=consume)
+        run(stream, head.dtype, tiles=every_tile, consume=consume, cluster=cluster > 1)
 
-    launch(body, (), ctas=ctas, interpret=interpret, name="lsce_hidden_gradient")(
-        p_ref, head, lists.of_block, lists.of_block_count, where, dh_ref
+    launch(
+        body,
+        (),
+        ctas=max(ctas // cluster, 1),
+        cluster=cluster,
+        interpret=interpret,
+        name="lsce_hidden_gradient",
+    )(
+        p_ref,
+        head,
+        work.first_of_block,
+        work.first_tile,
+        work.of_block,
+        work.of_block_slot,
+        chunk,
+        dh_ref,
     )
 
 
 def head_gradient(
-    p_ref, hidden, lists: Lists, where, constant, dc_ref, *,
-    tiles: BackwardTiles, gathered: bool, ctas: int, interpret: Any,
+    p_ref,
+    hidden,
+    work: Work,
+    chunk,
+    constant,
+    dc_ref,
+    *,
+    tiles: BackwardTiles,
+    gathered: bool,
+    ctas: int,
+    interpret: Any,
 ) -> None:
-    """dc_ref [width or V, D] = Pᵀ·E + constant [D] for the columns of chunk where[0]."""
-    d_tiles = pl.cdiv(hidden.shape[1], tiles.tile_d)
-    c_tiles = tiles.width // tiles.tile_c
+    """dc_ref [width or V, D] = Pᵀ·E + constant [D] for the columns of a chunk."""
+    d_tiles = pl.cdiv(hidden.shape[1], tiles.head_d)
     half_c = tiles.tile_c // 2
     per_block = BLOCK // tiles.stage
+    # Two CTAs of one column tile and different hidden tiles read the same P.
+    cluster = tiles.cluster if d_tiles % tiles.cluster == 0 else 1
     dtype = hidden.dtype
 
-    def body(p_gmem, e_gmem, constant_gmem, list_gmem, count_gmem, where_gmem, dc_gmem):
+    def body(
+        p_gmem,
+        e_gmem,
+        constant_gmem,
+        first_tile_gmem,
+        of_tile_gmem,
+        count_gmem,
+        slot_gmem,
+        chunk_gmem,
+        dc_gmem,
+    ):
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
-        chunk, row = where_gmem[0], where_gmem[1]
+        member = lax.axis_index("member") if cluster > 1 else i32(0)
+        chunk = chunk_gmem[0]
+        first_tile = first_tile_gmem[chunk]
 
         def every_tile(visit, carry):
             def item(i, carry):
-                at = cta + i * num
-                return visit((lax.div(at, i32(d_tiles)), lax.rem(at, i32(d_tiles))), carry)
+                at = (cta + i * num) * cluster + member
+                t = first_tile + lax.div(at, i32(d_tiles))
+                return visit((t, lax.rem(at, i32(d_tiles)), slot_gmem[t], count_gmem[t]), carry)
 
-            return lax.fori_loop(0, share(i32(c_tiles * d_tiles), num, cta), item, carry)
+            items = (first_tile_gmem[chunk + 1] - first_tile) * (d_tiles // cluster)
+            return lax.fori_loop(0, share(items, num, cta), item, carry)
 
         def copy(tile, k, a_stage, b_stage, barrier):
-            t, dt = tile
-            block = list_gmem[row, t, lax.div(k, i32(per_block))]
-            token = block * BLOCK + lax.rem(k, i32(per_block)) * tiles.stage
-            p_part = p_gmem.at[pl.ds(token, tiles.stage), pl.ds(t * tiles.tile_c, tiles.tile_c)]
-            plgpu.copy_gmem_to_smem(p_part, a_stage, barrier)
-            e_part = e_gmem.at[pl.ds(token, tiles.stage), pl.ds(dt * tiles.tile_d, tiles.tile_d)]
+            t, dt, slot, _ = tile
+            rank = lax.div(k, i32(per_block))
+            inner = lax.rem(k, i32(per_block)) * tiles.stage
+            p_rows = pl.ds((slot + rank) * BLOCK + inner, tiles.stage)
+            plgpu.copy_gmem_to_smem(
+                p_gmem.at[p_rows],
+                a_stage,
+                barrier,
+                collective_axes="member" if cluster > 1 else None,
+            )
+            e_rows = pl.ds(of_tile_gmem[t, rank] * BLOCK + inner, tiles.stage)
+            e_part = e_gmem.at[e_rows, pl.ds(dt * tiles.head_d, tiles.head_d)]
             plgpu.copy_gmem_to_smem(e_part, b_stage, barrier)
 
         stream = Stream(
-            steps=tiles.steps,
+            steps=tiles.fitting(tiles.tile_c + tiles.head_d, half_c),
             a=(tiles.stage, tiles.tile_c),
-            b=(tiles.stage, tiles.tile_d),
-            accumulator=(half_c, tiles.tile_d),
-            length=lambda tile: count_gmem[row, tile[0]] * per_block,
+            b=(tiles.stage, tiles.head_d),
+            accumulator=(half_c, tiles.head_d),
+            length=lambda tile: tile[3] * per_block,
             copy=copy,
             operands=lambda a, b, wg: (a.at[:, pl.ds(wg * half_c, half_c)].transpose((1, 0)), b),
         )
 
         def consume(multiply, wg, out_smem):
             def visit(tile, ring):
-                t, dt = tile
+                t, dt, _, _ = tile
                 acc, ring = multiply(tile, ring)
-                columns = pl.ds(dt * tiles.tile_d, tiles.tile_d)
+                columns = pl.ds(dt * tiles.head_d, tiles.head_d)
                 row = plgpu.load(constant_gmem.at[columns], layout=COLUMN, optimized=False)
                 out = acc + lax.broadcast_in_dim(row, acc.shape, [1])
-                stage = out_smem.at[wg]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                stage[...] = out.astype(dtype)
-                plgpu.commit_smem()
-                first = t * tiles.tile_c + wg * half_c
-                if not gathered:
-                    first = first + chunk * tiles.width
-                plgpu.copy_smem_to_gmem(stage, dc_gmem.at[pl.ds(first, half_c), columns])
+                first = (t - first_tile if gathered else t) * tiles.tile_c + wg * half_c
+                to = dc_gmem.at[pl.ds(first, half_c), columns]
+                store_tile(out.astype(dtype), out_smem.at[wg], to)
                 return ring
 
             every_tile(visit, i32(0))
             plgpu.wait_smem_to_gmem(0)
 
         run(
-            stream, dtype, tiles=every_tile, consume=consume,
-            scratch={"out_smem": smem_tile((half_c, tiles.tile_d), dtype, 2)},
+            stream,
+            dtype,
+            tiles=every_tile,
+            consume=consume,
+            cluster=cluster > 1,
+            scratch={"out_smem": store_stage(half_c, dtype)},
         )
 
-    launch(body, (), ctas=ctas, interpret=interpret, name="lsce_head_gradient")(
-        p_ref, hidden, constant, lists.of_tile, lists.of_tile_count, where, dc_ref
+    launch(
+        body,
+        (),
+        ctas=max(ctas // cluster, 1),
+        cluster=cluster,
+        interpret=interpret,
+        name="lsce_head_gradient",
+    )(
+        p_ref,
+        hidden,
+        constant,
+        work.first_tile,
+        work.of_tile,
+        work.of_tile_count,
+        work.tile_slot,
+        chunk,
+        dc_ref,
+    )
+
+
+def fill_rows(constant, shape: tuple[int, int], dtype, *, ctas: int, interpret: Any):
+    """An array [V, D] whose rows are all `constant` [≥ D]: one tile filled, stored many times."""
+    v, d = shape
+    rows, columns = 128, 128
+    d_tiles = pl.cdiv(d, columns)
+    v_tiles = pl.cdiv(v, rows)
+
+    def body(constant_gmem, out_gmem, tile_smem):
+        @pl.when(lax.axis_index("wg") == 0)
+        def _():
+            fill(constant_gmem, out_gmem, tile_smem)
+
+    def fill(constant_gmem, out_gmem, tile_smem):
+        cta, num = lax.axis_index("cta"), lax.axis_size("cta")
+        dt = pl.ds(lax.rem(cta, i32(d_tiles)) * columns, columns)
+        row = plgpu.load(constant_gmem.at[dt], layout=COLUMN, optimized=False)
+        tile_smem[...] = lax.broadcast_in_dim(row, (rows, columns), [1]).astype(dtype)
+        plgpu.commit_smem()
+        first, step = lax.div(cta, i32(d_tiles)), lax.div(num, i32(d_tiles))
+
+        @pl.loop(0, share(i32(v_tiles), step, first))
+        def _(i):
+            at = pl.ds((first + i * step) * rows, rows)
+            plgpu.copy_smem_to_gmem(tile_smem, out_gmem.at[at, dt])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    # As many CTAs for each stripe of columns, and at least one.
+    grid = max(2 * ctas // d_tiles, 1) * d_tiles
+    return launch(
+        body,
+        jax.ShapeDtypeStruct(shape, dtype),
+        ctas=grid,
+        interpret=interpret,
+        scratch={"tile_smem": smem_tile((rows, columns), dtype)},
+        name="lsce_fill_rows",
+    )(
+        jnp.pad(constant, (0, d_tiles * columns - min(constant.shape[0], d_tiles * columns)))[
+            : d_tiles * columns
+        ]
     )

@@ -1,8 +1,8 @@
 """The loop that every kernel here is: tiles of A·B on Hopper's tensor cores, fed by one producer.
 
 A CTA has three warpgroups. The producer streams operand tiles from global to shared memory with
-TMA through a ring of `steps` stages; two consumers multiply them with wgmma, each on its own half of
-the output tile, and run the epilogue. The ring never drains between output tiles: while a consumer
+TMA through a ring of `steps` stages; two consumers multiply them with wgmma, each on its own half
+of the output tile, and run the epilogue. The ring never drains between output tiles: while a consumer
 is in its epilogue the producer already fills stages for the next tile and the other consumer may
 still be multiplying, which is what hides the epilogue's exponentials behind the matmul.
 """
@@ -19,9 +19,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from lsce.hopper.tiles import CONSUMERS, STORE_COLUMNS
+
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
-CONSUMERS = 2
 
 
 def i32(value) -> Any:
@@ -54,7 +55,7 @@ class Stream:
     length: Callable[[Any], Any]
     """tile → number of ring steps (the inner dimension in stages)."""
     copy: Callable[[Any, Any, Any, Any, Any], None]
-    """(tile, step, a_stage, b_stage, barrier): issue the two copies, each arriving on the barrier."""
+    """(tile, step, a_stage, b_stage, barrier): issue both copies, each arriving on the barrier."""
     operands: Callable[[Any, Any, Any], tuple[Any, Any]]
     """(a_stage, b_stage, consumer) → the references that this consumer multiplies."""
 
@@ -75,7 +76,11 @@ def run(
     is the consumers' walk: it must call `acc, ring = multiply(tile, ring)` for the same tiles in
     the same order, starting from ring = 0.
     """
-    barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",)) if cluster else plgpu.Barrier
+    barrier = (
+        functools.partial(plgpu.ClusterBarrier, collective_axes=("member",))
+        if cluster
+        else plgpu.Barrier
+    )
     slot = lambda ring: lax.rem(ring, i32(stream.steps))
 
     @functools.partial(
@@ -149,15 +154,46 @@ def run(
             consume(multiply, wg, **scratch)
 
 
+def store_stage(rows: int, dtype):
+    """Staging for `store_tile`, two slots for each consumer."""
+    return smem_tile((CONSUMERS, 2, rows, STORE_COLUMNS), dtype)
+
+
+def store_tile(value, stage, destination) -> None:
+    """Writes a consumer's tile to global memory through its two slots of shared memory.
+
+    Goes through TMA, which also cuts off what lies outside the array. The caller waits for the last
+    copies (`wait_smem_to_gmem`) before the kernel ends.
+    """
+    for i in range(value.shape[1] // STORE_COLUMNS):
+        columns = slice(i * STORE_COLUMNS, (i + 1) * STORE_COLUMNS)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        stage[i % 2] = value[:, columns]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(stage.at[i % 2], destination.at[:, columns])
+
+
 def share(count, ctas, cta):
     """How many of `count` items CTA number `cta` takes when it takes every `ctas`-th."""
     return lax.div(count - 1 - cta + ctas, ctas)
 
 
-def launch(body, out_type, *, ctas: int, interpret: Any, name: str, cluster: int = 1):
-    """The kernel on a grid of `ctas` CTAs (or clusters): three warpgroups each, named "wg"."""
+def launch(
+    body,
+    out_type,
+    *,
+    ctas: int,
+    interpret: Any,
+    name: str,
+    cluster: int = 1,
+    threads: int | None = CONSUMERS + 1,
+    scratch: dict[str, Any] | None = None,
+):
+    """The kernel on a grid of `ctas` CTAs (or clusters) of `threads` warpgroups, named "wg"."""
     body.__name__ = name
     options = {} if interpret is None else {"interpret": interpret}
+    if threads is not None:
+        options |= {"num_threads": threads, "thread_name": "wg"}
     if cluster > 1:
         options |= {"cluster": (cluster,), "cluster_names": ("member",)}
     return plgpu.kernel(
@@ -165,8 +201,7 @@ def launch(body, out_type, *, ctas: int, interpret: Any, name: str, cluster: int
         out_type=out_type,
         grid=(ctas,),
         grid_names=("cta",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
+        scratch_types=scratch or {},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **options,
     )

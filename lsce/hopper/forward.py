@@ -11,7 +11,6 @@ afterwards by the log-sum-exp rule, which is a few kilobytes of work.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -25,50 +24,12 @@ from jaxtyping import Array, Float, Int
 
 from lsce.hopper import marks
 from lsce.hopper.engine import COLUMN, ROW, Stream, i32, launch, run, share
+from lsce.hopper.tiles import ForwardTiles
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 # A maximum below every logit: finite, so that no ∞ − ∞ appears before the first tile.
 LOWEST = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardTiles:
-    """Tile sizes of the forward kernel."""
-
-    tile_n: int = 64
-    """Tokens a consumer warpgroup."""
-    tile_v: int = 256
-    """Vocabulary columns a tile."""
-    tile_d: int = 64
-    """Hidden entries a stage."""
-    steps: int = 4
-    """Stages in flight."""
-    cluster: int = 2
-    """CTAs that share the head's tiles by multicast."""
-
-    def __post_init__(self) -> None:
-        if self.tile_n not in (64, 128):
-            raise ValueError(f"{self.tile_n=} must be 64 or 128")
-        if self.tile_v % 128 or not 0 < self.tile_v <= 256:
-            raise ValueError(f"{self.tile_v=} must be 128 or 256")
-        if self.tile_n * self.tile_v > 64 * 256:
-            raise ValueError(f"{self.tile_n=} × {self.tile_v=} does not fit the registers")
-        if self.tile_d not in (32, 64):
-            raise ValueError(f"{self.tile_d=} must be 32 or 64")
-        if self.cluster not in (1, 2):
-            raise ValueError(f"{self.cluster=} must be 1 or 2")
-        if self.shared_memory > 220_000:
-            raise ValueError(f"{self.shared_memory=} bytes exceed an SM's shared memory")
-
-    @property
-    def block(self) -> int:
-        """Tokens a CTA."""
-        return 2 * self.tile_n
-
-    @property
-    def shared_memory(self) -> int:
-        return self.steps * (self.block + self.tile_v) * self.tile_d * 2
 
 
 class Sums(NamedTuple):
@@ -115,6 +76,7 @@ def forward(
     drop: float = 0.0,
     stats: bool = False,
     squares: bool = False,
+    v: int | None = None,
     limit: Int[Array, ""] | None = None,
     ctas: int = 132,
     interpret: Any = None,
@@ -123,10 +85,10 @@ def forward(
 
     `threshold` (nats) asks for marks: a column is marked where a logit exceeds it, or exceeds the
     running maximum by more than `drop` (< 0), whichever is higher: neither exceeds lse + drop.
-    Columns from `limit` on do not exist.
+    Of the head's rows only the first `v` (static), or `limit` (traced), are classes.
     """
     n, d = hidden.shape
-    v = head.shape[0]
+    v = head.shape[0] if v is None else v
     unit = tiles.block * tiles.cluster
     units = max(ctas // tiles.cluster, 1)
     blocks = pl.cdiv(n, unit)
@@ -267,35 +229,43 @@ def forward(
 
             items(of_item, i32(0))
 
-        run(
-            stream, hidden.dtype, tiles=every_tile, consume=consume, cluster=tiles.cluster > 1
-        )
+        run(stream, hidden.dtype, tiles=every_tile, consume=consume, cluster=tiles.cluster > 1)
 
     padded = blocks * unit
-    out_type = [jax.ShapeDtypeStruct((slots, unit), jnp.int32 if x == "best" else jnp.float32) for x in names]
+    out_type = [
+        jax.ShapeDtypeStruct((slots, unit), jnp.int32 if x == "best" else jnp.float32)
+        for x in names
+    ]
     if marking:
         words = v_tiles * marks.words(tiles.tile_v)
         out_type.append(jax.ShapeDtypeStruct((padded // tiles.tile_n, 4, words), jnp.int32))
     bias_in = jnp.zeros((8,), jnp.float32)
     if bias is not None:
-        bias_in = jnp.pad(bias.astype(jnp.float32), (0, v_tiles * tiles.tile_v - v))
+        bias_in = jnp.maximum(bias.astype(jnp.float32), LOWEST)
+        bias_in = jnp.pad(bias_in, (0, v_tiles * tiles.tile_v - bias.shape[0]))
     thr_in = jnp.zeros((8,), jnp.float32)
     if marking:
         # An infinite threshold keeps rows without a loss from marking anything.
         thr_in = jnp.pad(threshold, (0, padded - n), constant_values=jnp.inf)
     outputs = launch(
         body, out_type, ctas=units, cluster=tiles.cluster, interpret=interpret, name="lsce_forward"
-    )(hidden, head, bias_in, thr_in, jnp.stack([live_blocks.astype(jnp.int32), splits, i32(v if limit is None else limit)]))
+    )(
+        hidden,
+        head,
+        bias_in,
+        thr_in,
+        jnp.stack([live_blocks.astype(jnp.int32), splits, i32(v if limit is None else limit)]),
+    )
 
     # Row r of block b was cut into `splits` stretches, kept in slots b, b + live_blocks, ….
-    row = jnp.arange(n)
+    row = jnp.arange(n)[None, :]
     stretch = jnp.arange(min(most, slots))[:, None]
     slot = jnp.where(stretch < splits, stretch * live_blocks + row // unit, 0)
     part = {name: x[slot, row % unit] for name, x in zip(names, outputs, strict=False)}
     valid = stretch < splits
     m = jnp.where(valid, part["m"], LOWEST)
     top = m.max(0)
-    share_of = jnp.where(valid, jnp.exp2(m - top), 0.0)
+    share_of = jnp.where(valid, jnp.exp2(m - top[None, :]), 0.0)
     total = lambda name: jnp.where(valid, part[name], 0.0)
     l = (total("l") * share_of).sum(0)
     result = dict.fromkeys(Sums._fields)
@@ -304,7 +274,7 @@ def forward(
     if stats:
         result["top"] = top * LN2
         result["prediction"] = jnp.take_along_axis(part["best"], jnp.argmax(m, 0)[None], 0)[0]
-        w = (share_of * (total("w") + (m - top) * total("l"))).sum(0) / l
+        w = (share_of * (total("w") + (m - top[None, :]) * total("l"))).sum(0) / l
         result["entropy"] = jnp.log(l) - w * LN2
         result["sum_p_squared"] = (total("q") * share_of**2).sum(0) / l**2
     if marking:

@@ -10,27 +10,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from lsce import formula
 from lsce.hopper import backward, plan
-from lsce.hopper.forward import LOG2E, ForwardTiles, Sums, forward
+from lsce.hopper.forward import LOG2E, LOWEST, Sums, forward
 from lsce.hopper.plan import BLOCK
+from lsce.hopper.tiles import Tiles
 from lsce.problem import Problem
 from lsce.stats import TokenStats
+
+FLAT = 0.25
+"""A block of tokens that would lose more than this part of its mass to the filter is kept whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static in one call."""
+    """What is static in one call; arrays are padded as `lsce.hopper` says."""
 
     problem: Problem
     epsilon: float | None
     """The filter; None is exact."""
-    forward: ForwardTiles
-    backward: backward.BackwardTiles
-    hot: int
-    """Columns of the pass that bounds the log-sum-exp before the forward."""
+    tiles: Tiles
     ctas: int
     interpret: Any = None
 
@@ -69,7 +71,7 @@ def _fwd(call: Call, hidden, head, bias, labels):
     hidden, head, labels = hidden.value, head.value, labels.value
     bias = None if bias is None else bias.value
     n = labels.shape[0]
-    rows = -(-n // BLOCK) * BLOCK
+    rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
     is_live = labels >= 0
     live = is_live.sum(dtype=jnp.int32)
     # Tokens without a loss go last: whole blocks of them are never visited, and a NaN in their
@@ -93,133 +95,207 @@ def _fwd(call: Call, hidden, head, bias, labels):
 
 
 def _bwd(call: Call, saved: Saved, cotangents):
-    p = call.problem
-    g = cotangents[0]
-    if not isinstance(g, jax.Array) and type(g).__name__ == "SymbolicZero":
-        return tuple(None for _ in range(4))
-    n = saved.place.shape[0]
+    if isinstance(cotangents[0], SymbolicZero):
+        return None, None, None, None
+    p, exact = call.problem, call.epsilon is None
     rows, d = saved.hidden.shape
+    v, head_rows = p.v, saved.head.shape[0]
     blocks = rows // BLOCK
+    live_blocks = (saved.live + BLOCK - 1) // BLOCK
     in_use = jnp.arange(rows) < saved.live
-    by_row = jnp.zeros(rows, jnp.float32).at[saved.place].set(g.astype(jnp.float32))
+    wants_hidden, wants_head, wants_bias = (want is not None for want in saved.wants)
+
+    by_row = jnp.zeros(rows, jnp.float32).at[saved.place].set(cotangents[0].astype(jnp.float32))
     # 0, or NaN where the cotangent of a token without a loss is NaN (an invalid label).
     poison = jnp.where(in_use, 0.0, by_row * 0.0).sum()
-    g = jnp.where(in_use, by_row, 0.0)
+    g = jnp.where(in_use, by_row, 0.0) * p.logit_scale
     lse = jnp.where(in_use, saved.sums.lse, 0.0)
-    exact = call.epsilon is None
-    a = g * formula.softmax_weight(p, lse) * p.logit_scale
-    b = g * (1.0 - p.label_smoothing) * p.logit_scale
-    s = g * p.label_smoothing / p.v * p.logit_scale
-    if not call.dense_smoothing:
-        kappa = jnp.ones_like(g)
-    elif exact:
+    a = g * formula.softmax_weight(p, lse)
+    s = g * p.label_smoothing / v
+    # Of the smoothing term −s·J in dz (J the softcap's slope, 1 without one) the part −s·κ is the
+    # same for every column and is added as rank 1; a tile of P holds the rest. Exact mode leaves
+    # all of it to P where J varies; the filter takes J's mean over the columns for those it skips.
+    kappa = jnp.ones_like(g)
+    if call.dense_smoothing:
         kappa = jnp.zeros_like(g)
-    else:
-        mean_square = jnp.where(in_use, saved.sums.mean_square_logit, 0.0)
-        kappa = 1.0 - mean_square / p.softcap**2
-    v = saved.head.shape[0]
-    tiles = call.backward
-    width = tiles.width
+        if not exact:
+            mean_square = jnp.where(in_use, saved.sums.mean_square_logit, 0.0)
+            kappa = 1.0 - mean_square / p.softcap**2
+
+    tiles = call.tiles.exact if exact else call.tiles.sparse
+    slots = max(tiles.slots, tiles.slots_per_block * blocks, 2 * blocks)
+    tile_c, per_chunk = tiles.tile_c, tiles.width // tiles.tile_c
+    order = None
     if exact:
-        columns = None
-        lists = plan.dense(blocks, (saved.live + BLOCK - 1) // BLOCK, width // tiles.tile_c)
-        chunks = -(-v // width)
+        work = plan.whole(blocks, live_blocks, -(-v // tile_c), slots=slots, group=tiles.cluster)
         target = saved.labels
     else:
         kept = jnp.where(in_use, saved.sums.kept, 1.0).reshape(blocks, BLOCK)
-        whole = 1.0 - kept.mean(1) > FLAT
-        bits = plan.column_bits(saved.sums.marks, call.forward.tile_n, v)
-        bits = bits[:, :v]
-        bits = plan.with_labels(bits, saved.labels, whole)
-        columns, active = plan.columns(bits, blocks, width, tiles.tile_c)
-        lists = plan.lists(active)
-        chunks = columns.chunks
+        flat = (1.0 - kept.mean(1) > FLAT) & (jnp.arange(blocks) < live_blocks)
+        bits = plan.column_bits(saved.sums.marks, call.tiles.forward.tile_n, live_blocks, v)
+        bits = plan.with_labels(bits, saved.labels, flat)
+        columns, active = plan.columns(bits, blocks, tile_c)
+        work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.cluster)
         target = jnp.where(saved.labels >= 0, columns.position[saved.labels], -1)
-    needs_hidden, needs_head, needs_bias = (w is not None for w in saved.wants)
-    vectors = backward.Vectors(lse * LOG2E, a, b, s, kappa, target)
-    d_tiles = -(-d // tiles.tile_d) * tiles.tile_d
-    # dL/dC of a column nobody kept: the smoothing term alone, the same for all of them.
-    constant = jnp.zeros(d_tiles, jnp.float32)
-    if p.label_smoothing > 0.0 and needs_head:
-        weight = -s * kappa
-        row = jnp.dot(weight, saved.hidden.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        order = jnp.pad(columns.order, (0, tiles.width), constant_values=head_rows)
+
+    # dL/dC of a column that no tile holds: the smoothing alone, the same row for all of them.
+    padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
+    constant = jnp.zeros(padded_d, jnp.float32)
+    if p.label_smoothing > 0.0 and wants_head:
+        row = jnp.dot(-s * kappa, saved.hidden.astype(jnp.float32), precision="highest")
         constant = constant.at[:d].set(row)
     constant = constant + poison
-    dh = jax.new_ref(jnp.zeros((rows, d_tiles), jnp.float32))
-    scratch = jax.new_ref(lax.empty((rows, width), saved.hidden.dtype))
-    kept_ref = jax.new_ref(jnp.zeros((width // tiles.tile_c, rows), jnp.float32))
-    bias = saved.bias
-    if bias is not None:
-        pad = chunks_pad = -(-v // width) * width - v
-        bias = jnp.pad(bias.astype(jnp.float32), (0, chunks_pad))
-    dhead_dtype = saved.head.dtype
-    options = dict(tiles=tiles, ctas=call.ctas, interpret=call.interpret)
+    constant_bias = poison - (s * kappa).sum() / p.logit_scale
+    bias = None
+    if saved.bias is not None:
+        bias = jnp.maximum(saved.bias.astype(jnp.float32), LOWEST)
 
-    def one(chunk, head_part, bias_part, dc_ref, gathered):
-        where = jnp.stack([jnp.int32(chunk), jnp.int32(0) if exact else jnp.int32(chunk)])
+    vectors = backward.Vectors(lse * LOG2E, a, g * (1.0 - p.label_smoothing), s, kappa, target)
+    options = {"tiles": tiles, "ctas": call.ctas, "interpret": call.interpret}
+    p_ref = jax.new_ref(lax.empty((slots * BLOCK, tile_c), saved.hidden.dtype))
+    kept_ref = jax.new_ref(lax.empty((slots * BLOCK,), jnp.float32))
+    dh_ref = jax.new_ref(jnp.zeros((rows, padded_d), jnp.float32)) if wants_hidden else None
+
+    def products(chunk, head, bias, dc_ref):
+        """P of a chunk and what follows from it; `head` is the whole head or the chunk's rows."""
+        gathered = order is not None
+        at = jnp.asarray(chunk, jnp.int32).reshape(1)
         backward.probabilities(
-            saved.hidden, head_part, bias_part, vectors, lists, where, scratch, kept_ref,
-            gathered=gathered, scale=p.logit_scale, softcap=p.softcap, smooth=call.dense_smoothing,
-            v=v, **options,
+            saved.hidden,
+            head,
+            bias,
+            vectors,
+            work,
+            at,
+            p_ref,
+            kept_ref,
+            gathered=gathered,
+            scale=p.logit_scale,
+            softcap=p.softcap,
+            smooth=call.dense_smoothing,
+            v=v,
+            **options,
         )
-        if needs_hidden:
-            backward.accumulate_hidden(scratch, head_part, lists, where, dh, gathered=gathered, **options)
-        if needs_head:
-            backward.head_gradient(scratch, saved.hidden, lists, where, constant, dc_ref, gathered=gathered, **options)
+        if wants_hidden:
+            backward.accumulate_hidden(
+                p_ref, head, work, at, dh_ref, gathered=gathered, dense=exact, **options
+            )
+        if wants_head:
+            backward.head_gradient(
+                p_ref, saved.hidden, work, at, constant, dc_ref, gathered=gathered, **options
+            )
 
-    dbias = jnp.zeros(v, jnp.float32) if needs_bias else None
-    dc = None
+    def bias_part(chunk, most):
+        """Σ_n of a chunk's P by column, float32 [most · tile_c], and how many columns it has."""
+        t = work.first_tile[chunk] + jnp.arange(most)
+        mine = t < work.first_tile[chunk + 1]
+        t = jnp.minimum(t, work.tile_slot.shape[0] - 1)
+        first, slot = work.tile_slot[t][:, None], jnp.arange(slots)[None, :]
+        owns = (slot >= first) & (slot < first + work.of_tile_count[t][:, None]) & mine[:, None]
+        sums = p_ref[...].reshape(slots, BLOCK, tile_c).sum(1, dtype=jnp.float32)
+        # A product and not a scatter, whose order of adding nobody fixes; slots in no tile of the
+        # chunk hold whatever was there.
+        sums = jnp.where(owns.any(0)[:, None], sums, 0.0)
+        return jnp.dot(owns.astype(jnp.float32), sums, precision="highest").reshape(-1)
+
+    def mass(chunk):
+        """The probability that a chunk's tiles hold, by row."""
+        first, after = work.first_of_block[chunk], work.first_of_block[chunk + 1]
+        at = first[:, None] + jnp.arange(per_chunk)[None, :]
+        within = (at < after[:, None])[..., None]
+        at = jnp.minimum(at, work.of_block.shape[1] - 1)
+        slot = jnp.take_along_axis(work.of_block_slot, at, axis=1)
+        by_tile = kept_ref[...].reshape(slots, BLOCK)[jnp.clip(slot, 0, slots - 1)]
+        return jnp.where(within, by_tile, 0.0).sum(1).reshape(rows)
+
+    dhead = dbias = None
     if exact:
-        dc_ref = jax.new_ref(lax.empty((v, d), dhead_dtype)) if needs_head else None
+        per_chunk = slots // blocks
+        dc_ref = jax.new_ref(lax.empty(saved.head.shape, saved.head.dtype)) if wants_head else None
+        padded = None if bias is None else jnp.pad(bias, (0, -v % tile_c))
 
         def body(chunk, dbias):
-            one(chunk, saved.head, bias, dc_ref, False)
+            products(chunk, saved.head, padded, dc_ref)
+            if wants_bias:
+                part = bias_part(chunk, per_chunk)
+                dbias = lax.dynamic_update_slice(dbias, part, (chunk * per_chunk * tile_c,))
             return dbias
 
+        chunks = work.first_tile.shape[0] - 1
+        dbias = jnp.zeros(chunks * per_chunk * tile_c) if wants_bias else None
+        # A static number of chunks: XLA then looks at no condition between them.
         dbias = lax.fori_loop(0, chunks, body, dbias)
-        dc = dc_ref[...] if needs_head else None
+        dhead = dc_ref[...] if wants_head else None
     else:
-        part_ref = jax.new_ref(lax.empty((width, d), dhead_dtype)) if needs_head else None
-        if needs_head:
-            dc = jnp.broadcast_to(constant[:d].astype(dhead_dtype), (v, d))
+        if wants_head:
+            dhead = backward.fill_rows(
+                constant,
+                saved.head.shape,
+                saved.head.dtype,
+                ctas=call.ctas,
+                interpret=call.interpret,
+            )
 
         def body(chunk, carry):
-            dc, dbias = carry
-            ids = lax.dynamic_slice(columns.order, (chunk * width,), (width,))
-            head_part = saved.head.at[ids].get(mode="clip")
-            bias_part = None if bias is None else saved.bias.astype(jnp.float32).at[ids].get(mode="clip")
-            one(chunk, head_part, bias_part, part_ref, True)
-            if needs_head:
-                dc = dc.at[ids].set(part_ref[...], mode="drop", unique_indices=True)
-            return dc, dbias
+            dhead, dbias, kept = carry
+            first = work.first_tile[chunk] * tile_c
+            ids = lax.dynamic_slice(order, (first,), (tiles.width,))
+            part_ref = jax.new_ref(saved.head.at[ids].get(mode="clip"))
+            # The gathered rows of the head have done their work when dC takes their place.
+            products(
+                chunk, part_ref, None if bias is None else bias.at[ids].get(mode="clip"), part_ref
+            )
+            count = work.first_tile[chunk + 1] * tile_c - first
+            ids = jnp.where(jnp.arange(tiles.width) < count, ids, head_rows)
+            if wants_head:
+                dhead = dhead.at[ids].set(part_ref[...], mode="drop", unique_indices=True)
+            if wants_bias:
+                dbias = dbias.at[ids].set(bias_part(chunk, per_chunk), mode="drop")
+            return dhead, dbias, kept + mass(chunk) if wants_hidden else kept
 
-        dc, dbias = lax.fori_loop(0, chunks, body, (dc, dbias))
+        dbias = jnp.zeros(v, jnp.float32) if wants_bias else None
+        dhead, dbias, kept = lax.fori_loop(
+            0, work.chunks, body, (dhead, dbias, jnp.zeros(rows, jnp.float32))
+        )
+
     dhidden = None
-    if needs_hidden:
-        total = dh[...][:, :d]
-        if p.label_smoothing > 0.0:
-            center = jnp.mean(saved.head, axis=0, dtype=jnp.float32)
-            total = total - (s * kappa * v)[:, None] * center
-        dhidden = (total + poison)[saved.place].astype(saved.hidden.dtype)
-    if needs_bias:
-        raise NotImplementedError
-    return dhidden, dc, dbias, None
+    if wants_hidden:
+        dhidden = dh_ref[...][:, :d]
+        # What acts on every column alike acts through the head's mean row: the smoothing, and as a
+        # stand-in for the rows it skipped, the mass that the filter dropped.
+        pull = -s * kappa * v
+        if not exact:
+            pull = pull + a * jnp.clip(1.0 - kept, 0.0, 1.0)
+        if not exact or p.label_smoothing > 0.0:
+            center = jnp.mean(saved.head[:v], axis=0, dtype=jnp.float32)
+            dhidden = dhidden + pull[:, None] * center[None, :]
+        dhidden = (dhidden + poison)[saved.place].astype(saved.hidden.dtype)
+    if wants_bias:
+        dbias = (dbias[:v] / p.logit_scale + constant_bias).astype(saved.bias.dtype)
+    return dhidden, dhead, dbias, None
 
 
 token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)
-
-FLAT = 0.25
-"""A block of tokens that would drop more of its mass than this is computed whole."""
 
 
 def _forward(call: Call, hidden, head, bias, threshold, live) -> Sums:
     p = call.problem
     return forward(
-        hidden, head, bias, threshold, live,
-        tiles=call.forward, scale=p.logit_scale, softcap=p.softcap,
+        hidden,
+        head,
+        bias,
+        threshold,
+        live,
+        tiles=call.tiles.forward,
+        scale=p.logit_scale,
+        softcap=p.softcap,
         drop=math.log(call.epsilon) if threshold is not None else 0.0,
-        stats=p.return_stats, squares=threshold is not None and call.dense_smoothing,
-        ctas=call.ctas, interpret=call.interpret,
+        stats=p.return_stats,
+        squares=threshold is not None and call.dense_smoothing,
+        v=p.v,
+        ctas=call.ctas,
+        interpret=call.interpret,
     )
 
 
@@ -240,16 +316,24 @@ def _lse_bound(call: Call, hidden, head, bias, labels, live):
     left = jnp.searchsorted(y, y, side="left")
     count = jnp.searchsorted(y, y, side="right") - left
     first = (left == jnp.arange(y.shape[0])) & (y >= 0)
-    hot = min(call.hot, y.shape[0])
+    hot = min(call.tiles.hot, y.shape[0])
     key = jnp.where(first, -count, 1)
     ids = y[jnp.argsort(key, stable=True)[:hot]]
     limit = jnp.minimum(first.sum(dtype=jnp.int32), hot)
     ids = jnp.maximum(ids, 0)
     p = call.problem
     return forward(
-        hidden, head[ids], None if bias is None else bias[ids], None, live,
-        tiles=call.forward, scale=p.logit_scale, softcap=p.softcap, limit=limit,
-        ctas=call.ctas, interpret=call.interpret,
+        hidden,
+        head[ids],
+        None if bias is None else bias[ids],
+        None,
+        live,
+        tiles=call.tiles.forward,
+        scale=p.logit_scale,
+        softcap=p.softcap,
+        limit=limit,
+        ctas=call.ctas,
+        interpret=call.interpret,
     ).lse
 
 
@@ -264,9 +348,14 @@ def _results(call: Call, sums: Sums, target, labels, live):
         return loss, None
     prediction = mask(sums.prediction)
     stats = TokenStats(
-        loss=loss, lse=mask(lse), target_logit=mask(target), mean_logit=mask(sums.mean_logit),
-        confidence=mask(jnp.exp(jnp.minimum(sums.top - lse, 0.0))), prediction=prediction,
-        correct=live & (sums.prediction == labels), entropy=mask(jnp.maximum(sums.entropy, 0.0)),
+        loss=loss,
+        lse=mask(lse),
+        target_logit=mask(target),
+        mean_logit=mask(sums.mean_logit),
+        confidence=mask(jnp.exp(jnp.minimum(sums.top - lse, 0.0))),
+        prediction=prediction,
+        correct=live & (sums.prediction == labels),
+        entropy=mask(jnp.maximum(sums.entropy, 0.0)),
         sum_p_squared=mask(sums.sum_p_squared),
     )
     return loss, stats

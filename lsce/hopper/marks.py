@@ -16,11 +16,10 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxtyping import Array, Bool, Int
-
 
 BIT = (np.arange(16)[:, None, None] * 2 + np.arange(2)).astype(np.uint32)
 """The bit of [16 (j), 1 (q), 2 (c)] in its word."""
@@ -41,7 +40,9 @@ def store(x, thr, marks_gmem, block, tile, *, interpret: bool) -> None:
         hit = (x > thr[:, None]).reshape(tile_n // 64, 4, 16, tile_v // 128, 16, 4, 2)
         hit = jnp.any(hit, axis=(0, 2))  # [4 warps, tile_v/128, 16 j, 4 q, 2 c]
         j, c = (jax.lax.broadcasted_iota(jnp.uint32, (16, 1, 2), axis) for axis in (0, 2))
-        value = jnp.where(hit, np.uint32(1) << (2 * j + c), np.uint32(0)).sum((2, 4), dtype=jnp.uint32)
+        value = jnp.where(hit, np.uint32(1) << (2 * j + c), np.uint32(0)).sum(
+            (2, 4), dtype=jnp.uint32
+        )
         value = jax.lax.bitcast_convert_type(value, jnp.int32).reshape(4, words(tile_v))
         marks_gmem[block, :, pl.ds(tile * words(tile_v), words(tile_v))] = value
         return
@@ -104,4 +105,4 @@ def unpack(marks: Int[Array, "blocks 4 words"], v: int) -> Bool[Array, "blocks V
     joined = jax.lax.bitcast_convert_type(marks, jnp.uint32)
     joined = (joined[:, 0] | joined[:, 1]) | (joined[:, 2] | joined[:, 3])
     joined = joined.reshape(blocks, total // 4, 1, 4, 1)  # group, j, q, c
-    return ((joined >> BIT) & np.uint32(1) != 0).reshape(blocks, total * 32)[:, :v]
+    return ((joined >> BIT[None, None]) & np.uint32(1) != 0).reshape(blocks, total * 32)[:, :v]

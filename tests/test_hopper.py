@@ -1,0 +1,262 @@
+"""The Hopper kernels on a CPU: in Mosaic GPU's interpreter, and lowered for CUDA without a GPU.
+
+On a Hopper GPU the whole contract of the loss runs against this backend (contract.py adds it). Here
+each mode runs at a small ragged shape: the interpreter takes seconds for a chip's microseconds.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import Candidate, assert_no_worse, assert_stats, case, ours
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+import lsce
+from lsce import hopper
+from lsce.hopper import marks, plan, tiles
+from lsce.hopper.loss import Call, token_losses
+from lsce.problem import Problem
+
+CANDIDATE = Candidate("hopper", "interpreted", ("bfloat16",))
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def problem(**changes) -> Problem:
+    bf16 = np.dtype(jnp.bfloat16)
+    base = Problem(
+        n=8192, d=2304, v=256000, hidden_dtype=bf16, head_dtype=bf16, platform="gpu", chip=H100
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((130, 72, 300), {"label_smoothing": 0.1, "z_loss": 1e-2, "weights": True}),
+        (
+            (20, 64, 131),
+            {"label_smoothing": 0.1, "softcap": 3.0, "logit_scale": 0.7, "bias": True}
+            | {"head_layout": "dv"},
+        ),
+        ((1, 64, 2), {}),
+    ],
+)
+def test_exact(shape, options):
+    this = case(shape, "bfloat16", **options)
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **this.options)
+    assert_no_worse(got, this)
+    assert_stats(got, this)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1, "spread": 5.0},
+        {"label_smoothing": 0.1, "spread": 5.0, "softcap": 15.0, "bias": True},
+        # Nothing stands out: without the rule for flat blocks the gradient would be lost.
+        {"label_smoothing": 0.1, "spread": 0.1},
+    ],
+    ids=["peaked", "softcap and bias", "flat"],
+)
+def test_filtered(options):
+    this = case((150, 64, 600), "bfloat16", **options)
+    epsilon = 2.0**-7 if options["spread"] < 1 else 2.0**-12
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
+    assert_no_worse(got, this, slack=3.0)
+
+
+@pytest.mark.slow
+def test_ignored_tokens_may_hold_nan():
+    this = case((40, 64, 200), "bfloat16", label_smoothing=0.1)
+    ignored = this.inputs.labels < 0
+    assert ignored.any()
+    given = this.inputs._replace(
+        hidden=np.where(ignored[:, None], np.nan, this.inputs.hidden).astype(jnp.bfloat16)
+    )
+    with hopper.interpreted():
+        got = ours(CANDIDATE, given, **this.options, gradient_filter="auto")
+    assert_no_worse(got, this, slack=3.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_filter", [None, 2.0**-9])
+def test_no_races(gradient_filter):
+    given = case((130, 64, 260), "bfloat16", label_smoothing=0.1, spread=4.0).inputs
+
+    def loss(hidden, head):
+        return lsce.linear_cross_entropy(
+            hidden, head, given.labels, label_smoothing=0.1, gradient_filter=gradient_filter
+        )
+
+    with hopper.interpreted(detect_races=True):
+        grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(given.hidden, given.head)
+        jax.block_until_ready(grads)
+    assert np.isfinite(np.asarray(grads[0], np.float32)).all()
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("epsilon", [None, hopper.EPSILON], ids=["exact", "filtered"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4, "return_stats": True},
+        {"d": 576, "v": 49152, "n": 2048},
+        {"d": 4096, "v": 128256, "n": 32768},
+    ],
+    ids=["gemma2-2b", "all options", "smollm2", "llama3-8b"],
+)
+def test_lowers_for_cuda_without_a_gpu(options, epsilon):
+    p = problem(**options)
+    call = Call(p, epsilon, tiles.choose(p), ctas=132)
+
+    def loss(hidden, head, labels):
+        return token_losses(call, hidden, head, None, labels)[0].sum()
+
+    def bf16(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(
+        bf16(p.n, p.d), bf16(p.v, p.d), jax.ShapeDtypeStruct((p.n,), jnp.int32)
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 4
+
+
+def test_refusals_name_what_is_missing():
+    refuses = hopper.BACKEND.refuses
+    assert refuses(problem()) is None
+    assert "cpu" in refuses(problem(platform="cpu"))
+    assert "A100" in refuses(problem(chip="NVIDIA A100-SXM4-80GB"))
+    assert "float32" in refuses(problem(head_dtype=np.dtype(np.float32)))
+    assert "tokens" in refuses(problem(n=0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: tiles.ForwardTiles(tile_n=96),
+        lambda: tiles.ForwardTiles(tile_n=128, tile_v=256),
+        lambda: tiles.ForwardTiles(steps=8),
+        lambda: tiles.BackwardTiles(tile_c=192),
+        lambda: tiles.BackwardTiles(width=1000),
+        lambda: tiles.BackwardTiles(tile_c=256, head_d=256),
+        lambda: tiles.BackwardTiles(cluster=4),
+    ],
+)
+def test_tiles_that_cannot_run_cannot_be_built(wrong):
+    with pytest.raises(ValueError, match=r"self\.|shared memory"):
+        wrong()
+
+
+@pytest.mark.parametrize("d", [64, 576, 640, 896, 2048, 2304, 3584, 4096, 5120])
+def test_heuristic_tiles_fit_and_waste_little(d):
+    chosen = tiles.choose(problem(d=d))
+    for some in (chosen.sparse, chosen.exact):
+        for tile in (some.hidden_d, some.head_d):
+            assert -(-d // tile) * tile <= 1.2 * d
+
+
+def words_of(hit: np.ndarray) -> np.ndarray:
+    """The marks words of one warp for hit [blocks, V], V a multiple of 128, by the layout's text."""
+    blocks, v = hit.shape
+    words = np.zeros((blocks, 4, v // 32), np.uint32)
+    for b, column in zip(*np.nonzero(hit), strict=True):
+        group, inside = divmod(int(column), 128)
+        j, rest = divmod(inside, 8)
+        q, c = divmod(rest, 2)
+        words[b, b % 4, group * 4 + q] |= np.uint32(1) << np.uint32(2 * j + c)
+    return words.view(np.int32)
+
+
+def test_marks_unpack_to_the_columns_they_mean():
+    hit = np.random.default_rng(0).random((3, 384)) < 0.05
+    np.testing.assert_array_equal(marks.unpack(jnp.asarray(words_of(hit)), 380), hit[:, :380])
+
+
+def test_column_bits_join_blocks_and_labels():
+    rng = np.random.default_rng(0)
+    halves = rng.random((6, 256)) < 0.02  # two marks blocks of 64 tokens a block of 128
+    labels = rng.integers(-1, 250, 3 * plan.BLOCK).astype(np.int32)
+    bits = plan.column_bits(jnp.asarray(words_of(halves)), 64, jnp.int32(2), 250)
+    bits = np.asarray(plan.with_labels(bits, jnp.asarray(labels), jnp.array([False, True, False])))
+    expected = halves.reshape(3, 2, 256).any(1)[:, :250]
+    expected[2] = False  # beyond the live blocks
+    for block, some in enumerate(labels.reshape(3, -1)):
+        expected[block, some[some >= 0]] = True
+    expected[1] = True  # a flat block
+    got = (bits[0][None] >> np.arange(3)[:, None]) & 1
+    np.testing.assert_array_equal(got.astype(bool), expected)
+
+
+def check_work(work: plan.Work, active: np.ndarray, tiles: int, slots: int, group: int):
+    """Every active pair is computed once, found by its block and its tile, within the buffers."""
+    w = jax.tree.map(np.asarray, work)
+    blocks = active.shape[1]
+    for c in range(int(w.chunks)):
+        first, after = w.first_tile[c], w.first_tile[c + 1]
+        assert after - first <= tiles
+        computed = {}
+        for code in w.items[w.first_item[c] : w.first_item[c + 1]]:
+            t, rank = divmod(int(code), blocks)
+            assert first <= t < after
+            for r in range(rank, rank + group):
+                slot = int(w.tile_slot[t]) + r
+                assert 0 <= slot < slots
+                assert slot not in computed
+                computed[slot] = t, int(w.of_tile[t, r])
+        wanted = {(t, b) for t, b in np.argwhere(active) if first <= t < after}
+        assert wanted <= set(computed.values())
+        by_tile = {
+            computed[int(w.tile_slot[t]) + r]
+            for t in range(first, after)
+            for r in range(w.of_tile_count[t])
+        }
+        by_block = {
+            computed[int(w.of_block_slot[b, i])]
+            for b in range(blocks)
+            for i in range(w.first_of_block[c, b], w.first_of_block[c + 1, b])
+        }
+        assert by_tile == by_block == wanted
+        for b in range(blocks):
+            for i in range(w.first_of_block[c, b], w.first_of_block[c + 1, b]):
+                assert computed[int(w.of_block_slot[b, i])] == (w.of_block[b, i], b)
+    assert not active[w.first_tile[int(w.chunks)] :].any()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("group", [1, 2])
+def test_work_covers_the_active_pairs(density, group):
+    active = np.random.default_rng(0).random((40, 8)) < density
+    active = active[np.argsort(~active.any(1), kind="stable")]
+    work = jax.jit(lambda a: plan.work(a, tiles=6, slots=24, group=group))(active)
+    check_work(work, active, 6, 24, group)
+
+
+@pytest.mark.parametrize("live", [0, 1, 4, 5, 8])
+def test_whole_work_covers_the_live_blocks(live):
+    active = np.broadcast_to(np.arange(8) < -(-live // 2) * 2, (13, 8))
+    work = jax.jit(lambda n: plan.whole(8, n, 13, slots=24, group=2))(live)
+    check_work(work, active, 3, 24, 2)
+
+
+def test_columns_are_permuted_so_that_tiles_are_shared():
+    rng = np.random.default_rng(0)
+    hit = rng.random((40, 1000)) < np.where(np.arange(1000) % 10 == 0, 0.8, 0.01)
+    bits = np.zeros((2, 1000), np.uint32)
+    for b in range(40):
+        bits[b // 32] |= hit[b].astype(np.uint32) << np.uint32(b % 32)
+    columns, pairs = jax.jit(lambda x: plan.columns(x, 40, 128))(bits)
+    order, pairs = np.asarray(columns.order), np.asarray(pairs)
+    np.testing.assert_array_equal(np.sort(order), np.arange(1000))
+    np.testing.assert_array_equal(order[np.asarray(columns.position)], np.arange(1000))
+    padded = np.pad(hit[:, order], ((0, 0), (0, 24)))
+    np.testing.assert_array_equal(pairs, padded.reshape(40, 8, 128).any(2).T)
+    natural = np.pad(hit, ((0, 0), (0, 24))).reshape(40, 8, 128).any(2).sum()
+    assert pairs.sum() < 0.6 * natural
