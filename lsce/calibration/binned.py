@@ -48,8 +48,9 @@ def expected_calibration_error(
     Source: Naeini et al., 2015, https://doi.org/10.1609/aaai.v29i1.9602; Guo et al., 2017,
     https://arxiv.org/abs/1706.04599.
 
-    >>> expected_calibration_error(np.array([0.9, 0.9, 0.6, 0.6]), np.array([1, 1, 1, 0]))
-    Array(0.1, dtype=float32)
+    >>> ece = expected_calibration_error(np.array([0.9, 0.9, 0.6, 0.6]), np.array([1, 1, 1, 0]))
+    >>> f"{ece:.4f}"
+    '0.1000'
     """
     samples = validate.samples(confidence, correct, weights)
     table = bin_samples(*samples, validate.positive_int("bins", bins), equal_mass)

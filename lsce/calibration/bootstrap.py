@@ -56,9 +56,10 @@ def bootstrap_interval(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 22.
 
-    >>> interval = bootstrap_interval(
-    ...     expected_calibration_error, confidence, correct, key=jax.random.key(0)
-    ... )
+    >>> x = np.arange(100.0)
+    >>> low, mean, high = bootstrap_interval(jnp.mean, x, key=jax.random.key(0))
+    >>> f"{low:.1f} < {mean:.1f} < {high:.1f}"
+    '44.1 < 49.5 < 55.0'
     """
     samples = validate.positive_int("samples", samples)
     tail = (1 - validate.unit_interval("level", level, open_ends=True)) / 2

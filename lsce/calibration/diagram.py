@@ -155,7 +155,7 @@ def _draw_histogram(ax: Axes, result: CalibrationResult) -> None:
     bins = len(result.bin_count)
     share = result.bin_count / max(1, int(result.count))
     ax.bar((np.arange(bins) + 0.5) / bins, share, 1 / bins, color="0.75", edgecolor="white")
-    if result.count > 0:
+    if not np.isnan(result.accuracy):
         for value, style, color, label in (
             (result.accuracy, "-", ACCURACY, "accuracy"),
             (result.confidence, "--", OVER, "mean confidence"),
@@ -167,6 +167,8 @@ def _draw_histogram(ax: Axes, result: CalibrationResult) -> None:
 
 
 def _summary(result: CalibrationResult) -> str:
+    if result.invalid > 0:
+        return f"{int(result.invalid):,} invalid samples, n {int(result.count):,}"
     if result.count == 0:
         return "no samples"
     return (

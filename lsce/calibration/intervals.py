@@ -22,8 +22,9 @@ def wilson_interval(
 
     Source: Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953.
 
-    >>> wilson_interval(np.array(8), np.array(10))
-    (np.float64(0.4901624715830842), np.float64(0.9433178485456247))
+    >>> low, high = wilson_interval(8, 10)
+    >>> f"{low:.4f} {high:.4f}"
+    '0.4902 0.9433'
     """
     level = validate.unit_interval("level", level, open_ends=True)
     z = NormalDist().inv_cdf((1 + level) / 2)

@@ -65,8 +65,8 @@ class CalibrationState:
 
     >>> state = CalibrationState.create(bins=15)
     >>> state = state.update(np.array([0.9, 0.9, 0.6, 0.6]), np.array([1, 1, 1, 0]))
-    >>> state.compute().ece
-    Array(0.1, dtype=float32)
+    >>> f"{state.compute().ece:.4f}"
+    '0.1000'
     """
 
     sums: UInt32[Array, "B 4 4"]
