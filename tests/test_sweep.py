@@ -261,15 +261,16 @@ def test_other_fields_take_the_place_of_the_learning_rate(varied, x):
     assert {tuple(xs) for xs, _ in lines(results).values()} == {tuple(x)}
 
 
-def test_runs_without_questions_are_compared_by_tokens():
-    evaluation = {
-        "tokens": {"n": 100, "accuracy": 0.5, "ece": 0.1, "rms": 0.1},
-        "choices": {"reported": "sum", "sum": None},
-    }
-    results = [comparison.Result("a run", {"seed": seed}, evaluation) for seed in (0, 1)]
-    header, _, _ = comparison.table(results)
-    assert [group for group, _ in header] == ["", "tokens", "tokens", "tokens"]
-    assert len(comparison.figure(results).axes) == 3
+@pytest.mark.parametrize("groups", [["questions", "tokens"], ["tokens"], []])
+def test_only_what_every_run_has_is_compared(groups):
+    some, all_ = result(held_out=0.0), result(held_out=0.1)
+    if "questions" not in groups:
+        some.evaluation["choices"]["per_token"] = None
+    if "tokens" not in groups:
+        some.evaluation["tokens"] = None
+    header, _, _ = comparison.table([all_, some])
+    assert [group for group, _ in header] == [""] + [group for group in groups for _ in range(3)]
+    assert len(comparison.figure([all_, some]).axes) == 2 * len(groups) + 1
 
 
 @pytest.mark.slow

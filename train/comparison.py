@@ -59,6 +59,11 @@ class Result:
         return {what: scores for what, scores in found.items() if scores is not None}
 
 
+def scored_by_all(results: Sequence[Result]) -> list[str]:
+    """What every run has scores of: "questions", "tokens"."""
+    return [what for what in results[0].scores() if all(what in r.scores() for r in results)]
+
+
 def print_table(results: Sequence[Result], console: Console) -> None:
     """Prints a row a run, β varying fastest, and each column's best value in bold."""
     header, rows, best = table(results)
@@ -91,7 +96,7 @@ def table(
     header = [("", NAMES.get(field, field.replace("_", " "))) for field in fields]
     rows = [[text(result.settings[field]) for field in fields] for result in ordered]
     best = set()
-    for group in ordered[0].scores():
+    for group in scored_by_all(results):
         for name, (field, form, better) in COLUMNS.items():
             values = [result.scores()[group][field] for result in ordered]
             best |= {(r, len(header)) for r, v in enumerate(values) if v == better(values)}
@@ -111,10 +116,11 @@ def figure(results: Sequence[Result]) -> Figure:
     from matplotlib.figure import Figure
 
     header, rows, best = table(results)
-    groups = list(results[0].scores())
+    groups = scored_by_all(results)
     heights = (2.6, 2.6, 0.5 + 0.24 * (len(rows) + 2))
-    drawn = Figure(figsize=(4.6 * len(groups) + 0.6, sum(heights)), layout="constrained")
-    grid = drawn.add_gridspec(3, len(groups), height_ratios=heights)
+    width = max(1, len(groups))
+    drawn = Figure(figsize=(4.6 * width + 0.6, sum(heights)), layout="constrained")
+    grid = drawn.add_gridspec(3, width, height_ratios=heights)
     x = x_field(results)
     axes = []
     for column, group in enumerate(groups):
@@ -130,7 +136,7 @@ def figure(results: Sequence[Result]) -> Figure:
             else:
                 ax.set_xlabel(NAMES.get(x, x.replace("_", " ")))
             axes.append(ax)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels() if axes else ([], [])
     if any(labels):
         drawn.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     draw_table(drawn.add_subplot(grid[2, :]), header, rows, best)
