@@ -72,6 +72,7 @@ def linear_cross_entropy(
       (loss, TokenStats). Gradients come in the dtypes of the inputs, summed in float32.
       A label outside [0, V) that is not `ignore_index` makes its token's loss NaN, and with it the
       gradients; `lsce.check_labels` looks for such labels on the host.
+      Forward-mode differentiation needs implementation="reference"; others raise TypeError.
 
     Raises:
       TypeError: an array or option of the wrong type, such as float labels or a traced option.

@@ -173,9 +173,10 @@ def _backward(
     target = (1.0 - problem.label_smoothing) * g
     smoothing = (problem.label_smoothing / problem.v) * g
     vectors = problem.label_smoothing > 0.0 and problem.softcap is None
-    smoothed_hidden = jnp.einsum(
-        "n,nd->d", smoothing, hidden.astype(jnp.float32), precision=lax.Precision.HIGHEST
-    )
+    hidden_sum = jnp.zeros(problem.d, jnp.float32)
+    if vectors:
+        rows = hidden.astype(jnp.float32)
+        hidden_sum = jnp.einsum("n,nd->d", smoothing, rows, precision=lax.Precision.HIGHEST)
 
     def classes(first, width, carry):
         d_hidden, head_sum, d_head, d_bias = carry
@@ -205,7 +206,7 @@ def _backward(
         d_hidden, d_strip, d_bias_strip = _loop(problem.n, tile.n, tokens, (d_hidden, *zeros))
         if vectors:
             head_sum += jnp.einsum(f"{layout}->d", c.astype(jnp.float32))
-            d_strip -= jnp.expand_dims(smoothed_hidden, layout.index("v"))
+            d_strip -= jnp.expand_dims(hidden_sum, layout.index("v"))
             d_bias_strip -= jnp.sum(smoothing)
         if wanted.head:
             d_head = _put(d_head, first, problem.logit_scale * d_strip, layout.index("v"))

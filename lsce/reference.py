@@ -46,8 +46,7 @@ class Reference:
         if not problem.return_stats:
             return loss, None
 
-        log_p = z - lse[:, None]
-        p = jnp.exp(log_p)
+        p, log_p = jax.nn.softmax(z, axis=1), jax.nn.log_softmax(z, axis=1)
         prediction = jnp.argmax(z, axis=1).astype(jnp.int32)
         stats = TokenStats(
             loss=loss,

@@ -138,7 +138,7 @@ class LogitSums(NamedTuple):
             lse=lse,
             target_logit=self.target,
             mean_logit=mean_logit,
-            confidence=jnp.exp(self.maximum - lse),
+            confidence=1.0 / self.exp,
             prediction=self.argmax,
             correct=self.argmax == labels,
             entropy=log_exp - self.shifted_exp / self.exp,

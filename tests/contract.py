@@ -94,11 +94,15 @@ def case(
     seed: int = 0,
     **options: Any,
 ) -> Case:
-    """Logits of about the given spread; some classes frequent, some absent, some labels ignored."""
+    """Logits of about the given spread; some classes frequent, some absent, some labels ignored.
+
+    Hidden states and head have means that are not small, without which the smoothing terms, means
+    themselves, would drown in the rounding of bfloat16.
+    """
     n, d, v = shape
     rng = np.random.default_rng(seed)
-    hidden = rng.standard_normal((n, d))
-    head = rng.standard_normal((v, d)) * spread / np.sqrt(d)
+    hidden = rng.standard_normal((n, d)) + rng.standard_normal(d)
+    head = (rng.standard_normal((v, d)) + rng.standard_normal(d)) * spread / np.sqrt(d)
     labels = rng.integers(0, max(1, v // 2), n) * rng.integers(0, 2, n)
     labels[: n // 8] = v - 1
     if n > 1:

@@ -1,0 +1,321 @@
+"""The door of the loss: what it refuses, in which words, labels of any kind, who takes the call."""
+
+import dataclasses
+import doctest
+import sys
+import types
+
+import beartype
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import lsce
+from lsce import api, backends
+
+N, D, V = 6, 8, 11
+
+
+def arguments(**changes):
+    rng = np.random.default_rng(0)
+    given = {
+        "hidden": rng.standard_normal((N, D)).astype(np.float32),
+        "head": rng.standard_normal((V, D)).astype(np.float32),
+        "labels": np.arange(N, dtype=np.int32),
+    }
+    return given | changes
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+REFUSED = {
+    "hidden of rank 0": ({"hidden": zeros()}, ValueError, r"hidden \(\)"),
+    "other leading axes": ({"hidden": zeros(2, 3, D)}, ValueError, r"\(2, 3, 8\).*\(6,\)"),
+    "head of rank 1": ({"head": zeros(D)}, ValueError, r"head has shape \(8,\)"),
+    "another D": ({"head": zeros(V, 7)}, ValueError, r"D=8.*D=7"),
+    "the other layout": ({"head": zeros(D, V)}, ValueError, r"D=11; is head_layout='vd' right"),
+    "no classes": ({"head": zeros(0, D)}, ValueError, "V=0"),
+    "float labels": ({"labels": zeros(N)}, TypeError, "labels have dtype float32"),
+    "boolean labels": ({"labels": zeros(N, dtype=bool)}, TypeError, "labels have dtype bool"),
+    "integer hidden": (
+        {"hidden": zeros(N, D, dtype=np.int32)},
+        TypeError,
+        "hidden has dtype int32",
+    ),
+    "integer head": ({"head": zeros(V, D, dtype=np.int8)}, TypeError, "head has dtype int8"),
+    "integer bias": ({"bias": zeros(V, dtype=np.int32)}, TypeError, "bias has dtype int32"),
+    "bias of another V": ({"bias": zeros(V + 1)}, ValueError, r"\(12,\).*\(11,\)"),
+    "weights of another shape": ({"weights": zeros(N, 1)}, ValueError, r"\(6, 1\).*\(6,\)"),
+    "integer weights": (
+        {"weights": zeros(N, dtype=np.int32)},
+        TypeError,
+        "weights have dtype int32",
+    ),
+    "order of another V": ({"vocab_order": zeros(3, dtype=np.int32)}, ValueError, r"\(3,\)"),
+    "float order": ({"vocab_order": zeros(V)}, TypeError, "vocab_order has dtype float32"),
+    "smoothing above 1": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing=1.1.*\[0, 1\]"),
+    "smoothing below 0": ({"label_smoothing": -0.1}, ValueError, "label_smoothing=-0.1"),
+    "smoothing NaN": ({"label_smoothing": float("nan")}, ValueError, "label_smoothing=nan"),
+    "smoothing no number": ({"label_smoothing": "0.1"}, TypeError, "label_smoothing='0.1'"),
+    "smoothing an array": ({"label_smoothing": zeros(V)}, TypeError, "label_smoothing=array"),
+    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap=0.0"),
+    "softcap infinite": ({"softcap": float("inf")}, ValueError, "softcap=inf"),
+    "scale 0": ({"logit_scale": 0}, ValueError, "logit_scale=0.0"),
+    "z-loss negative": ({"z_loss": -1e-4}, ValueError, "z_loss=-0.0001"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction='avg'"),
+    "layout": ({"head_layout": "vh"}, ValueError, "head_layout='vh'"),
+    "filter of 1": ({"gradient_filter": 1}, ValueError, "gradient_filter=1.0"),
+    "filter's name": ({"gradient_filter": "exact"}, ValueError, "gradient_filter='exact'"),
+    "fused with none": (
+        {"gradient_filter": "fused", "reduction": "none"},
+        ValueError,
+        "gradient_filter='fused'.*reduction='none'",
+    ),
+    "ignore_index float": ({"ignore_index": -100.0}, TypeError, "ignore_index=-100.0"),
+    "ignore_index far": ({"ignore_index": 2**31 - 1}, ValueError, "ignore_index=2147483647"),
+    "implementation": ({"implementation": "cuda"}, ValueError, "implementation='cuda'.*'chunked'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals_name_the_value(changes, error, message):
+    with pytest.raises(error, match=message):
+        lsce.linear_cross_entropy(**arguments(**changes))
+    # The same words without any array: nothing was computed or compiled to find out.
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype) if name in ("hidden", "head", "labels") else x
+        for name, x in arguments(**changes).items()
+    }
+    with pytest.raises(error, match=message):
+        lsce.explain(**shapes)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "logit_scale", "softcap", "z_loss"])
+def test_traced_options_are_refused(name):
+    with pytest.raises(TypeError, match=f"{name} is traced"):
+        jax.jit(lambda x: lsce.linear_cross_entropy(**arguments(**{name: x})))(0.1)
+
+
+def test_options_may_be_any_python_or_numpy_number():
+    expected = lsce.linear_cross_entropy(**arguments(label_smoothing=1.0, softcap=3.0))
+    got = lsce.linear_cross_entropy(**arguments(label_smoothing=1, softcap=np.float32(3)))
+    assert got == expected
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int32", "int64", "uint64"])
+@pytest.mark.parametrize("wrap", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_labels_of_any_integer_dtype(dtype, wrap):
+    expected = lsce.linear_cross_entropy(**arguments())
+    assert (
+        lsce.linear_cross_entropy(**arguments(labels=wrap(np.arange(N, dtype=dtype)))) == expected
+    )
+
+
+@pytest.mark.parametrize(
+    "label", [np.int64(2**32 + 1), np.uint32(2**32 - 100), np.uint8(156), np.int64(-(2**32) - 100)]
+)
+def test_labels_do_not_wrap_around(label):
+    """As int32 or int8 these would be 1, −100, −100 and −100."""
+    labels = np.append(np.arange(N - 1), 0).astype(label.dtype)
+    labels[-1] = label
+    assert np.isnan(lsce.linear_cross_entropy(**arguments(labels=labels)))
+
+
+def test_ignore_index_may_be_a_class():
+    got = lsce.linear_cross_entropy(**arguments(ignore_index=0))
+    expected = lsce.linear_cross_entropy(**arguments(labels=np.array([-100, 1, 2, 3, 4, 5])))
+    assert got == expected
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_float64_inputs_get_float64_gradients_of_a_float32_loss(implementation):
+    with jax.enable_x64(True):
+        given = arguments(hidden=np.random.default_rng(1).standard_normal((N, D)))
+
+        def value(hidden):
+            return lsce.linear_cross_entropy(
+                hidden, given["head"], given["labels"], implementation=implementation
+            )
+
+        loss, grad = jax.value_and_grad(value)(jnp.asarray(given["hidden"]))
+        assert loss.dtype == np.float32
+        assert grad.dtype == np.float64
+        single = value(given["hidden"].astype(np.float32))
+        np.testing.assert_allclose(loss, single, rtol=1e-6)
+        assert np.any(grad)
+
+
+@pytest.mark.parametrize("mean_of_no_weight", [zeros(N), np.array([1, -1, 0, 0, 0, 0], np.float32)])
+def test_the_mean_over_no_weight_is_zero(mean_of_no_weight):
+    assert lsce.linear_cross_entropy(**arguments(weights=mean_of_no_weight)) == 0.0
+
+
+class TestCheckLabels:
+    def test_good_labels_pass(self):
+        lsce.check_labels(np.array([[0, V - 1], [-100, 3]]), V)
+        lsce.check_labels(jnp.array([7, -1]), 8, ignore_index=-1)
+        lsce.check_labels(np.zeros((0,), np.int32), V)
+
+    def test_the_first_bad_label_is_shown_with_its_place(self):
+        with pytest.raises(
+            ValueError, match=r"2 of 6 labels.*\[0, 11\).*the first is 11 at \[0, 2\]"
+        ):
+            lsce.check_labels(np.array([[0, -100, 11], [-1, 3, 4]]), V)
+
+    def test_floats_and_tracers_are_refused(self):
+        with pytest.raises(TypeError, match="float64"):
+            lsce.check_labels(np.zeros(3), V)
+        with pytest.raises(TypeError, match="outside jit"):
+            jax.jit(lambda y: lsce.check_labels(y, V))(jnp.arange(3))
+
+
+@dataclasses.dataclass
+class Stub:
+    """A backend that computes nothing and remembers how it was asked."""
+
+    reason: str | None = None
+    fused: bool = False
+    calls: list = dataclasses.field(default_factory=list)
+    name: str = "stub"
+
+    def __post_init__(self):
+        if self.fused:
+            self.weighted_sum = self._weighted_sum
+
+    def refuses(self, problem):
+        return self.reason
+
+    def token_losses(self, problem, hidden, head, labels, bias, vocab_order):
+        self.calls.append("token_losses")
+        return jnp.full(problem.n, 2.0), None
+
+    def _weighted_sum(self, problem, hidden, head, labels, weights, bias, vocab_order):
+        self.calls.append("weighted_sum")
+        return jnp.sum(2.0 * weights), None
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Registers a stub as the backend that "auto" asks first."""
+
+    def install(stub: Stub) -> Stub:
+        module = types.ModuleType("stub_of_a_backend")
+        module.BACKEND = stub
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(backends, "MODULES", {"stub": module.__name__, **backends.MODULES})
+        return stub
+
+    return install
+
+
+class TestChoice:
+    def test_auto_takes_the_first_able_backend(self, install):
+        stub = install(Stub())
+        assert lsce.linear_cross_entropy(**arguments()) == 2.0
+        assert stub.calls == ["token_losses"]
+        assert lsce.explain(**arguments()).implementation == "stub"
+
+    def test_auto_passes_one_that_refuses(self, install):
+        stub = install(Stub(reason="too hot"))
+        assert lsce.linear_cross_entropy(**arguments()) != 2.0
+        assert stub.calls == []
+        explanation = lsce.explain(**arguments())
+        assert explanation.implementation == "chunked"
+        assert explanation.reasons["stub"] == "refuses: too hot"
+
+    def test_a_named_backend_that_refuses_is_an_error_with_its_reason(self, install):
+        install(Stub(reason="too hot"))
+        with pytest.raises(
+            ValueError, match="implementation='stub' cannot take this call: too hot"
+        ):
+            lsce.linear_cross_entropy(**arguments(implementation="stub"))
+
+    def test_one_that_cannot_be_imported_is_passed(self, monkeypatch):
+        monkeypatch.setattr(backends, "MODULES", {"gone": "lsce.gone", **backends.MODULES})
+        explanation = lsce.explain(**arguments())
+        assert explanation.implementation == "chunked"
+        assert "No module named 'lsce.gone'" in explanation.reasons["gone"]
+
+    def test_fused_gradients_are_asked_of_a_backend_that_has_them(self, install):
+        stub = install(Stub(fused=True))
+        weights = np.linspace(0.5, 1.5, N, dtype=np.float32)
+        options = {"gradient_filter": "fused", "weights": weights}
+        assert lsce.linear_cross_entropy(**arguments(**options)) == pytest.approx(2.0)
+        total = lsce.linear_cross_entropy(**arguments(**options, reduction="sum"))
+        assert total == pytest.approx(2.0 * weights.sum())
+        lsce.linear_cross_entropy(**arguments(weights=weights))
+        assert stub.calls == ["weighted_sum", "weighted_sum", "token_losses"]
+
+    def test_a_backend_without_fused_gradients_makes_them_its_own_way(self, install):
+        stub = install(Stub())
+        lsce.linear_cross_entropy(**arguments(gradient_filter="fused"))
+        assert stub.calls == ["token_losses"]
+
+    def test_the_explanation_prints_every_backend(self):
+        text = str(lsce.explain(**arguments(implementation="reference")))
+        lines = {
+            line.split()[-len(line.split()) + ("→" in line)]: line for line in text.splitlines()
+        }
+        assert lines.keys() == backends.MODULES.keys()
+        assert lines["reference"].startswith("→")
+        assert "by name" in lines["reference"]
+
+    def test_every_registered_backend_has_its_registered_name(self):
+        for name in ("chunked", "reference"):
+            assert backends.choose(problem(), name).name == name
+
+    def test_the_problem_names_the_device_of_its_arrays(self):
+        device = jax.devices()[0]
+        assert (problem().platform, problem().chip) == (device.platform, device.device_kind)
+        with jax.default_device(device):
+            assert problem().platform == device.platform
+
+
+def problem():
+    given = arguments()
+    options = lsce.linear_cross_entropy.__kwdefaults__ | {}
+    options.pop("implementation")
+    return api._problem(given["hidden"], given["head"], given["labels"], **options)
+
+
+class TestVocabularyOrder:
+    def test_the_most_active_class_comes_first(self):
+        order = lsce.vocabulary_order(jnp.array([1, 5, 0, 5, 2]))
+        np.testing.assert_array_equal(order, [1, 3, 4, 0, 2])
+        assert order.dtype == np.int32
+
+    def test_mean_logits(self):
+        order = lsce.vocabulary_order(jnp.array([-1.0, 0.5, -3.0]))
+        np.testing.assert_array_equal(order, [1, 0, 2])
+
+    def test_more_axes_are_refused(self):
+        with pytest.raises(ValueError, match=r"\(2, 3\)"):
+            lsce.vocabulary_order(jnp.zeros((2, 3)))
+
+
+def test_the_annotations_of_the_door_are_true():
+    """Valid calls pass their own annotations, and a call with a wrong shape does not."""
+    checked = jaxtyping.jaxtyped(lsce.linear_cross_entropy, typechecker=beartype.beartype)
+    given = jax.tree.map(jnp.asarray, arguments())
+    deep = given | {"hidden": given["hidden"].reshape(2, 3, D), "labels": jnp.ones((2, 3), int)}
+    flipped = given | {"head": given["head"].T, "head_layout": "dv"}
+    options = {
+        "label_smoothing": 0.1,
+        "bias": jnp.zeros(V),
+        "vocab_order": jnp.arange(V),
+        "gradient_filter": "fused",
+    }
+    for call in (given, deep, flipped, given | options, given | {"weights": jnp.ones(N, bool)}):
+        assert np.isfinite(checked(**call))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        checked(**given | {"labels": jnp.zeros(N + 1, int)})
+
+
+def test_the_example_in_the_docstring():
+    result = doctest.testmod(api)
+    assert result.attempted >= 3
+    assert result.failed == 0
