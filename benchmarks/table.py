@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks import cases, inputs, report, runner, worker
@@ -36,8 +36,8 @@ class Line(NamedTuple):
 
 EXACT = Settings(gradient_filter=None)
 LINES = (
-    Line("**lsce**", "jax", "auto", Settings(vocab_order=True)),
-    Line("lsce, no vocabulary order", "jax", "auto"),
+    Line("**lsce**", "jax", "auto"),
+    Line("lsce, vocabulary in mean-logit order", "jax", "auto", Settings(vocab_order=True)),
     Line("lsce, no filter (exact)", "jax", "auto", EXACT),
     Line("lsce, fused gradients", "jax", "auto", Settings(gradient_filter="fused")),
     Line("optax, one-hot labels", "jax", "naive"),
@@ -55,12 +55,12 @@ LINES = (
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        if options.from_file:
-            measured = report.read(options.from_file)
+        if options.from_files:
+            measured = sum(map(report.read, options.from_files), Report())
         else:
             case = cases.find(options.case, options.n)
             data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
-            measured = measure(data, case.name, options.seconds, options.commit)
+            measured = measure(data, case.name, options.seconds, options.commit, options.frameworks)
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks.table: {error}", file=sys.stderr)
         return 2
@@ -90,19 +90,39 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the random inputs; default 0")
     add("--seconds", type=float, default=2.0, help="about how long to time each row; default 2")
     add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
-    add("--from", dest="from_file", type=pathlib.Path, metavar="FILE", help="render these rows")
+    add(
+        "--from",
+        dest="from_files",
+        type=pathlib.Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing; render these rows, of one case",
+    )
+    add(
+        "--frameworks",
+        nargs="+",
+        choices=worker.FRAMEWORKS,
+        default=worker.FRAMEWORKS,
+        help="only these; by default all",
+    )
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")
     return parser.parse_args(arguments)
 
 
-def measure(data: inputs.Inputs, case: str, seconds: float, commit: str | None = None) -> Report:
+def measure(
+    data: inputs.Inputs,
+    case: str,
+    seconds: float,
+    commit: str | None = None,
+    frameworks: Sequence[str] = worker.FRAMEWORKS,
+) -> Report:
     """Measures every line, one process a framework; a process that dies skips its lines."""
     commit = commit or runner.current_commit()
     total = Report()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         inputs.save(data, folder / "inputs.npz")
-        for framework in worker.FRAMEWORKS:
+        for framework in frameworks:
             runs = tuple(runs_of(framework))
             worker.write_plan(worker.Plan(case, runs, seconds, commit), framework, folder)
             command = [sys.executable, "-m", "benchmarks.worker", framework, name]

@@ -126,21 +126,29 @@ def linear_cross_entropy(
 
     arrays = bias, vocab_order
     if gradient_filter == "fused" and isinstance(backend, backends.FusedBackend):
+        # The mean's division comes first: gradients that are made forward want no factor later.
+        w = _normalised(w) if reduction == "mean" else w
         total, stats = backend.weighted_sum(problem, hidden, head, labels, w, *arrays)
     else:
         losses, stats = backend.token_losses(problem, hidden, head, labels, *arrays)
         total = w * losses
-        if reduction != "none":
+        if reduction == "none":
+            total = total.reshape(tokens)
+        else:
             total = jnp.sum(total)
-    if reduction == "mean":
-        count = jnp.sum(w)
-        total = jnp.where(count == 0.0, 0.0, total / jnp.where(count == 0.0, 1.0, count))
-    elif reduction == "none":
-        total = total.reshape(tokens)
+        if reduction == "mean":
+            count = jnp.sum(w)
+            total = jnp.where(count == 0.0, 0.0, total / jnp.where(count == 0.0, 1.0, count))
     if stats is None:
         return total
     stats = stats._replace(loss=jnp.where(jnp.isnan(w), jnp.nan, stats.loss))
     return total, jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(tokens), stats)
+
+
+def _normalised(weights: Float[Array, " N"]) -> Float[Array, " N"]:
+    """w / Σ w, and 0 where Σ w = 0."""
+    count = jnp.sum(weights)
+    return jnp.where(count == 0.0, 0.0, weights / jnp.where(count == 0.0, 1.0, count))
 
 
 def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Explanation:

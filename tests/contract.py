@@ -17,7 +17,7 @@ import pytest
 from scipy.special import logsumexp
 
 import lsce
-from lsce import chunked
+from lsce import chunked, hopper
 
 Shape = tuple[int, int, int]
 Grads = dict[str, np.ndarray]
@@ -51,6 +51,8 @@ CANDIDATES = (
     Candidate("chunked"),
     Candidate("chunked", "tiles", ("float32", "bfloat16"), ((128, 72, 257),), patch=small_tiles),
 )
+if any(chip in jax.devices()[0].device_kind for chip in hopper.CHIPS):
+    CANDIDATES += (Candidate("hopper", dtypes=("bfloat16",)),)
 
 
 class Inputs(NamedTuple):

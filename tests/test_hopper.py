@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
 from lsce import hopper
-from lsce.hopper import marks, plan, tiles
+from lsce.hopper import fused, marks, plan, tiles
 from lsce.hopper.loss import Call, token_losses
 from lsce.problem import Problem
 
@@ -69,6 +69,30 @@ def test_filtered(options):
     with hopper.interpreted():
         got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
     assert_no_worse(got, this, slack=3.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 4.0, "z_loss": 1e-2}])
+def test_fused(options, monkeypatch):
+    # Two groups of tokens, so that dC is carried from one to the next.
+    monkeypatch.setattr(fused, "LIMIT", 512 * 256)
+    this = case((400, 64, 256), "bfloat16", **options)
+    with hopper.interpreted():
+        got = ours(
+            CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
+        )
+    assert_no_worse(got, this, slack=3.0)
+
+
+def test_fused_says_why_not():
+    p = problem()
+    call = Call(p, None, tiles.choose(p), ctas=132)
+    hidden, head = np.zeros((4, p.d)), np.broadcast_to(0.0, (p.v, p.d))
+    assert fused.refuses(call, hidden, head, None) is None
+    assert "bias" in fused.refuses(call, hidden, head, np.zeros(p.v))
+    capped = dataclasses.replace(call, problem=problem(softcap=30.0, label_smoothing=0.1))
+    assert "softcap" in fused.refuses(capped, hidden, head, None)
+    assert fused.groups_for(8192, 256000) == 2
 
 
 @pytest.mark.slow
@@ -164,7 +188,7 @@ def test_heuristic_tiles_fit_and_waste_little(d):
 
 
 def words_of(hit: np.ndarray) -> np.ndarray:
-    """The marks words of one warp for hit [blocks, V], V a multiple of 128, by the layout's text."""
+    """Marks words for hit [blocks, V], V a multiple of 128, from the description in marks.py."""
     blocks, v = hit.shape
     words = np.zeros((blocks, 4, v // 32), np.uint32)
     for b, column in zip(*np.nonzero(hit), strict=True):
@@ -246,13 +270,22 @@ def test_whole_work_covers_the_live_blocks(live):
     check_work(work, active, 3, 24, 2)
 
 
+def test_a_given_order_is_that_of_the_active_columns():
+    rng = np.random.default_rng(0)
+    hit = rng.random(300) < 0.3
+    given = rng.permutation(300).astype(np.int32)
+    bits = hit[None].astype(np.uint32)
+    columns, _ = plan.columns(jnp.asarray(bits), jnp.asarray(given), 1, 128)
+    np.testing.assert_array_equal(np.asarray(columns.order)[: hit.sum()], given[hit[given]])
+
+
 def test_columns_are_permuted_so_that_tiles_are_shared():
     rng = np.random.default_rng(0)
     hit = rng.random((40, 1000)) < np.where(np.arange(1000) % 10 == 0, 0.8, 0.01)
     bits = np.zeros((2, 1000), np.uint32)
     for b in range(40):
         bits[b // 32] |= hit[b].astype(np.uint32) << np.uint32(b % 32)
-    columns, pairs = jax.jit(lambda x: plan.columns(x, 40, 128))(bits)
+    columns, pairs = jax.jit(lambda x: plan.columns(x, None, 40, 128))(bits)
     order, pairs = np.asarray(columns.order), np.asarray(pairs)
     np.testing.assert_array_equal(np.sort(order), np.arange(1000))
     np.testing.assert_array_equal(order[np.asarray(columns.position)], np.arange(1000))

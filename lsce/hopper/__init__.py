@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,16 @@ from lsce.hopper import tiles
 from lsce.problem import Problem
 from lsce.stats import TokenStats
 
+if TYPE_CHECKING:
+    from lsce.hopper.loss import Call
+
 CHIPS = ("H100", "H200", "H800", "H20", "GH200")
 EPSILON = 2.0**-10
 """The filter of gradient_filter="auto". On Gemma 3 270M's activations the error of dE is 0.0096 and
 that of dC 0.0039 (‖·‖/‖ref‖), below the 0.011 of a naive bfloat16 loss; benchmarks/NOTES.md."""
+
+MATMUL_RATE = 7e14
+"""Operations a second of a large bfloat16 matmul on an H100, as measured beside these kernels."""
 
 _interpreter: tuple[Any, tiles.Tiles] | None = None
 
@@ -53,31 +59,73 @@ class Hopper:
         bias: Float[Array, " V"] | None,
         vocab_order: Int[Array, " V"] | None,
     ) -> tuple[Float[Array, " N"], TokenStats | None]:
-        """Losses of N tokens; `vocab_order` has no use here, the backward sorts by itself."""
-        # Imported here: on a machine without these kernels nothing of Mosaic GPU should load.
-        from lsce.hopper.loss import Call, token_losses
+        """Losses of N tokens.
 
-        del vocab_order
-        epsilon = problem.gradient_filter
-        if epsilon == "auto":
-            epsilon = EPSILON
-        elif epsilon in ("fused", 0.0):
-            epsilon = None
-        call = Call(problem, epsilon, tiles.choose(problem), streaming_multiprocessors())
-        if _interpreter is not None:
-            interpret, small = _interpreter
-            call = dataclasses.replace(call, interpret=interpret, tiles=small, ctas=2)
-        if problem.head_layout == "dv":
-            head = head.T
-        # TMA's boxes: whole rows of 128 bytes, and more than one group of eight rows.
-        hidden = _pad(hidden, max(8, 16 - problem.n), 64)
-        head = _pad(head, max(8, 16 - problem.v), 64)
-        labels = jnp.pad(labels, (0, hidden.shape[0] - problem.n), constant_values=-1)
-        losses, stats = token_losses(call, hidden, head, bias, labels)
+        A `vocab_order` replaces the order in which the filtered backward visits the active columns;
+        without one it sorts them itself, by which blocks of tokens they are active in.
+        """
+        # Imported here: on a machine without these kernels nothing of Mosaic GPU should load.
+        from lsce.hopper.loss import token_losses
+
+        call, hidden, head, labels = _prepare(problem, hidden, head, labels)
+        losses, stats = token_losses(call, hidden, head, bias, labels, vocab_order)
         return jax.tree.map(lambda x: x[: problem.n], (losses, stats))
+
+    def weighted_sum(
+        self,
+        problem: Problem,
+        hidden: Float[Array, "N D"],
+        head: Float[Array, "V D"] | Float[Array, "D V"],
+        labels: Int[Array, " N"],
+        weights: Float[Array, " N"],
+        bias: Float[Array, " V"] | None,
+        vocab_order: Int[Array, " V"] | None,
+    ) -> tuple[Float[Array, ""], TokenStats | None]:
+        """Σ_n w_n·L_n with the gradients made in the forward pass, where `fused.refuses` allows."""
+        from lsce.hopper import fused
+
+        call, *arrays = _prepare(problem, hidden, head, labels)
+        if fused.refuses(call, arrays[0], arrays[1], bias) is None:
+            padding = arrays[0].shape[0] - problem.n
+            return fused.weighted_sum(call, *arrays, jnp.pad(weights, (0, padding))), None
+        losses, stats = self.token_losses(problem, hidden, head, labels, bias, vocab_order)
+        return jnp.sum(weights * losses), stats
 
 
 BACKEND = Hopper()
+
+
+def worth_filtering(problem: Problem) -> bool:
+    """Whether the products that a filter saves take longer than the work of planning without them.
+
+    Exact gradients cost about 3.4 more matmuls of 2·N·D·V operations; a filter leaves about 0.5 of
+    them and adds about two milliseconds of small kernels, whatever the size.
+    """
+    return 2.9 * 2 * problem.n * problem.d * problem.v > 2e-3 * MATMUL_RATE
+
+
+def _prepare(
+    problem: Problem, hidden: Array, head: Array, labels: Array
+) -> tuple[Call, Array, Array, Array]:
+    """The static side of a call, and the arrays in the form that the kernels take."""
+    from lsce.hopper.loss import Call
+
+    epsilon = problem.gradient_filter
+    if epsilon == "auto":
+        epsilon = EPSILON if worth_filtering(problem) else None
+    elif epsilon in ("fused", 0.0):
+        epsilon = None
+    call = Call(problem, epsilon, tiles.choose(problem), streaming_multiprocessors())
+    if _interpreter is not None:
+        interpret, small = _interpreter
+        call = dataclasses.replace(call, interpret=interpret, tiles=small, ctas=2)
+    if problem.head_layout == "dv":
+        head = head.T
+    # TMA's boxes: whole rows of 128 bytes, and more than one group of eight rows.
+    hidden = _pad(hidden, 8, 64)
+    head = _pad(head, 8, 64)
+    labels = jnp.pad(labels, (0, hidden.shape[0] - problem.n), constant_values=-1)
+    return call, hidden, head, labels
 
 
 @contextlib.contextmanager

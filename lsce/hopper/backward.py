@@ -325,10 +325,16 @@ def head_gradient(
     *,
     tiles: BackwardTiles,
     gathered: bool,
+    carry: tuple[Any, bool, bool] | None = None,
     ctas: int,
     interpret: Any,
 ) -> None:
-    """dc_ref [width or V, D] = Pᵀ·E + constant [D] for the columns of a chunk."""
+    """dc_ref [width or V, D] = Pᵀ·E + constant [D] for the columns of a chunk.
+
+    `carry` = (low_ref, add, split) sums over calls in more than bfloat16: with `add` the result so
+    far, dc_ref + low_ref, is added; with `split` low_ref receives what rounding cuts off dc_ref.
+    """
+    low_ref, add, split = carry or (jnp.zeros((16, 64), hidden.dtype), False, False)
     d_tiles = pl.cdiv(hidden.shape[1], tiles.head_d)
     half_c = tiles.tile_c // 2
     per_block = BLOCK // tiles.stage
@@ -346,6 +352,7 @@ def head_gradient(
         slot_gmem,
         chunk_gmem,
         dc_gmem,
+        low_gmem,
     ):
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
         member = lax.axis_index("member") if cluster > 1 else i32(0)
@@ -394,8 +401,16 @@ def head_gradient(
                 row = plgpu.load(constant_gmem.at[columns], layout=COLUMN, optimized=False)
                 out = acc + lax.broadcast_in_dim(row, acc.shape, [1])
                 first = (t - first_tile if gathered else t) * tiles.tile_c + wg * half_c
-                to = dc_gmem.at[pl.ds(first, half_c), columns]
-                store_tile(out.astype(dtype), out_smem.at[wg], to)
+                high, low = (x.at[pl.ds(first, half_c), columns] for x in (dc_gmem, low_gmem))
+                if add:
+                    for part in (high, low):
+                        old = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=False)
+                        out = out + old.astype(jnp.float32)
+                rounded = out.astype(dtype)
+                store_tile(rounded, out_smem.at[wg], high)
+                if split:
+                    rest = (out - rounded.astype(jnp.float32)).astype(dtype)
+                    store_tile(rest, out_smem.at[wg], low)
                 return ring
 
             every_tile(visit, i32(0))
@@ -427,6 +442,7 @@ def head_gradient(
         work.tile_slot,
         chunk,
         dc_ref,
+        low_ref,
     )
 
 

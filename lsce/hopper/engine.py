@@ -2,9 +2,9 @@
 
 A CTA has three warpgroups. The producer streams operand tiles from global to shared memory with
 TMA through a ring of `steps` stages; two consumers multiply them with wgmma, each on its own half
-of the output tile, and run the epilogue. The ring never drains between output tiles: while a consumer
-is in its epilogue the producer already fills stages for the next tile and the other consumer may
-still be multiplying, which is what hides the epilogue's exponentials behind the matmul.
+of the output tile, and run the epilogue. The ring never drains between output tiles: while one
+consumer is in its epilogue the producer already fills stages for the next tile and the other
+consumer may still be multiplying, which is what hides the exponentials behind the matmul.
 """
 
 from __future__ import annotations

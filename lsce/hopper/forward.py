@@ -65,7 +65,7 @@ def splits_for(blocks: Any, units: int, most: int) -> Any:
 
 def forward(
     hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "rows D"],
     bias: Float[Array, " V"] | None,
     threshold: Float[Array, " N"] | None,
     live: Int[Array, ""],

@@ -49,6 +49,7 @@ class Saved(NamedTuple):
     head: Float[Array, "V D"]
     bias: Float[Array, " V"] | None
     labels: Int[Array, " rows"]
+    vocab_order: Int[Array, " V"] | None
     place: Int[Array, " N"]
     """The row of each token."""
     live: Int[Array, ""]
@@ -58,17 +59,18 @@ class Saved(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def token_losses(call: Call, hidden, head, bias, labels):
+def token_losses(call: Call, hidden, head, bias, labels, vocab_order=None):
     """L_n [N] float32 and TokenStats (or None) for hidden [N, D], head [V, D], labels [N]."""
     live = labels >= 0
     n = jnp.int32(labels.shape[0])
-    sums = _forward(call, hidden, head, bias, None, n)
-    return _results(call, sums, _target_logit(call, hidden, head, bias, labels), labels, live)
+    sums = run_forward(call, hidden, head, bias, None, n)
+    return results(call, sums, target_logit_of(call, hidden, head, bias, labels), labels, live)
 
 
-def _fwd(call: Call, hidden, head, bias, labels):
+def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
     wants = tuple(None if x is None or not x.perturbed else () for x in (hidden, head, bias))
     hidden, head, labels = hidden.value, head.value, labels.value
+    vocab_order = None if vocab_order is None else vocab_order.value
     bias = None if bias is None else bias.value
     n = labels.shape[0]
     rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
@@ -82,21 +84,21 @@ def _fwd(call: Call, hidden, head, bias, labels):
     in_use = jnp.arange(rows) < live
     compact = jnp.where(in_use[:, None], hidden.at[at].get(mode="fill", fill_value=0), 0)
     y = jnp.where(in_use, labels.at[at].get(mode="fill", fill_value=-1), -1)
-    target = _target_logit(call, compact, head, bias, y)
+    target = target_logit_of(call, compact, head, bias, y)
     threshold = None
     if call.epsilon is not None:
-        bound = jnp.maximum(_lse_bound(call, compact, head, bias, y, live), target)
+        bound = jnp.maximum(lse_bound(call, compact, head, bias, y, live), target)
         threshold = jnp.where(in_use, bound + math.log(call.epsilon), jnp.inf)
-    sums = _forward(call, compact, head, bias, threshold, live)
+    sums = run_forward(call, compact, head, bias, threshold, live)
     spread = lambda x: None if x is None else x[place]
     per_token = Sums(*(spread(x) for x in sums[:-1]), None)
-    out = _results(call, per_token, target[place], labels, is_live)
-    return out, Saved(compact, head, bias, y, place, live, sums, wants)
+    out = results(call, per_token, target[place], labels, is_live)
+    return out, Saved(compact, head, bias, y, vocab_order, place, live, sums, wants)
 
 
 def _bwd(call: Call, saved: Saved, cotangents):
     if isinstance(cotangents[0], SymbolicZero):
-        return None, None, None, None
+        return None, None, None, None, None
     p, exact = call.problem, call.epsilon is None
     rows, d = saved.hidden.shape
     v, head_rows = p.v, saved.head.shape[0]
@@ -123,7 +125,7 @@ def _bwd(call: Call, saved: Saved, cotangents):
             kappa = 1.0 - mean_square / p.softcap**2
 
     tiles = call.tiles.exact if exact else call.tiles.sparse
-    slots = max(tiles.slots, tiles.slots_per_block * blocks, 2 * blocks)
+    slots = tiles.slots_for(blocks, -(-v // tiles.tile_c))
     tile_c, per_chunk = tiles.tile_c, tiles.width // tiles.tile_c
     order = None
     if exact:
@@ -134,7 +136,7 @@ def _bwd(call: Call, saved: Saved, cotangents):
         flat = (1.0 - kept.mean(1) > FLAT) & (jnp.arange(blocks) < live_blocks)
         bits = plan.column_bits(saved.sums.marks, call.tiles.forward.tile_n, live_blocks, v)
         bits = plan.with_labels(bits, saved.labels, flat)
-        columns, active = plan.columns(bits, blocks, tile_c)
+        columns, active = plan.columns(bits, saved.vocab_order, blocks, tile_c)
         work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.cluster)
         target = jnp.where(saved.labels >= 0, columns.position[saved.labels], -1)
         order = jnp.pad(columns.order, (0, tiles.width), constant_values=head_rows)
@@ -273,13 +275,13 @@ def _bwd(call: Call, saved: Saved, cotangents):
         dhidden = (dhidden + poison)[saved.place].astype(saved.hidden.dtype)
     if wants_bias:
         dbias = (dbias[:v] / p.logit_scale + constant_bias).astype(saved.bias.dtype)
-    return dhidden, dhead, dbias, None
+    return dhidden, dhead, dbias, None, None
 
 
 token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 
-def _forward(call: Call, hidden, head, bias, threshold, live) -> Sums:
+def run_forward(call: Call, hidden, head, bias, threshold, live) -> Sums:
     p = call.problem
     return forward(
         hidden,
@@ -299,7 +301,7 @@ def _forward(call: Call, hidden, head, bias, threshold, live) -> Sums:
     )
 
 
-def _target_logit(call: Call, hidden, head, bias, labels):
+def target_logit_of(call: Call, hidden, head, bias, labels):
     y = jnp.maximum(labels, 0)
     z = jnp.sum(hidden.astype(jnp.float32) * head[y].astype(jnp.float32), axis=1)
     z = z * call.problem.logit_scale
@@ -310,7 +312,7 @@ def _target_logit(call: Call, hidden, head, bias, labels):
     return z
 
 
-def _lse_bound(call: Call, hidden, head, bias, labels, live):
+def lse_bound(call: Call, hidden, head, bias, labels, live):
     """A lower bound of the log-sum-exp: the sum over the batch's own most frequent labels."""
     y = jnp.sort(labels)
     left = jnp.searchsorted(y, y, side="left")
@@ -337,7 +339,7 @@ def _lse_bound(call: Call, hidden, head, bias, labels, live):
     ).lse
 
 
-def _results(call: Call, sums: Sums, target, labels, live):
+def results(call: Call, sums: Sums, target, labels, live):
     """Losses and statistics of N tokens, zero where there is no loss."""
     p = call.problem
     mask = lambda x: jnp.where(live, x, jnp.zeros((), x.dtype))

@@ -83,7 +83,11 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
     slot = group_before * group
     tile_slot = slot - (first_item * group)[chunk]
     # Ranks of the blocks within their tile give the slots that a block's row visits.
-    rank = jnp.zeros((t, b), jnp.int32).at[jnp.arange(t)[:, None], of_tile].set(jnp.arange(b, dtype=jnp.int32)[None, :])
+    rank = (
+        jnp.zeros((t, b), jnp.int32)
+        .at[jnp.arange(t)[:, None], of_tile]
+        .set(jnp.arange(b, dtype=jnp.int32)[None, :])
+    )
     of_block = jnp.argsort(~active.T, axis=1, stable=True).astype(jnp.int32)
     of_block_slot = jnp.take_along_axis((tile_slot[:, None] + rank).T, of_block, axis=1)
     seen = jnp.pad(jnp.cumsum(active, axis=0, dtype=jnp.int32), ((1, 0), (0, 0)))
@@ -166,23 +170,26 @@ def with_labels(
 
 
 def columns(
-    bits: UInt[Array, "groups V"], blocks: int, tile_c: int
+    bits: UInt[Array, "groups V"],
+    vocab_order: Int[Array, " V"] | None,
+    blocks: int,
+    tile_c: int,
 ) -> tuple[Columns, Bool[Array, "T B"]]:
     """Brings the active columns together and says which (tile, block) pairs they make active.
 
-    The most shared columns come first. Among columns shared by about as many blocks (a factor of
-    two) those with the same first and last block are neighbours, so that they share their tiles.
-    On Gemma 3 270M's activations this makes 10% fewer active tiles than the count alone, and less
-    than half of those of the vocabulary's own order (benchmarks/NOTES.md).
+    Without a `vocab_order` the most shared columns come first. Among columns shared by about as
+    many blocks (a factor of two) those with the same first and last block are neighbours, so that
+    they share their tiles. On Gemma 3 270M's activations this makes 10% fewer active tiles than the
+    count alone, and less than half of those of the vocabulary's own order (benchmarks/NOTES.md). A
+    given `vocab_order` is taken instead, as the order of the active columns.
     """
     groups, v = bits.shape
     count = lax.population_count(bits).sum(0, dtype=jnp.uint32)
-    offset = 32 * jnp.arange(groups, dtype=jnp.uint32)[:, None]
-    trailing = lax.population_count(~bits & (bits - 1))
-    first = jnp.where(bits == 0, jnp.uint32(32 * groups), trailing + offset).min(0)
-    last = jnp.where(bits == 0, jnp.uint32(0), 31 - lax.clz(bits) + offset).max(0)
-    # The number of leading zeros is the bucket; it takes 5 bits, blocks take 13 and 14.
-    key = (lax.clz(count) << 27) | (first << 14) | last
+    if vocab_order is None:
+        key = _sharing_key(bits, count)
+    else:
+        rank = jnp.arange(v, dtype=jnp.uint32)
+        key = jnp.zeros(v, jnp.uint32).at[vocab_order].set(rank, unique_indices=True)
     key = jnp.where(count == 0, jnp.uint32(0xFFFFFFFF), key)
     order = lax.sort((key, jnp.arange(v, dtype=jnp.int32)), num_keys=1)[1]
     position = jnp.zeros(v, jnp.int32).at[order].set(jnp.arange(v, dtype=jnp.int32))
@@ -194,3 +201,13 @@ def columns(
     pairs = (tile_bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
     pairs = pairs.astype(jnp.bool_).transpose(1, 0, 2).reshape(tiles, groups * 32)
     return Columns(order, position), pairs[:, :blocks]
+
+
+def _sharing_key(bits: UInt[Array, "groups V"], count: UInt[Array, " V"]) -> UInt[Array, " V"]:
+    groups = bits.shape[0]
+    offset = 32 * jnp.arange(groups, dtype=jnp.uint32)[:, None]
+    trailing = lax.population_count(~bits & (bits - 1))
+    first = jnp.where(bits == 0, jnp.uint32(32 * groups), trailing + offset).min(0)
+    last = jnp.where(bits == 0, jnp.uint32(0), 31 - lax.clz(bits) + offset).max(0)
+    # The number of leading zeros is the bucket; it takes 5 bits, blocks take 13 and 14.
+    return (lax.clz(count) << 27) | (first << 14) | last

@@ -66,9 +66,9 @@ class BackwardTiles:
     width: int = 8192
     """Most columns of a chunk."""
     slots: int = 1280
-    """Tiles of P in its buffer."""
+    """Tiles of P in its buffer, at least."""
     slots_per_block: int = 20
-    """The same for each block of tokens; the larger of the two holds."""
+    """The same for each block of tokens, where the vocabulary has many tiles."""
     tile_c: int = 128
     """Columns a tile."""
     hidden_d: int = 256
@@ -96,6 +96,15 @@ class BackwardTiles:
         if self.fitting(self.tile_c + self.head_d, self.tile_c // 2) < 2:
             raise ValueError(f"{self} leaves no room for two stages in shared memory")
 
+    def slots_for(self, blocks: int, column_tiles: int) -> int:
+        """Tiles of P in the buffer for so many token blocks and column tiles.
+
+        An eighth of all of P at most, unless that is less than the two columns that `plan.work`
+        needs: P is the largest temporary of a small problem.
+        """
+        per_block = min(self.slots_per_block, max(2, column_tiles // 8))
+        return max(min(self.slots, blocks * column_tiles), blocks * per_block)
+
     def fitting(self, rows: int, staged: int) -> int:
         """How many of `steps` stages of `rows` rows fit beside `staged` rows of output."""
         free = SHARED_MEMORY - 2 * CONSUMERS * 2 * staged * STORE_COLUMNS
@@ -109,7 +118,7 @@ class Tiles:
     forward: ForwardTiles = ForwardTiles()
     sparse: BackwardTiles = BackwardTiles()
     """With a filter."""
-    exact: BackwardTiles = BackwardTiles(slots=2048, slots_per_block=32, tile_c=256, head_d=128)
+    exact: BackwardTiles = BackwardTiles(slots=0, slots_per_block=32, tile_c=256, head_d=128)
     hot: int = 2048
     """Columns of the pass that bounds the log-sum-exp before the forward."""
 

@@ -1,0 +1,177 @@
+"""Gradients in the forward pass: the logits are made once, at the price of keeping P for a while.
+
+    P̃_nv = exp(z_nv − r_n)      r_n a lower bound of lse_n (+ SHIFT), known before the logits
+    l_n  = Σ_v P̃_nv             lse_n = r_n + log l_n
+    dE_n = (a_n / l_n) · Σ_v P̃_nv·C_v            a_n = w_n·(1 + 2λ·lse_n)·scale
+    dC_v = Σ_n P̃_nv · (a_n / l_n)·E_n
+
+so that nothing of P has to be touched again once l is known. The target enters as one changed entry
+a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1. Where the tokens come in
+several groups (P is bfloat16, N·V of it), dC is carried from one to the next as a sum of two
+bfloat16 arrays, 16 bits of mantissa, and rounded to one at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lsce import formula
+from lsce.hopper import backward, plan
+from lsce.hopper.forward import LOG2E
+from lsce.hopper.loss import Call, lse_bound, results, run_forward, target_logit_of
+from lsce.hopper.tiles import BLOCK
+
+LIMIT = 2_200_000_000
+"""Bytes of P at a time."""
+SHIFT = 16.0
+"""Nats above the bound at which P̃ is 1: leaves 104 for a token whose probability the bound missed,
+and e^−71 below which terms vanish. A token with a loss above 104 nats makes the loss infinite."""
+
+
+def groups_for(rows: int, v: int) -> int:
+    """Into how many groups of whole pairs of blocks the tokens are cut."""
+    pairs = rows // (2 * BLOCK)
+    return min(pairs, -(-rows * v * 2 // LIMIT))
+
+
+def refuses(call: Call, hidden, head, bias) -> str | None:
+    """Why the gradients are made afterwards, as in exact mode, in spite of the wish."""
+    p, tiles = call.problem, call.tiles.exact
+    if p.return_stats:
+        return "the statistics need a pass of their own"
+    if bias is not None:
+        return "there is a bias"
+    if call.dense_smoothing:
+        return "smoothing under a softcap is not of rank 1"
+    if p.v % tiles.tile_c or head.shape[0] != p.v or hidden.shape[1] % tiles.head_d:
+        return f"V and D are no multiples of the tiles {tiles.tile_c} and {tiles.head_d}"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def weighted_sum(call: Call, hidden, head, labels, weights):
+    """Σ_n w_n·L_n, float32, for hidden [N, D], head [V, D], labels [N], weights [N]."""
+    live = labels >= 0
+    n = jnp.int32(labels.shape[0])
+    sums = run_forward(call, hidden, head, None, None, n)
+    target = target_logit_of(call, hidden, head, None, labels)
+    return jnp.sum(weights * results(call, sums, target, labels, live)[0])
+
+
+def _fwd(call: Call, hidden, head, labels, weights):
+    p, tiles = call.problem, call.tiles.exact
+    n, d = hidden.shape
+    v = p.v
+    rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
+    is_live = labels >= 0
+    pad = ((0, rows - n),)
+    e = jnp.where(is_live[:, None], hidden, 0)
+    e = jnp.pad(e, (*pad, (0, 0))) if rows != n else e
+    y = jnp.pad(labels, pad[0], constant_values=-1)
+    w = jnp.pad(jnp.where(is_live, weights, 0.0), pad[0])
+    poison = jnp.where(is_live, 0.0, weights * 0.0).sum()
+    target = target_logit_of(call, e, head, None, y)
+    live = jnp.int32(rows)
+    r = jnp.maximum(lse_bound(call, e, head, None, y, live), target) + SHIFT
+    center = jnp.mean(head, axis=0, dtype=jnp.float32)
+    mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
+
+    count = groups_for(rows, v)
+    pairs = rows // (2 * BLOCK)
+    column_tiles = v // tiles.tile_c
+    most = -(-pairs // count) * 2 * BLOCK
+    p_ref = jax.new_ref(lax.empty((column_tiles * most, tiles.tile_c), hidden.dtype))
+    kept_ref = jax.new_ref(lax.empty((column_tiles * most,), jnp.float32))
+    hi_ref = jax.new_ref(lax.empty(head.shape, head.dtype))
+    lo_ref = jax.new_ref(lax.empty(head.shape if count > 1 else (16, 64), head.dtype))
+    options = {"tiles": tiles, "ctas": call.ctas, "interpret": call.interpret}
+    padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
+    zero = jnp.int32(0).reshape(1)
+    lse, dhidden = [], []
+    for g in range(count):
+        part = slice(g * most, min((g + 1) * most, rows))
+        eg, yg, wg, rg = e[part], y[part], w[part], r[part]
+        some = eg.shape[0]
+        blocks = some // BLOCK
+        work = plan.whole(
+            blocks,
+            jnp.int32(blocks),
+            column_tiles,
+            slots=column_tiles * blocks,
+            group=tiles.cluster,
+        )
+        ones, none = jnp.ones(some), jnp.zeros(some)
+        vectors = backward.Vectors(rg * LOG2E, ones, none, none, ones, jnp.full(some, -1))
+        backward.probabilities(
+            eg,
+            head,
+            None,
+            vectors,
+            work,
+            zero,
+            p_ref,
+            kept_ref,
+            gathered=False,
+            scale=p.logit_scale,
+            softcap=p.softcap,
+            smooth=False,
+            v=v,
+            **options,
+        )
+        # Slots are column tile · blocks + block.
+        l = kept_ref[: column_tiles * some].reshape(column_tiles, some).sum(0)
+        lse_g = rg + jnp.log(l)
+        factor = formula.softmax_weight(p, lse_g) * p.logit_scale
+        scale = wg * factor / l
+        slope = 1.0 if p.softcap is None else 1.0 - (target[part] / p.softcap) ** 2
+        hit = jnp.exp(target[part] - rg) * slope
+        hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
+        yc = jnp.maximum(yg, 0)
+        row = (yc // tiles.tile_c * blocks) * BLOCK + jnp.arange(some)
+        row = jnp.where(yg >= 0, row, p_ref.shape[0])
+        p_ref[...] = (
+            p_ref[...]
+            .at[row, yc % tiles.tile_c]
+            .set(hit.astype(hidden.dtype), mode="drop", unique_indices=True)
+        )
+        dh_ref = jax.new_ref(jnp.zeros((some, padded_d), jnp.float32))
+        backward.accumulate_hidden(
+            p_ref, head, work, zero, dh_ref, gathered=False, dense=True, **options
+        )
+        s = wg * p.label_smoothing / v * p.logit_scale
+        constant = jnp.zeros(padded_d, jnp.float32)
+        if p.label_smoothing > 0.0:
+            row = jnp.dot(-s, eg.astype(jnp.float32), precision="highest")
+            constant = constant.at[:d].set(row)
+        scaled = (eg.astype(jnp.float32) * scale[:, None]).astype(hidden.dtype)
+        backward.head_gradient(
+            p_ref,
+            scaled,
+            work,
+            zero,
+            constant + poison,
+            hi_ref,
+            gathered=False,
+            carry=None if count == 1 else (lo_ref, g > 0, g < count - 1),
+            **options,
+        )
+        dh = dh_ref[...][:, :d] * scale[:, None] - (s * v)[:, None] * center[None, :]
+        lse.append(lse_g)
+        dhidden.append((dh + poison).astype(hidden.dtype))
+    lse, dhidden = jnp.concatenate(lse)[:n], jnp.concatenate(dhidden)[:n]
+    lse = jnp.maximum(lse, target[:n])
+    losses = formula.token_loss(p, lse, target[:n], mean_logit[:n])
+    losses = jnp.where(is_live, losses, 0.0)
+    return jnp.sum(weights * losses), (dhidden, hi_ref[...], losses)
+
+
+def _bwd(call: Call, saved, g):
+    dhidden, dhead, losses = saved
+    return g.astype(dhidden.dtype) * dhidden, g.astype(dhead.dtype) * dhead, None, g * losses
+
+
+weighted_sum.defvjp(_fwd, _bwd)
