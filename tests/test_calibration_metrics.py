@@ -236,7 +236,7 @@ def test_shapes_of_tokens_are_flattened():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=23, max_size=23))
+@given(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=40, max_size=40))
 def test_errors_are_bounded_and_independent_of_order(pairs):
     confidence = np.array([p for p, _ in pairs], np.float32)
     correct = np.array([a for _, a in pairs])
@@ -253,9 +253,9 @@ def test_errors_are_bounded_and_independent_of_order(pairs):
 
 @pytest.mark.parametrize("name", SAMPLE_METRICS)
 def test_a_calibrated_and_a_hopeless_model(name):
-    sure = np.ones(200, np.float32)
+    sure = np.ones(120, np.float32)
     assert float(SAMPLE_METRICS[name](sure, sure > 0)) == pytest.approx(0, abs=1e-6)
-    # Hendrycks' code squares the shares of its two bins too; ties leave it a single one of share 1.
+    # Equal confidences share a bin, so even Hendrycks' squared shares sum to 1.
     assert float(SAMPLE_METRICS[name](sure, sure == 0)) == pytest.approx(1, abs=1e-6)
 
 
@@ -442,7 +442,7 @@ def test_a_class_given_no_chance_costs_infinitely_much():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_is_summed_in_float32(dtype):
-    confidence, correct = ragged_samples(n=5000)
+    confidence, correct = ragged_samples(n=3000)
     low = jnp.asarray(confidence, dtype)
     ece = calibration.expected_calibration_error(low, correct)
     same = calibration.expected_calibration_error(low.astype(jnp.float32), correct)

@@ -220,6 +220,7 @@ ON_FOUR_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_shard_map_scan_and_sharded_arrays_on_four_devices():
     flags = "--xla_force_host_platform_device_count=4"
     ran = subprocess.run(
