@@ -165,9 +165,13 @@ def store_tile(value, stage, destination) -> None:
     Goes through TMA, which also cuts off what lies outside the array. The caller waits for the last
     copies (`wait_smem_to_gmem`) before the kernel ends.
     """
-    for i in range(value.shape[1] // STORE_COLUMNS):
+    pieces = value.shape[1] // STORE_COLUMNS
+    for i in range(pieces):
         columns = slice(i * STORE_COLUMNS, (i + 1) * STORE_COLUMNS)
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        # One copy may be under way from the other slot; after an odd number of pieces the last
+        # tile's copy is from this one.
+        in_flight = 0 if i == 0 and pieces % 2 else 1
+        plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
         stage[i % 2] = value[:, columns]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(stage.at[i % 2], destination.at[:, columns])
