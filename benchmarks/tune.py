@@ -1,0 +1,379 @@
+"""The best tiles of the Hopper kernels, by trying them: python -m benchmarks.tune --case gemma2-2b.
+
+Three stages, each with the winner of the one before: the forward alone, forward and backward with
+the default filter, and both without a filter. A stage is a few passes, each over the combinations
+of some fields, because all the fields at once would take days to compile. Times are ratios to a
+bare product E·Cᵀ timed beside them, as clocks drift. At the end stand the entries for `TUNED` in
+lsce/hopper/tiles.py; `ruff format` breaks their lines.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks import cases, inputs, memory, runner, timing
+from lsce import hopper
+from lsce.hopper import tiles
+from lsce.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
+from lsce.problem import Problem
+
+Stage = Literal["forward", "sparse", "exact"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""The fields of `Tiles` that are tuned, in this order."""
+Axis = list[dict[str, int]]
+"""The changes to choose from along one direction of a search."""
+
+LABEL_SMOOTHING = 0.1
+AGREEMENT = 0.01
+"""How far loss and norms of gradients may be from those of the first tiles, relatively."""
+
+
+# What to try
+
+
+def passes(stage: Stage, d: int) -> tuple[tuple[Axis, ...], ...]:
+    """The directions that each pass of a stage combines, for a hidden size."""
+    cluster = _axis("cluster", 1, 2)
+    if stage == "forward":
+        return (
+            (
+                _axis("tile_n", 64, 128),
+                _axis("tile_v", 128, 256),
+                _axis("steps", 3, 4, 6),
+                cluster,
+            ),
+            (_axis("tile_d", 32, 64), _axis("steps", 3, 4, 6, 8)),
+        )
+    covering = _covering(d)
+    products = (
+        _axis("tile_c", 128, 256),
+        _axis("hidden_d", *covering),
+        _axis("head_d", *covering),
+    )
+    ring = (_axis("steps", 3, 4, 6), cluster)
+    if stage == "sparse":
+        # Both sizes of P's buffer, of which the larger counts: they meet at 8,192 tokens.
+        slots = [{"slots": 64 * k, "slots_per_block": k} for k in (10, 20, 40)]
+        return products, (_axis("width", 4096, 8192, 16384), slots), ring
+    return products, (_axis("slots_per_block", 16, 32, 64),), ring
+
+
+def candidates[T: (ForwardTiles, BackwardTiles)](base: T, axes: Iterable[Axis]) -> list[T]:
+    """`base`, then what else can be built of it by one change of every axis, each once."""
+    found = {base: None}
+    for changes in itertools.product(*axes):
+        fields = {name: value for change in changes for name, value in change.items()}
+        try:
+            found[dataclasses.replace(base, **fields)] = None
+        except ValueError:
+            continue  # it does not fit the registers or the shared memory
+    return list(found)
+
+
+def _axis(name: str, *values: int) -> Axis:
+    return [{name: value} for value in values]
+
+
+def _covering(d: int) -> list[int]:
+    """The three widest tiles over the hidden size that stay within a fifth of it."""
+    fitting = [width for width in range(64, 257, 64) if -(-d // width) * width <= 1.2 * d]
+    return (fitting or [tiles.even_tile(d, 256)])[-3:]
+
+
+# The search
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One candidate: its time, or why it has none or may not win."""
+
+    stage: Stage
+    tiles: Tiles
+    time: timing.Timing | None = None
+    matmul_ms: float | None = None
+    """Median of the bare product E·Cᵀ, timed just before."""
+    temporary_mb: float | None = None
+    results: tuple[float, ...] = ()
+    """The loss in nats, and the norms of its gradients."""
+    failure: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Its time over the bare product's; ∞ without one."""
+        return self.time.p50_ms / self.matmul_ms if self.time and self.matmul_ms else float("inf")
+
+
+def tune(
+    start: Tiles,
+    d: int,
+    run: Callable[[Stage, Tiles], Trial],
+    *,
+    stages: Iterable[Stage] = STAGES,
+    memory: float = 1.25,
+    announce: Callable[[Tiles, list[Trial]], None] = lambda best, trials: None,
+) -> tuple[Tiles, list[Trial]]:
+    """The best tiles for hidden size `d` and every trial on the way.
+
+    A winner computes what the stage's first candidate computes, in at most `memory` times its
+    temporaries. `announce` is told the best so far and the trials after each of them.
+    """
+    best, trials = start, []
+    for stage in stages:
+        seen: dict[Tiles, Trial] = {}
+        for axes in passes(stage, d):
+            for part in candidates(getattr(best, stage), axes):
+                candidate = dataclasses.replace(best, **{stage: part})
+                if candidate not in seen:
+                    seen[candidate] = judged(run(stage, candidate), seen.values(), memory)
+                    trials.append(seen[candidate])
+                    announce(_best(best, seen.values()), trials)
+            best = _best(best, seen.values())
+    return best, trials
+
+
+def judged(trial: Trial, before: Iterable[Trial], memory: float) -> Trial:
+    """The trial, failed if it differs from the first that ran or takes too much memory."""
+    first = next((other for other in before if other.failure is None), trial)
+    if trial.failure is not None or first is trial:
+        return trial
+    if not np.allclose(trial.results, first.results, rtol=AGREEMENT, atol=0):
+        reason = f"wrong: {trial.results} instead of {first.results}"
+    elif (trial.temporary_mb or 0) > memory * (first.temporary_mb or 0):
+        reason = f"more than {memory} times the memory that the stage started with"
+    else:
+        return trial
+    return dataclasses.replace(trial, failure=reason)
+
+
+def _best(start: Tiles, trials: Iterable[Trial]) -> Tiles:
+    able = [trial for trial in trials if trial.failure is None]
+    return min(able, key=lambda trial: trial.ratio).tiles if able else start
+
+
+# On the device
+
+
+def program(stage: Stage, problem: Problem, chosen: Tiles) -> Callable[..., Any]:
+    """(hidden, head, labels) → the mean loss, with the gradients of both after the forward."""
+    # Imported here: without a Hopper GPU nothing of Mosaic GPU should load.
+    from lsce.hopper.loss import Call, token_losses
+
+    epsilon = None if stage == "exact" else hopper.EPSILON
+    call = Call(problem, epsilon, chosen, hopper.streaming_multiprocessors())
+
+    def loss(hidden: Any, head: Any, labels: Any) -> Any:
+        losses: Any = token_losses(call, hidden, head, None, labels)
+        return losses[0].mean()
+
+    return loss if stage == "forward" else jax.value_and_grad(loss, argnums=(0, 1))
+
+
+class Bench:
+    """Times candidates on one set of inputs, which it holds on JAX's first device."""
+
+    def __init__(self, data: inputs.Inputs, seconds: float):
+        case = data.case(data.kind)
+        if case.d % 64 or case.n % 8 or case.v % 8 or min(case.n, case.v) < 16:
+            raise ValueError(
+                f"{case} would be padded, and what is timed here is not: N and V must be "
+                "multiples of 8 from 16 on, D a multiple of 64"
+            )
+        self.problem = problem_of(case)
+        self.seconds = seconds
+        self.arrays = jax.device_put((data.hidden, data.head, data.labels), jax.devices()[0])
+
+    def __call__(self, stage: Stage, chosen: Tiles) -> Trial:
+        try:
+            compiled = jax.jit(program(stage, self.problem, chosen)).lower(*self.arrays).compile()
+            bare = timing.matmul(*self.arrays[:2], seconds=self.seconds / 4)
+            call = functools.partial(compiled, *self.arrays)
+            time = timing.measure(call, seconds=self.seconds)
+            results = tuple(float(_norm(x)) for x in jax.tree.leaves(call()))
+        except Exception as error:
+            # Tracing, Mosaic GPU, ptxas and the driver each refuse in their own way.
+            text = str(error).strip().partition("\n")[0][:300]
+            return Trial(stage, chosen, failure=f"{type(error).__name__}: {text}")
+        temporary_mb = memory.extra_memory(compiled).temporary_mb
+        return Trial(stage, chosen, time, bare.p50_ms, temporary_mb, results)
+
+
+def problem_of(case: cases.Case) -> Problem:
+    """The loss at a case's shapes in bfloat16 on JAX's first device."""
+    device = jax.devices()[0]
+    return Problem(
+        n=case.n,
+        d=case.d,
+        v=case.v,
+        hidden_dtype=np.dtype(jnp.bfloat16),
+        head_dtype=np.dtype(jnp.bfloat16),
+        platform=device.platform,
+        chip=device.device_kind,
+        label_smoothing=LABEL_SMOOTHING,
+    )
+
+
+@jax.jit
+def _norm(x: Any) -> Any:
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
+
+
+# What comes out
+
+
+def entry(chip: str, d: int, v: int, chosen: Tiles) -> str:
+    """A line of `lsce.hopper.tiles.TUNED`, every field spelt out: defaults may change."""
+    names = [name for name in hopper.CHIPS if name in chip]
+    key = max(names, key=len) if names else chip  # of H20 and H200, H200
+    fields = (f"        {f.name}={getattr(chosen, f.name)!r},\n" for f in dataclasses.fields(Tiles))
+    return f'    ("{key}", {d}, {v}): Tiles(\n{"".join(fields)}    ),'
+
+
+def show(case: cases.Case, trials: list[Trial], console: Console | None = None) -> None:
+    """A table for each stage, the fastest first and the failed last."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 140
+    for stage in STAGES:
+        group = [trial for trial in trials if trial.stage == stage]
+        if not group:
+            continue
+        axes = itertools.chain.from_iterable(passes(stage, case.d))
+        fields = list(dict.fromkeys(name for axis in axes for change in axis for name in change))
+        table = Table(box=None, header_style="bold", title=f"{case}: {stage}", title_justify="left")
+        for column in (*fields, "p50 ms", "× matmul", "temporary MB"):
+            table.add_column(column, justify="right")
+        table.add_column("failure", overflow="fold")
+        for trial in sorted(group, key=lambda trial: (trial.failure is not None, trial.ratio)):
+            part = getattr(trial.tiles, stage)
+            table.add_row(
+                *(str(getattr(part, name)) for name in fields),
+                f"{trial.time.p50_ms:.4g}" if trial.time else "–",
+                f"{trial.ratio:.3f}" if trial.time else "–",
+                "–" if trial.temporary_mb is None else f"{trial.temporary_mb:,.1f}",
+                escape(trial.failure or ""),
+            )
+        console.print(table)
+
+
+def environment(commit: str | None) -> dict[str, Any]:
+    """What the trials ran on, for their JSON."""
+    device = jax.devices()[0]
+    return {
+        "command": " ".join(["python -m benchmarks.tune", *sys.argv[1:]]),
+        "gpu": device.device_kind,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
+            "platform": device.client.platform_version,
+        },
+        "commit": commit or runner.current_commit(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        shapes = [cases.find(name, options.n) for name in options.case]
+        for case in shapes:
+            if reason := hopper.BACKEND.refuses(problem_of(case)):
+                raise ValueError(f"{hopper.BACKEND.name} {reason}")
+        entries = tune_all(shapes, options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"benchmarks.tune: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(entries))
+    return 0
+
+
+def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]:
+    """Tunes one case after the other; prints their tables and returns their entries."""
+    report = environment(options.commit) | {"inputs": options.inputs, "cases": []}
+    entries = []
+    for case in shapes:
+        bench = Bench(inputs.of(options.inputs, case, "bfloat16"), options.seconds)
+        record: dict[str, Any] = dataclasses.asdict(case)
+        report["cases"].append(record)
+
+        def announce(best: Tiles, trials: list[Trial], record: dict[str, Any] = record) -> None:
+            last = trials[-1]
+            line = last.failure or f"{last.ratio:.3f} × matmul"
+            print(f"  {last.stage} {getattr(last.tiles, last.stage)}: {line}", file=sys.stderr)
+            record |= {
+                "best": dataclasses.asdict(best),
+                "trials": [dataclasses.asdict(trial) for trial in trials],
+            }
+            if options.json:  # after each trial, so that an interrupted run leaves what it has
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+        best, trials = tune(
+            tiles.choose(bench.problem),
+            case.d,
+            bench,
+            stages=options.stage,
+            memory=options.memory,
+            announce=announce,
+        )
+        show(case, trials)
+        entries.append(entry(bench.problem.chip, case.d, case.v, best))
+    return entries
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    about, _, notes = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser("python -m benchmarks.tune", description=about, epilog=notes)
+    add = parser.add_argument
+    add(
+        "--case",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help=f"any of {', '.join(cases.CASES)}",
+    )
+    add("--n", type=int, help="tokens, instead of the case's own number")
+    add(
+        "--stage",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        help="all by default; each starts from the tiles that the backend takes now",
+    )
+    add(
+        "--inputs",
+        default="peaked",
+        help=f"{', '.join(inputs.KINDS)}, or an .npz file with hidden, head and labels; "
+        "default %(default)s",
+    )
+    add("--seconds", type=float, default=0.5, help="about how long to time each; default 0.5")
+    add(
+        "--memory",
+        type=float,
+        default=1.25,
+        metavar="TIMES",
+        help="most temporaries of a winner, relative to where its stage began; default 1.25",
+    )
+    add("--json", type=pathlib.Path, metavar="FILE", help="write all trials there")
+    add("--commit", help="recorded instead of git's answer, where the checkout has no git")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

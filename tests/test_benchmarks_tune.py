@@ -1,0 +1,278 @@
+"""The tuner without a GPU: what it tries, how it chooses, what it prints; the timing is made up."""
+
+import dataclasses
+import io
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import cases, inputs, tune
+from benchmarks.timing import Timing
+from lsce import hopper
+from lsce.hopper.tiles import SHARED_MEMORY, BackwardTiles, ForwardTiles, Tiles, heuristic
+
+CASE = cases.find("gemma2-2b")
+SMALL = cases.Case("small", 256, 64, 512)
+START = heuristic(CASE.d)
+SIZES = sorted({case.d for case in cases.CASES.values()})
+
+
+def trial(stage: tune.Stage, chosen: Tiles, ratio: float = 2.0, **fields) -> tune.Trial:
+    """A trial of a device that multiplies in 10 ms."""
+    given = {"temporary_mb": 100.0, "results": (1.0, 2.0, 3.0)} | fields
+    return tune.Trial(stage, chosen, Timing(1.0, 10 * ratio, 30.0, 5, 1), 10.0, **given)
+
+
+# What to try
+
+
+@pytest.mark.parametrize("stage", tune.STAGES)
+@pytest.mark.parametrize("d", SIZES)
+def test_candidates_are_the_heuristic_and_others_that_can_be_built(stage, d):
+    base = getattr(heuristic(d), stage)
+    for axes in tune.passes(stage, d):
+        found = tune.candidates(base, axes)
+        assert found[0] == base
+        assert len(set(found)) == len(found) > 1
+        assert all(dataclasses.replace(candidate) == candidate for candidate in found)
+        # Few enough for a stage to take minutes, at some seconds a compilation.
+        assert len(found) <= 16
+        # Also from elsewhere: a table's entry may have gone astray.
+        assert base in tune.candidates(found[-1], axes)
+
+
+def test_what_does_not_fit_is_left_out():
+    axes = ([{"tile_n": 64}, {"tile_n": 128}], [{"tile_v": 128}, {"tile_v": 256}], [{"steps": 6}])
+    found = tune.candidates(ForwardTiles(), axes)
+    assert [(t.tile_n, t.tile_v, t.steps) for t in found] == [(64, 256, 4), (64, 128, 6)]
+    assert all(t.shared_memory <= SHARED_MEMORY for t in found)
+
+
+def test_every_field_of_the_kernels_is_searched():
+    for stage in tune.STAGES:
+        axes = [axis for some in tune.passes(stage, CASE.d) for axis in some]
+        tried = {name for axis in axes for change in axis for name in change}
+        fields = {field.name for field in dataclasses.fields(getattr(START, stage))}
+        kept = {"sparse": {"stage"}, "exact": {"stage", "width", "slots"}}
+        assert tried == fields - kept.get(stage, set())
+
+
+# The search
+
+
+def cost(stage: tune.Stage, chosen: Tiles) -> tune.Trial:
+    """A valley in every field, apart from each other, at tiles far from the heuristic's."""
+    bottom = {
+        "forward": ForwardTiles(128, 128, 32, 6, 1),
+        "sparse": BackwardTiles(16384, 640, 10, 256, 192, 128, 64, 3, 1),
+        "exact": BackwardTiles(
+            tile_c=128, hidden_d=128, head_d=256, slots=0, slots_per_block=64, steps=6
+        ),
+    }[stage]
+    part = getattr(chosen, stage)
+    pairs = zip(dataclasses.astuple(part), dataclasses.astuple(bottom), strict=True)
+    return trial(stage, chosen, 1 + sum(abs(np.log2(max(a, 1) / max(b, 1))) for a, b in pairs))
+
+
+def test_the_search_finds_the_best_of_each_stage_and_starts_from_it():
+    best, trials = tune.tune(START, CASE.d, cost)
+    assert best.forward == ForwardTiles(128, 128, 32, 6, 1)
+    assert best.sparse == BackwardTiles(16384, 640, 10, 256, 192, 128, 64, 3, 1)
+    assert cost("exact", best).ratio == 1.0
+    assert {t.tiles.forward for t in trials if t.stage != "forward"} == {best.forward}
+    assert {t.tiles.sparse for t in trials if t.stage == "exact"} == {best.sparse}
+    assert len({(t.stage, t.tiles) for t in trials}) == len(trials) < 80
+
+
+def test_chosen_stages_alone():
+    best, trials = tune.tune(START, CASE.d, cost, stages=("exact",))
+    assert {t.stage for t in trials} == {"exact"}
+    assert (best.forward, best.sparse) == (START.forward, START.sparse)
+    assert best.exact != START.exact
+
+
+def test_failures_are_reported_and_never_win():
+    def run(stage, chosen):
+        if chosen.forward.cluster == 1:
+            return tune.Trial(stage, chosen, failure="ValueError: no")
+        return cost(stage, chosen)
+
+    told = []
+    best, trials = tune.tune(
+        START, CASE.d, run, stages=("forward",), announce=lambda *it: told.append(it)
+    )
+    assert best.forward == ForwardTiles(128, 128, 32, 6, 2)
+    assert {t.failure for t in trials if t.tiles.forward.cluster == 1} == {"ValueError: no"}
+    assert told[-1] == (best, trials)
+
+
+def test_where_all_fails_the_start_stays():
+    best, trials = tune.tune(START, CASE.d, lambda *it: tune.Trial(*it, failure="no GPU memory"))
+    assert best == START
+    assert all(t.ratio == np.inf for t in trials)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"results": (1.0, 2.0, 3.1)}, "wrong: .* instead of"),
+        ({"results": (1.0, 2.0, np.nan)}, "wrong"),
+        ({"temporary_mb": 126.0}, r"more than 1\.25 times the memory"),
+    ],
+)
+def test_what_is_wrong_or_large_cannot_win(fields, reason):
+    def run(stage, chosen):
+        fast = chosen.exact.tile_c == 128
+        return trial(stage, chosen, 1.0 if fast else 2.0, **(fields if fast else {}))
+
+    best, trials = tune.tune(START, CASE.d, run, stages=("exact",))
+    assert best == START
+    failed = [t for t in trials if t.failure is not None]
+    assert {t.tiles.exact.tile_c for t in failed} == {128}
+    assert all(re.match(reason, t.failure) for t in failed)
+
+
+# On the device
+
+
+@pytest.mark.parametrize("stage", tune.STAGES)
+def test_what_is_timed_lowers_for_cuda(stage):
+    function = tune.program(stage, tune.problem_of(SMALL), heuristic(SMALL.d))
+    shapes = (SMALL.n, SMALL.d), (SMALL.v, SMALL.d)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    arrays.append(jax.ShapeDtypeStruct((SMALL.n,), jnp.int32))
+    lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+    outputs = len(jax.tree.leaves(lowered.out_info))
+    assert outputs == (1 if stage == "forward" else 3)
+
+
+def test_a_candidate_that_does_not_compile_is_a_trial(monkeypatch):
+    def refuse(*_):
+        raise ValueError("too many registers\nand a long dump")
+
+    monkeypatch.setattr(tune, "program", refuse)
+    bench = tune.Bench(inputs.make("flat", SMALL, "bfloat16"), seconds=0.1)
+    failed = bench("forward", START)
+    assert failed == tune.Trial("forward", START, failure="ValueError: too many registers")
+
+
+def test_a_bench_times_measures_and_reads(monkeypatch):
+    """With a loss that needs no GPU in the place of the kernels."""
+
+    def program(stage, problem, chosen):
+        def loss(hidden, head, labels):
+            return jnp.mean(jnp.square(hidden @ head.T)).astype(jnp.float32)
+
+        return loss if stage == "forward" else jax.value_and_grad(loss, argnums=(0, 1))
+
+    monkeypatch.setattr(tune, "program", program)
+    data = inputs.make("flat", SMALL, "bfloat16")
+    done = tune.Bench(data, seconds=0.05)("sparse", START)
+    assert done.failure is None
+    assert done.time is not None
+    assert done.ratio == done.time.p50_ms / done.matmul_ms > 0
+    assert done.temporary_mb > 0
+    z = data.hidden.astype(np.float64) @ data.head.astype(np.float64).T
+    d_hidden = 2 / z.size * z @ data.head.astype(np.float64)
+    np.testing.assert_allclose(done.results[0], np.square(z).mean(), rtol=0.02)
+    np.testing.assert_allclose(done.results[1], np.linalg.norm(d_hidden), rtol=0.02)
+
+
+@pytest.mark.parametrize("wrong", [{"d": 72}, {"n": 8}, {"n": 100}, {"v": 1021}])
+def test_shapes_that_would_be_padded_are_refused(wrong):
+    case = dataclasses.replace(SMALL, **wrong)
+    with pytest.raises(ValueError, match="would be padded"):
+        tune.Bench(inputs.make("flat", case, "bfloat16"), seconds=0.1)
+
+
+# What comes out
+
+
+@pytest.mark.parametrize(
+    ("chip", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA H20", "H20"),
+        ("another", "another"),
+    ],
+)
+def test_an_entry_evaluates_to_the_same_tiles(chip, key):
+    best, _ = tune.tune(START, CASE.d, cost)
+    for chosen in (START, best):
+        table = eval("{" + tune.entry(chip, CASE.d, CASE.v, chosen) + "}", vars(hopper.tiles))
+        assert table == {(key, CASE.d, CASE.v): chosen}
+
+
+def test_an_entry_is_what_the_backend_then_takes(monkeypatch):
+    best, _ = tune.tune(START, CASE.d, cost)
+    chip = "NVIDIA H100 80GB HBM3"
+    table = eval("{" + tune.entry(chip, CASE.d, CASE.v, best) + "}", vars(hopper.tiles))
+    monkeypatch.setattr(hopper.tiles, "TUNED", table)
+    problem = dataclasses.replace(tune.problem_of(CASE), chip=chip)
+    assert hopper.tiles.choose(problem) == best
+    assert hopper.tiles.choose(dataclasses.replace(problem, v=32000)) == START
+
+
+def test_the_table_shows_the_fastest_first_and_the_failed_last():
+    trials = [
+        trial("forward", START, 1.25),
+        tune.Trial("forward", START, failure="ValueError: no [room]"),
+        trial("forward", START, 1.125),
+        trial("sparse", START, 1.5),
+    ]
+    out = io.StringIO()
+    tune.show(CASE, trials, Console(file=out, width=150))
+    text = out.getvalue()
+    assert text.index("1.125") < text.index("1.250") < text.index("no [room]")
+    assert text.index("no [room]") < text.index("sparse") < text.index("1.500")
+    assert "exact" not in text
+
+
+def test_without_a_hopper_gpu_one_line_and_exit_2(capsys, tmp_path: pathlib.Path):
+    if hopper.BACKEND.refuses(tune.problem_of(CASE)) is None:
+        pytest.skip("there is a Hopper GPU here")
+    file = tmp_path / "out.json"
+    assert tune.main(["--case", "gemma2-2b", "--json", str(file)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("benchmarks.tune: hopper needs an NVIDIA Hopper GPU")
+    assert captured.err.count("\n") == 1
+    assert not file.exists()
+
+
+def test_an_unknown_case_is_named(capsys):
+    assert tune.main(["--case", "gemma"]) == 2
+    assert "no case 'gemma'; must be one of gemma2-2b" in capsys.readouterr().err
+
+
+def test_a_whole_run_prints_entries_and_writes_every_trial(
+    monkeypatch, capsys, tmp_path: pathlib.Path
+):
+    monkeypatch.setattr(type(hopper.BACKEND), "refuses", lambda self, problem: None)
+    monkeypatch.setattr(tune.Bench, "__call__", lambda self, *it: cost(*it))
+    monkeypatch.setitem(cases.CASES, "small", SMALL)
+    file = tmp_path / "runs" / "tune.json"
+    command = ["--case", "small", "--n", "128", "--inputs", "flat", "--json", str(file)]
+    assert tune.main([*command, "--commit", "abc"]) == 0
+    report = json.loads(file.read_text())
+    assert report["commit"] == "abc"
+    assert report["versions"]["jax"] == jax.__version__
+    assert {"command", "gpu", "time", "inputs"} <= report.keys()
+    (record,) = report["cases"]
+    assert (record["n"], record["d"], record["v"]) == (128, 64, 512)
+    ratios = [t["time"]["p50_ms"] / t["matmul_ms"] for t in record["trials"]]
+    assert len(ratios) > 20
+    chip = jax.devices()[0].device_kind
+    printed = capsys.readouterr().out
+    best = eval("{" + printed[printed.rindex('    ("') :] + "}", vars(hopper.tiles))
+    assert [dataclasses.asdict(tiles) for tiles in best.values()] == [record["best"]]
+    assert list(best) == [(chip, 64, 512)]
