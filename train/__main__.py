@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
@@ -45,21 +46,17 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
       ValueError: if there is no run to resume.
     """
 
-    def read(default: TrainConfig) -> TrainConfig:
+    def read(default: TrainConfig, **options: Any) -> TrainConfig:
         return tyro.cli(
-            TrainConfig,
-            prog="python -m train",
-            args=arguments,
-            default=default,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            TrainConfig, prog="python -m train", args=arguments, default=default, **options
         )
 
-    config = read(TrainConfig())
+    config = read(TrainConfig(), config=(tyro.conf.FlagCreatePairsOff,))
     if not config.resume:
         return config
     out = config.out or run_folder.newest()
     moved = {"data": config.data} if config.data else {}
-    return read(run_folder.load(out, resume=True, **moved))
+    return read(run_folder.load(out, **moved))
 
 
 def _stop(status: int, message: object) -> int:

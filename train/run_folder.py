@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ def claim(config: TrainConfig) -> Path:
                 f"cannot resume {out}: {'; '.join(changed)}. Leave these flags out to go on as"
                 " before, or start a new run in another --out"
             )
+        _save(config, out)
         return out
 
     out = config.out or RUNS / time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -75,6 +77,9 @@ def _save(config: TrainConfig, out: Path) -> None:
     values = dataclasses.asdict(config) | {
         "data": [str(file.absolute()) for file in config.data],
         "out": str(out),
+        "resume": False,
         "overwrite": False,
     }
-    (out / RUN_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    whole = out / (RUN_FILE + ".tmp")
+    whole.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(whole, out / RUN_FILE)

@@ -1,0 +1,218 @@
+"""A run that was killed and goes on ends as one that was never killed, to the last bit.
+
+The kills are real signals: a run in a process of its own sends them to itself after a given step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from train import loop, run_folder
+from train.__main__ import main
+from train.checkpoint import FOLDER
+from train.config import TrainConfig
+
+STEPS, EVERY = 20, 5
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+
+KILLED_RUN = """
+import os, signal, sys
+from train import loop
+from train.__main__ import main
+
+class Killer(loop.Monitor):
+    def step(self, step, values):
+        super().step(step, values)
+        if step == int(sys.argv[2]):
+            os.kill(os.getpid(), int(sys.argv[1]))
+
+loop.Monitor = Killer
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        # The runs compile the same programs: here, and by this variable in other processes.
+        compiled = str(tmp_path_factory.mktemp("compiled"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", compiled)
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    random = np.random.default_rng(0)
+    words = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
+
+    def text(low: int, high: int) -> str:
+        return " ".join(random.choice(words, random.integers(low, high)))
+
+    rows = [{"prompt": text(2, 5), "completion": text(3, 12)} for _ in range(60)]
+    path = tmp_path_factory.mktemp("data") / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(out: Path, records: Path) -> list[str]:
+    options = {
+        "--data": records, "--out": out, "--model": "nano", "--vocab-size": 300,
+        "--max-length": 32, "--batch-size": 2, "--accumulate": 2, "--steps": STEPS,
+        "--checkpoint-every": EVERY,
+    }  # fmt: skip
+    return [str(part) for option in options.items() for part in option]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, records) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert main(flags(out, records)) == 0
+    return out
+
+
+def killed(signum: int, step: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", KILLED_RUN, str(int(signum)), str(step), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    """What each training step measured, but for the time it took."""
+    written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in written if "loss" in row]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in steps]
+
+
+def saved_steps(out: Path) -> list[int]:
+    return sorted(int(path.name) for path in (out / FOLDER).iterdir())
+
+
+def final_state(out: Path) -> list[np.ndarray]:
+    config = run_folder.load(out)
+    run = loop.prepare(dataclasses.replace(config, resume=True))
+    assert run.first_step == run.total_steps
+    run.checkpointer.__exit__()
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((run.state.params, run.state.opt_state))]
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    assert [row["step"] for row in rows(expected)] == list(range(1, STEPS + 1))
+    assert rows(out) == rows(expected)
+    for one, other in zip(final_state(out), final_state(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_run_trains(uninterrupted):
+    losses = [row["loss"] for row in rows(uninterrupted)]
+    assert losses[0] == pytest.approx(np.log(300), abs=0.5)
+    assert np.mean(losses[-5:]) < losses[0] - 0.3
+    rates = [row["learning_rate"] for row in rows(uninterrupted)]
+    assert rates[:3] == pytest.approx([0.0015, 0.003, 0.003 * np.cos(np.pi / 38) ** 2])
+    assert saved_steps(uninterrupted) == [15, 20]
+    assert (uninterrupted / "eval.json").exists()
+    assert (uninterrupted / "reliability.png").exists()
+
+
+def test_sigkill_then_resume_is_the_uninterrupted_run(tmp_path, uninterrupted, records):
+    out = tmp_path / "run"
+    assert killed(signal.SIGKILL, 13, flags(out, records)).returncode == -signal.SIGKILL
+    assert len(rows(out)) == 13
+    assert saved_steps(out) == [5, 10]
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert_same_run(out, uninterrupted)
+
+
+def test_sigterm_saves_the_step_and_resume_is_the_uninterrupted_run(
+    tmp_path, uninterrupted, records
+):
+    out = tmp_path / "run"
+    process = killed(signal.SIGTERM, 7, flags(out, records))
+    assert process.returncode == 143
+    assert process.stderr.splitlines()[-1] == (
+        "python -m train: SIGTERM: stopped after step 7, which is saved;"
+        f" --resume --out {out} goes on from there"
+    )
+    assert "Traceback" not in process.stderr
+    assert saved_steps(out) == [5, 7]
+    assert not (out / "eval.json").exists()
+    assert main([*flags(out, records), "--resume"]) == 0
+    assert_same_run(out, uninterrupted)
+
+
+def test_sigint_saves_the_step_too(tmp_path, records):
+    out = tmp_path / "run"
+    process = killed(signal.SIGINT, 2, flags(out, records))
+    assert process.returncode == 130
+    assert "SIGINT: stopped after step 2, which is saved" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert saved_steps(out) == [2]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, uninterrupted, records):
+    out = tmp_path / "run"
+    assert killed(signal.SIGKILL, 3, flags(out, records)).returncode == -signal.SIGKILL
+    assert saved_steps(out) == []
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert_same_run(out, uninterrupted)
+
+
+def test_ten_steps_and_ten_more_are_twenty(tmp_path, records):
+    config = TrainConfig(
+        data=(records,), model="nano", vocab_size=300, max_length=32, batch_size=2,
+        steps=20, schedule="constant", warmup_steps=4, held_out=0,
+    )  # fmt: skip
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    loop.run(dataclasses.replace(config, out=once))
+    loop.run(dataclasses.replace(config, out=twice, steps=10))
+    assert len(rows(twice)) == 10
+    loop.run(dataclasses.replace(config, out=twice, resume=True))
+    assert_same_run(twice, once)
+    with pytest.raises(ValueError, match="at step 20 already, past all 10 steps"):
+        loop.run(dataclasses.replace(config, out=twice, steps=10, resume=True))
+
+
+def test_resuming_with_other_flags_is_refused_and_names_them(uninterrupted, records, capsys):
+    before = sorted((uninterrupted / FOLDER).rglob("*"))
+    other = ["--label-smoothing", "0.3", "--seed", "7", "--keep", "9"]
+    assert main([*flags(uninterrupted, records), "--resume", *other]) == 2
+    message = capsys.readouterr().err
+    assert "--label-smoothing was 0.1 and is 0.3; --seed was 0 and is 7" in message
+    assert "--keep" not in message
+    assert sorted((uninterrupted / FOLDER).rglob("*")) == before
+
+
+def test_resuming_on_other_data_is_refused(tmp_path, uninterrupted, records, capsys):
+    changed = tmp_path / "records.jsonl"
+    changed.write_text(records.read_text().replace("ant", "ape"))
+    arguments = ["--resume", "--out", str(uninterrupted), "--data", str(changed)]
+    assert main(arguments) == 2
+    assert "belongs to other data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("decay", "step", "saved"), [("0", 2, [1]), ("99", 1, [])])
+def test_a_nan_stops_the_run_and_is_never_saved(tmp_path, records, capsys, decay, step, saved):
+    out = tmp_path / "run"
+    absurd = ["--learning-rate", "3e38", "--warmup-steps", "0", "--weight-decay", decay]
+    assert main([*flags(out, records), *absurd, "--checkpoint-every", "1"]) == 1
+    message = capsys.readouterr().err
+    assert f"step {step}: loss" in message
+    assert ("checkpoint of step 1 is kept" in message) == (saved == [1])
+    assert saved_steps(out) == saved
+    if saved:
+        run = loop.prepare(dataclasses.replace(run_folder.load(out), resume=True))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.state.params))
+        run.checkpointer.__exit__()

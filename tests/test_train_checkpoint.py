@@ -1,0 +1,100 @@
+"""What is saved comes back to the last bit; a kill in the middle of a save costs that save only."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from train.checkpoint import FOLDER, Checkpointer
+from train.optimizer import adamw
+from train.step import TrainState
+
+OPTIMIZER = adamw(lambda _: 0.1, beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0)
+POSITION = {"identity": "0af3", "iterator": {"next_index": 12}}
+
+
+@jax.jit
+def create(seed: int) -> TrainState:
+    key = jax.random.key(seed)
+    return TrainState.create(nnx.Linear(3, 5, rngs=nnx.Rngs(params=key)), OPTIMIZER, key)
+
+
+def bits(state: TrainState) -> list[np.ndarray]:
+    leaves = jax.tree.leaves(state)
+    return [
+        np.asarray(jax.random.key_data(leaf) if leaf.dtype == state.key.dtype else leaf)
+        for leaf in leaves
+    ]
+
+
+def test_a_checkpoint_holds_weights_optimizer_step_key_and_position(tmp_path):
+    state = create(1)
+    updates, opt_state = OPTIMIZER.update(state.params, state.opt_state, state.params)
+    state = TrainState(
+        state.step + 7, updates, opt_state, state.key, state.graphdef, state.optimizer
+    )
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert checkpointer.latest_step() is None
+        checkpointer.save(7, state, POSITION)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert checkpointer.latest_step() == 7
+        restored, position = checkpointer.restore(7, like=jax.eval_shape(create, 0))
+    assert position == POSITION
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    found, expected = bits(restored), bits(state)
+    assert any(not np.array_equal(a, b) for a, b in zip(expected, bits(create(1)), strict=True))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_newest_are_kept(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (1, 2, 10):
+            checkpointer.save(step, create(step), POSITION)
+    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"2", "10"}
+
+
+KILLED_SAVE = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_train_checkpoint import POSITION, create
+from train.checkpoint import Checkpointer
+
+def kill(event, arguments):
+    # The folder of step 2 is filled under another name, and renamed once it is whole.
+    began = event == "os.mkdir" and "/2." in str(arguments[0]) and "state" in str(arguments[0])
+    whole = event == "os.rename" and str(arguments[1]).endswith("/2")
+    if (began or whole) and event == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with Checkpointer(Path(sys.argv[1]), keep=1) as checkpointer:
+    checkpointer.save(1, create(1), POSITION)
+    sys.addaudithook(kill)
+    checkpointer.save(2, create(2), POSITION)
+"""
+
+
+@pytest.mark.parametrize("event", ["os.mkdir", "os.rename"])
+def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, event):
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", KILLED_SAVE, str(tmp_path), event, str(here)]
+    assert subprocess.run(command, cwd=here.parent).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / FOLDER).glob("2.*"))) == 1
+
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert checkpointer.latest_step() == 1
+        restored, position = checkpointer.restore(1, like=jax.eval_shape(create, 0))
+        assert position == POSITION
+        for one, other in zip(bits(restored), bits(create(1)), strict=True):
+            np.testing.assert_array_equal(one, other)
+        checkpointer.save(2, create(2), POSITION)
+    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"2"}

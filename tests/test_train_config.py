@@ -1,0 +1,165 @@
+"""Flags: what they say of themselves, what they refuse, and who may use a run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import run_folder
+from train.__main__ import main, parse
+from train.config import TrainConfig, flag
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one message, without the frame around it, of a command line that exits with 2."""
+    try:
+        status = main(arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return " ".join(printed.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label-smoothing", "1.5"], "--label-smoothing must be in [0, 1], not 1.5"),
+        (["--label-smoothing", "nan"], "--label-smoothing must be in [0, 1], not nan"),
+        (["--softcap", "0"], "--softcap must be more than 0, not 0.0"),
+        (["--z-loss", "-1"], "--z-loss must be at least 0, not -1.0"),
+        (["--dropout", "1"], "--dropout must be in [0, 1), not 1.0"),
+        (["--held-out", "1"], "--held-out must be in [0, 1), not 1.0"),
+        (["--learning-rate", "inf"], "--learning-rate must be more than 0, not inf"),
+        (["--beta2", "1"], "--beta2 must be in [0, 1), not 1.0"),
+        (["--accumulate", "0"], "--accumulate must be at least 1, not 0"),
+        (["--vocab-size", "100"], "--vocab-size must be at least 262"),
+        (["--seed", "-1"], "--seed must be in [0, 2**32), not -1"),
+        (["--model", "huge"], "--model must be one of nano, tiny, small, smollm2-135m, not huge"),
+        (["--data", "nowhere.jsonl"], "--data: no file nowhere.jsonl"),
+        (["--steps", "9", "--epochs", "1"], "--steps 9 and --epochs 1.0 contradict each other"),
+        (["--steps", "9", "--warmup-steps", "10"], "--warmup-steps 10 is more than all 9 steps"),
+        (["--warmup-steps", "-1"], "--warmup-steps must be at least 0, not -1"),
+        (["--held-out", "0", "--eval-every", "5"], "--eval-every 5 needs held-out records"),
+        (["--resume", "--overwrite"], "--resume and --overwrite contradict each other"),
+        (["--resume", "--out", "nowhere"], "there is no run in nowhere"),
+        (["--implementation", "magic"], "implementation='magic'; must be one of 'auto', "),
+        (["--steps", "many"], "Error parsing --steps"),
+        (["--stepz", "5"], "Unrecognized options: --stepz"),
+        (["--reduction", "none"], "invalid choice 'none' for argument '--reduction'"),
+        (["train"], "Unrecognized options: train"),
+    ],
+)
+def test_a_wrong_flag_is_refused_in_one_message_before_anything_is_made(
+    capsys, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_has_a_help_text_and_the_help_is_complete():
+    command = [sys.executable, "-m", "train", "--help"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stderr == ""
+    words = " ".join(process.stdout.replace("│", " ").split())
+    fields = dataclasses.fields(TrainConfig)
+    assert len(fields) > 30
+    for field in fields:
+        assert words.count(f" {flag(field.name)} ") >= 1
+    # Each flag's text ends by its default.
+    assert words.count("(default: ") == len(fields)
+    assert "None" not in words.replace("None leaves", "")
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys, train.__main__; print('jax' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout == "False\n"
+
+
+def test_flags_become_the_configuration(tmp_path):
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        file.touch()
+    config = parse(["--softcap", "30", "--remat", "--epochs", "2", "--data", *map(str, files)])
+    assert config == TrainConfig(softcap=30.0, remat=True, epochs=2.0, data=tuple(files))
+
+
+def test_warm_up_is_a_tenth_of_the_run_unless_given():
+    assert TrainConfig(steps=50).steps_of_warmup(50) == 5
+    assert TrainConfig(steps=5).steps_of_warmup(5) == 0
+    assert TrainConfig(epochs=1, warmup_steps=7).steps_of_warmup(7) == 7
+    with pytest.raises(ValueError, match="--warmup-steps 7 is more than all 6 steps"):
+        TrainConfig(epochs=1, warmup_steps=7).steps_of_warmup(6)
+
+
+def test_flags_that_change_training_are_told_from_those_that_do_not():
+    before = TrainConfig()
+    free = TrainConfig(out=Path("a"), resume=True, keep=7, log_every=3, eval_every=2)
+    assert free.changed_since(before) == []
+    assert TrainConfig(steps=7, beta1=0.5).changed_since(before) == [
+        "--steps was None and is 7",
+        "--beta1 was 0.9 and is 0.5",
+    ]
+    constant = TrainConfig(schedule="constant", warmup_steps=3)
+    assert dataclasses.replace(constant, steps=99).changed_since(constant) == []
+    assert dataclasses.replace(constant, warmup_steps=4).changed_since(constant) != []
+
+
+def test_a_new_run_gets_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = run_folder.claim(TrainConfig(seed=3))
+    assert out.parent == Path("runs")
+    assert run_folder.load(out) == TrainConfig(seed=3, out=out)
+    assert run_folder.newest() == out
+
+
+def test_a_run_is_not_overwritten_unless_asked(tmp_path, capsys):
+    out = tmp_path / "run"
+    run_folder.claim(TrainConfig(out=out))
+    run_folder.claim(TrainConfig(out=out, seed=1))  # only `run.json` was lost
+    (out / "metrics.jsonl").write_text("{}\n")
+    assert (
+        f"--out {out} holds a run already: give --resume to go on with it, --overwrite to remove"
+        in refused(capsys, "--out", str(out))
+    )
+    assert run_folder.claim(TrainConfig(out=out, seed=2, overwrite=True)) == out
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+    assert run_folder.load(out) == TrainConfig(out=out, seed=2)
+
+
+def test_a_folder_that_is_no_run_is_never_removed(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for extra in ([], ["--overwrite"]):
+        message = refused(capsys, "--out", str(tmp_path), *extra)
+        assert "is not empty and is not a run: name another folder" in message
+    assert (tmp_path / "thesis.tex").exists()
+    (tmp_path / "file").touch()
+    assert "File exists" in refused(capsys, "--out", str(tmp_path / "file"))
+
+
+def test_a_run_of_another_version_is_named(tmp_path):
+    run_folder.claim(TrainConfig(out=tmp_path))
+    path = tmp_path / run_folder.RUN_FILE
+    path.write_text(path.read_text().replace('"seed"', '"sede"'))
+    with pytest.raises(ValueError, match="of another version: it has sede"):
+        run_folder.load(tmp_path)
+
+
+def test_resume_takes_the_flags_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = run_folder.claim(TrainConfig(remat=True, softcap=5.0, steps=8))
+    for arguments in (["--resume"], ["--resume", "--out", str(out), "--remat"]):
+        resumed = parse([*arguments, "--keep", "9"])
+        assert resumed == TrainConfig(
+            remat=True, softcap=5.0, steps=8, out=out, resume=True, keep=9
+        )

@@ -1,0 +1,52 @@
+"""SIGTERM and SIGINT are held back, abandon what may be abandoned, and do not wait twice."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from train.signals import SIGNALS, stop_requests
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_the_first_signal_is_noted_and_the_handlers_come_back(signum):
+    before = [signal.getsignal(s) for s in SIGNALS]
+    with stop_requests() as stop:
+        assert stop.signum is None
+        assert [signal.getsignal(s) for s in SIGNALS] != before
+        signal.raise_signal(signum)
+        assert stop.signum == signum
+        assert [signal.getsignal(s) for s in SIGNALS] == before
+    assert [signal.getsignal(s) for s in SIGNALS] == before
+
+
+def test_a_second_signal_does_not_wait():
+    with stop_requests() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.signum == signal.SIGTERM
+
+
+def test_a_signal_abandons_what_is_done_at_once_and_nothing_after():
+    reached = []
+    with stop_requests() as stop:
+        with stop.at_once():
+            reached.append("before")
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except Exception:  # what a library might do
+                reached.append("swallowed")
+            reached.append("abandoned")
+        reached.append("after")
+    assert reached == ["before", "after"]
+    assert stop.signum == signal.SIGTERM
+
+
+def test_other_exceptions_pass_and_later_signals_wait_again():
+    with stop_requests() as stop:
+        with pytest.raises(ZeroDivisionError), stop.at_once():
+            _ = 1 / 0
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.signum == signal.SIGTERM
