@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ from lsce.hopper.engine import (
     launch,
     run,
     share,
-    smem_tile,
     store_stage,
     store_tile,
 )
@@ -443,47 +441,4 @@ def head_gradient(
         chunk,
         dc_ref,
         low_ref,
-    )
-
-
-def fill_rows(constant, shape: tuple[int, int], dtype, *, ctas: int, interpret: Any):
-    """An array [V, D] whose rows are all `constant` [≥ D]: one tile filled, stored many times."""
-    v, d = shape
-    rows, columns = 128, 128
-    d_tiles = pl.cdiv(d, columns)
-    v_tiles = pl.cdiv(v, rows)
-
-    def body(constant_gmem, out_gmem, tile_smem):
-        @pl.when(lax.axis_index("wg") == 0)
-        def _():
-            fill(constant_gmem, out_gmem, tile_smem)
-
-    def fill(constant_gmem, out_gmem, tile_smem):
-        cta, num = lax.axis_index("cta"), lax.axis_size("cta")
-        dt = pl.ds(lax.rem(cta, i32(d_tiles)) * columns, columns)
-        row = plgpu.load(constant_gmem.at[dt], layout=COLUMN, optimized=False)
-        tile_smem[...] = lax.broadcast_in_dim(row, (rows, columns), [1]).astype(dtype)
-        plgpu.commit_smem()
-        first, step = lax.div(cta, i32(d_tiles)), lax.div(num, i32(d_tiles))
-
-        @pl.loop(0, share(i32(v_tiles), step, first))
-        def _(i):
-            at = pl.ds((first + i * step) * rows, rows)
-            plgpu.copy_smem_to_gmem(tile_smem, out_gmem.at[at, dt])
-
-        plgpu.wait_smem_to_gmem(0)
-
-    # As many CTAs for each stripe of columns, and at least one.
-    grid = max(2 * ctas // d_tiles, 1) * d_tiles
-    return launch(
-        body,
-        jax.ShapeDtypeStruct(shape, dtype),
-        ctas=grid,
-        interpret=interpret,
-        scratch={"tile_smem": smem_tile((rows, columns), dtype)},
-        name="lsce_fill_rows",
-    )(
-        jnp.pad(constant, (0, d_tiles * columns - min(constant.shape[0], d_tiles * columns)))[
-            : d_tiles * columns
-        ]
     )

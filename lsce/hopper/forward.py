@@ -51,16 +51,24 @@ class Sums(NamedTuple):
     """`marks.unpack` says what they mean; one block is `tile_n` tokens."""
 
 
-def splits_for(blocks: Any, units: int, most: int) -> Any:
-    """Into how many stretches to cut the vocabulary so that `units` CTAs (or clusters) stay busy.
+def _cost(blocks: Any, splits: Any, units: int) -> Any:
+    """Waves of a cut, in waves of the whole vocabulary, and a little for every stretch."""
+    waves = (splits * blocks + units - 1) // units
+    return waves / splits * (1.0 + 0.004 * splits)
 
-    The fewest whose last wave is nearly full; `blocks` may be traced (ignored tokens make fewer).
+
+def splits_for(blocks: int, units: int, most: int) -> int:
+    """Into how many stretches to cut the vocabulary so that `units` CTAs or clusters stay busy.
+
+    The fewest whose last wave is nearly full.
     """
+    return min(range(1, most + 1), key=lambda splits: _cost(max(blocks, 1), splits, units))
+
+
+def traced_splits(blocks: Int[Array, ""], units: int, most: int) -> Int[Array, ""]:
+    """`splits_for` of a number of blocks that is known on the device only."""
     candidates = jnp.arange(1, most + 1)
-    items = candidates * jnp.maximum(blocks, 1)
-    waves = (items + units - 1) // units
-    cost = waves / candidates * (1.0 + 0.004 * candidates)
-    return candidates[jnp.argmin(cost)].astype(jnp.int32)
+    return candidates[jnp.argmin(_cost(jnp.maximum(blocks, 1), candidates, units))]
 
 
 def forward(
@@ -93,13 +101,10 @@ def forward(
     units = max(ctas // tiles.cluster, 1)
     blocks = pl.cdiv(n, unit)
     v_tiles = pl.cdiv(v, tiles.tile_v)
-    most = min(units, v_tiles)
-    # Enough slots for any number of live blocks: splits_for never passes two waves of small work.
-    slots = max(blocks, 4 * units)
+    # Tokens without a loss make fewer blocks and longer cuts, within memory for a few kilobytes.
+    most = min(units, v_tiles, max(8, splits_for(blocks, units, units)))
     live_blocks = (live + unit - 1) // unit
-    splits = jnp.minimum(
-        splits_for(live_blocks, units, most), jnp.maximum(slots // jnp.maximum(live_blocks, 1), 1)
-    )
+    splits = traced_splits(live_blocks, units, most)
     marking = threshold is not None
     names = ["m", "l", "s"]
     names += ["best", "w", "q"] if stats else []
@@ -121,7 +126,7 @@ def forward(
                 first = lax.div(split * v_tiles, splits)
                 last = lax.div((split + 1) * v_tiles, splits)
                 row0 = (lax.rem(at, live_blocks) * tiles.cluster + member) * tiles.block
-                return visit((at, row0, first, last), carry)
+                return visit((split, row0, first, last), carry)
 
             return lax.fori_loop(0, share(live_blocks * splits, num, cta), item, carry)
 
@@ -162,7 +167,7 @@ def forward(
             )
 
             def of_item(item, ring):
-                slot, row0, first, last = item
+                split, row0, first, last = item
                 row0 = row0 + wg * tiles.tile_n
                 thr = None
                 if marking:
@@ -180,9 +185,8 @@ def forward(
                 if stats:
                     start["best"] = fill(0, jnp.int32)
                 ring, sums = lax.fori_loop(first, last, of_tile, (ring, start))
-                rows = pl.ds(member * tiles.block + wg * tiles.tile_n, tiles.tile_n)
                 for name in names:
-                    partial[name][slot, rows] = sums[name]
+                    partial[name][split, pl.ds(row0, tiles.tile_n)] = sums[name]
                 return ring
 
             def update(acc, vt, row0, thr, old):
@@ -233,7 +237,7 @@ def forward(
 
     padded = blocks * unit
     out_type = [
-        jax.ShapeDtypeStruct((slots, unit), jnp.int32 if x == "best" else jnp.float32)
+        jax.ShapeDtypeStruct((most, padded), jnp.int32 if x == "best" else jnp.float32)
         for x in names
     ]
     if marking:
@@ -257,12 +261,8 @@ def forward(
         jnp.stack([live_blocks.astype(jnp.int32), splits, i32(v if limit is None else limit)]),
     )
 
-    # Row r of block b was cut into `splits` stretches, kept in slots b, b + live_blocks, ….
-    row = jnp.arange(n)[None, :]
-    stretch = jnp.arange(min(most, slots))[:, None]
-    slot = jnp.where(stretch < splits, stretch * live_blocks + row // unit, 0)
-    part = {name: x[slot, row % unit] for name, x in zip(names, outputs, strict=False)}
-    valid = stretch < splits
+    part = {name: x[:, :n] for name, x in zip(names, outputs, strict=False)}
+    valid = jnp.arange(most)[:, None] < splits
     m = jnp.where(valid, part["m"], LOWEST)
     top = m.max(0)
     share_of = jnp.where(valid, jnp.exp2(m - top[None, :]), 0.0)
