@@ -60,7 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             case = cases.find(options.case, options.n)
             data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
-            measured = measure(data, case.name, options.seconds, options.commit, options.frameworks)
+            measured = measure(
+                data, case.name, options.seconds, options.commit, options.frameworks, options.lines
+            )
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks.table: {error}", file=sys.stderr)
         return 2
@@ -105,6 +107,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=worker.FRAMEWORKS,
         help="only these; by default all",
     )
+    add(
+        "--lines",
+        nargs="+",
+        default=[""],
+        metavar="WORDS",
+        help="only lines whose title contains one of these; by default all",
+    )
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")
     return parser.parse_args(arguments)
 
@@ -115,6 +124,7 @@ def measure(
     seconds: float,
     commit: str | None = None,
     frameworks: Sequence[str] = worker.FRAMEWORKS,
+    titles: Sequence[str] = ("",),
 ) -> Report:
     """Measures every line, one process a framework; a process that dies skips its lines."""
     commit = commit or runner.current_commit()
@@ -123,7 +133,7 @@ def measure(
         folder = pathlib.Path(name)
         inputs.save(data, folder / "inputs.npz")
         for framework in frameworks:
-            runs = tuple(runs_of(framework))
+            runs = tuple(runs_of(framework, titles))
             worker.write_plan(worker.Plan(case, runs, seconds, commit), framework, folder)
             command = [sys.executable, "-m", "benchmarks.worker", framework, name]
             code = subprocess.run(command, check=False).returncode
@@ -136,11 +146,11 @@ def measure(
     return total
 
 
-def runs_of(framework: str) -> Iterator[Run]:
-    """The runs of one framework's lines, those of one β together."""
+def runs_of(framework: str, titles: Sequence[str] = ("",)) -> Iterator[Run]:
+    """The runs of one framework's lines whose title has one of these parts, by β."""
     for label_smoothing in (LABEL_SMOOTHING, 0.0):
         for line in LINES:
-            if line.framework == framework:
+            if line.framework == framework and any(part in line.title for part in titles):
                 for mode in MODES:
                     yield line.run(mode, label_smoothing)
 
