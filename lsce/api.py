@@ -88,13 +88,14 @@ def linear_cross_entropy(
     0.3633
     """
     hidden, head = jnp.asarray(hidden), jnp.asarray(head)
+    y: Any = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     bias, weights, vocab_order = (
         None if x is None else jnp.asarray(x) for x in (bias, weights, vocab_order)
     )
     problem = _problem(
         hidden,
         head,
-        labels,
+        y,
         weights=weights,
         bias=bias,
         vocab_order=vocab_order,
@@ -110,38 +111,31 @@ def linear_cross_entropy(
     )
     backend = backends.choose(problem, implementation)
 
-    tokens = labels.shape
+    tokens = y.shape
     hidden = hidden.reshape(problem.n, problem.d)
-    labels = _saturate(labels).reshape(problem.n)
-    live = labels != ignore_index
-    valid = (labels >= 0) & (labels < problem.v)
+    y = _saturate(y).reshape(problem.n)
+    live = y != ignore_index
+    valid = (y >= 0) & (y < problem.v)
     w = jnp.ones(problem.n, jnp.float32)
     if weights is not None:
         w = weights.astype(jnp.float32).reshape(problem.n)
         # A removed token must not bring in a NaN of its hidden state as 0 · NaN.
         live &= (w != 0.0) | jnp.all(jnp.isfinite(hidden), axis=1)
-    # From here on an invalid label shows as a weight of NaN, which marks loss and gradients.
-    w = jnp.where(live, jnp.where(valid | (w == 0.0), w, jnp.nan), 0.0)
-    labels = jnp.where(live & valid, labels, -1)
+    invalid = live & ~valid & (w != 0.0)
+    # From here on an invalid label is a weight of NaN, which marks the loss and the gradients.
+    w = jnp.where(live, jnp.where(invalid, jnp.nan, w), 0.0)
+    y = jnp.where(live & valid, y, -1)
+    if reduction == "mean":
+        w = _normalised(w)
 
-    arrays = bias, vocab_order
     if gradient_filter == "fused" and isinstance(backend, backends.FusedBackend):
-        # The mean's division comes first: gradients that are made forward want no factor later.
-        w = _normalised(w) if reduction == "mean" else w
-        total, stats = backend.weighted_sum(problem, hidden, head, labels, w, *arrays)
+        total, stats = backend.weighted_sum(problem, hidden, head, y, w, bias, vocab_order)
     else:
-        losses, stats = backend.token_losses(problem, hidden, head, labels, *arrays)
-        total = w * losses
-        if reduction == "none":
-            total = total.reshape(tokens)
-        else:
-            total = jnp.sum(total)
-        if reduction == "mean":
-            count = jnp.sum(w)
-            total = jnp.where(count == 0.0, 0.0, total / jnp.where(count == 0.0, 1.0, count))
+        losses, stats = backend.token_losses(problem, hidden, head, y, bias, vocab_order)
+        total = (w * losses).reshape(tokens) if reduction == "none" else jnp.sum(w * losses)
     if stats is None:
         return total
-    stats = stats._replace(loss=jnp.where(jnp.isnan(w), jnp.nan, stats.loss))
+    stats = stats._replace(loss=jnp.where(invalid, jnp.nan, stats.loss))
     return total, jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(tokens), stats)
 
 

@@ -212,6 +212,8 @@ def test_an_invalid_label_is_nan(loss, this, wrong):
     alone = np.arange(len(labels)) == 2
     np.testing.assert_array_equal(np.isnan(each), alone)
     np.testing.assert_array_equal(np.isnan(stats.loss), alone)
+    _, stats = loss(given.hidden, given.head, labels, return_stats=True)
+    np.testing.assert_array_equal(np.isnan(stats.loss), alone)
     removed = loss(given.hidden, given.head, labels, weights=1.0 - alone)
     assert np.isfinite(removed)
 

@@ -125,6 +125,11 @@ def test_labels_do_not_wrap_around(label):
     assert np.isnan(lsce.linear_cross_entropy(**arguments(labels=labels)))
 
 
+def test_labels_may_be_a_list():
+    expected = lsce.linear_cross_entropy(**arguments())
+    assert lsce.linear_cross_entropy(**arguments(labels=list(range(N)))) == expected
+
+
 def test_ignore_index_may_be_a_class():
     got = lsce.linear_cross_entropy(**arguments(ignore_index=0))
     expected = lsce.linear_cross_entropy(**arguments(labels=np.array([-100, 1, 2, 3, 4, 5])))
