@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from lsce import formula
 from lsce.problem import Problem
 from lsce.stats import LogitSums, TokenStats
+from lsce.wanted import Wanted
 
 
 class Chunked:
@@ -70,26 +71,6 @@ def _even_step(size: int, at_most: int, multiple: int) -> int:
     return min(size, -(-step // multiple) * multiple) if steps > 1 else size
 
 
-class Wanted(NamedTuple):
-    """The inputs whose gradients are asked for; a frozen one costs nothing."""
-
-    hidden: bool
-    head: bool
-    bias: bool
-
-    def as_arrays(self) -> list[Array]:
-        """The answers as lengths of arrays, which is how they get from _fwd to _bwd.
-
-        Not as structure of the residuals: JAX may take a forward pass from its cache and with it
-        the residuals' structure of the last one traced, which may have had other answers.
-        """
-        return [jnp.zeros(int(wanted)) for wanted in self]
-
-    @classmethod
-    def from_arrays(cls, arrays: list[Array]) -> "Wanted":
-        return cls(*[array.size > 0 for array in arrays])
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _token_losses(problem, tile, hidden, head, labels, bias):
     loss, _, stats = _forward(problem, tile, hidden, head, labels, bias)
@@ -100,11 +81,11 @@ _jitted = jax.jit(_token_losses, static_argnums=(0, 1))
 
 
 def _fwd(problem, tile, hidden, head, labels, bias):
-    wanted = Wanted(hidden.perturbed, head.perturbed, bias is not None and bias.perturbed)
+    wanted = Wanted.of(hidden, head, bias).as_residuals()
     hidden, head, labels = hidden.value, head.value, labels.value
     bias = None if bias is None else bias.value
     loss, lse, stats = _forward(problem, tile, hidden, head, labels, bias)
-    return (loss, stats), (wanted.as_arrays(), hidden, head, labels, bias, lse)
+    return (loss, stats), (wanted, hidden, head, labels, bias, lse)
 
 
 def _bwd(problem, tile, residuals, cotangents):
@@ -112,7 +93,7 @@ def _bwd(problem, tile, residuals, cotangents):
     g, _ = cotangents  # the statistics have no gradients
     if isinstance(g, SymbolicZero):
         g = jnp.zeros(problem.n, jnp.float32)
-    wanted = Wanted.from_arrays(wanted)
+    wanted = Wanted.from_residuals(wanted)
     return _backward(problem, tile, wanted, hidden, head, labels, bias, lse, g)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.register_assert_rewrite("contract")
 
-CHECKED = ["backends", "chunked", "formula", "hopper", "reference", "stats"]
+CHECKED = ["backends", "chunked", "formula", "hopper", "reference", "stats", "wanted"]
 hook = jaxtyping.install_import_hook([f"lsce.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

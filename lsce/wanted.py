@@ -1,0 +1,35 @@
+"""Which gradients a backward pass is asked for, told to it by its forward pass.
+
+With `symbolic_zeros=True` the forward rule of a custom_vjp sees which inputs are frozen. It must not
+pass that on as structure of its residuals (None here, an array there): where one function is
+differentiated in several ways, JAX takes forward passes from a cache but the structure from the
+last one it traced, and a gradient that was asked for comes out zero. The lengths of arrays belong
+to the cached pass itself.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Wanted(NamedTuple):
+    """The inputs whose gradients are asked for; a frozen one need cost nothing."""
+
+    hidden: bool
+    head: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, hidden: Any, head: Any, bias: Any | None) -> "Wanted":
+        """From the inputs as a forward rule gets them (CustomVJPPrimal; bias may be None)."""
+        return cls(hidden.perturbed, head.perturbed, bias is not None and bias.perturbed)
+
+    def as_residuals(self) -> list[Float[Array, "_"]]:
+        """Three arrays, of length 1 for an input that wants its gradient and 0 for a frozen one."""
+        return [jnp.zeros(int(wanted)) for wanted in self]
+
+    @classmethod
+    def from_residuals(cls, residuals: list[Float[Array, "_"]]) -> "Wanted":
+        """What `as_residuals` was called on."""
+        return cls(*[array.size > 0 for array in residuals])
