@@ -1,0 +1,306 @@
+"""The Hopper kernels on a real GPU: every mode and option, large and tiny shapes, memory.
+
+`python -m pytest -m gpu tests/test_hopper_gpu.py`, about 100 seconds of which most is compilation.
+Every result is computed twice and must be the same to the last bit. Each check also runs at small
+shapes on the chunked backend, on any machine: what the kernels are held against is itself tested.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import (
+    Inputs,
+    Result,
+    Shape,
+    assert_no_worse,
+    assert_stats,
+    case,
+    cotangent,
+    truth,
+)
+
+import lsce
+from lsce import hopper
+from lsce.problem import Problem
+
+BF16 = np.dtype(jnp.bfloat16)
+DEVICE = jax.devices()[0]
+REFUSAL = hopper.BACKEND.refuses(
+    Problem(64, 64, 64, BF16, BF16, platform=DEVICE.platform, chip=DEVICE.device_kind)
+)
+GPU = (pytest.mark.gpu, pytest.mark.skipif(REFUSAL is not None, reason=f"hopper {REFUSAL}"))
+
+MB = 2**20
+EPSILON = hopper.EPSILON
+"""What "auto" takes for a large problem; as a number it holds for small ones too."""
+
+
+class Subject(NamedTuple):
+    """The backend under test and the shapes (N, D, V) to test it at."""
+
+    implementation: str
+    small: Shape
+    other: Shape
+    even: Shape
+    """Multiples of the tiles, which gradients made in the forward need."""
+    large: Shape
+
+
+SUBJECTS = [
+    pytest.param(
+        # N·V of `large` passes 2^31, and of nothing there is a whole number of tiles or chunks.
+        Subject("hopper", (300, 200, 5003), (127, 72, 1021), (600, 128, 5120), (16300, 64, 200003)),
+        marks=GPU,
+        id="hopper",
+    ),
+    pytest.param(
+        Subject("chunked", (127, 72, 257), (33, 24, 201), (64, 16, 256), (300, 16, 3001)),
+        id="rehearsal",
+    ),
+]
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request) -> Subject:
+    return request.param
+
+
+@functools.cache
+def step(implementation: str, **options: Any) -> Any:
+    """(arrays, frozen, labels) → the loss and the gradients of `arrays`; compiled once a shape."""
+
+    def objective(arrays, frozen, labels):
+        x = arrays | frozen
+        got = lsce.linear_cross_entropy(
+            x["hidden"],
+            x["head"],
+            labels,
+            bias=x.get("bias"),
+            weights=x.get("weights"),
+            implementation=implementation,
+            **options,
+        )
+        value, stats = got if options.get("return_stats") else (got, None)
+        each = options.get("reduction") == "none"
+        return jnp.vdot(value, cotangent(len(labels))) if each else value, (value, stats)
+
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))
+
+
+def run(
+    implementation: str, given: Inputs, *, frozen: tuple[str, ...] = (), **options: Any
+) -> Result:
+    """Value, gradients of what is not frozen, and statistics; the same bits twice."""
+    arrays = jax.tree.map(jnp.asarray, given.differentiable())
+    held = {name: arrays.pop(name) for name in frozen}
+    once, again = (
+        jax.tree.map(np.asarray, step(implementation, **options)(arrays, held, given.labels))
+        for _ in range(2)
+    )
+    for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
+        assert a.tobytes() == b.tobytes(), "differs from run to run"
+    (_, (value, stats)), grads = once
+    return Result(value, grads, stats)
+
+
+def poisoned(given: Inputs) -> Inputs:
+    """With NaN in the hidden rows of ignored tokens."""
+    ignored = given.labels < 0
+    assert ignored.any()
+    return given._replace(hidden=np.where(ignored[:, None], np.nan, given.hidden).astype(BF16))
+
+
+def relative_error(got: np.ndarray, true: np.ndarray) -> float:
+    true = true.astype(np.float64)
+    return float(np.linalg.norm(got.astype(np.float64) - true) / np.linalg.norm(true))
+
+
+def memory_of(function: Any, shape: Shape) -> tuple[float, float]:
+    """MB of temporaries and of outputs of a compiled function of (hidden, head, labels)."""
+    n, d, v = shape
+    compiled = (
+        jax.jit(function)
+        .lower(
+            jax.ShapeDtypeStruct((n, d), BF16),
+            jax.ShapeDtypeStruct((v, d), BF16),
+            jax.ShapeDtypeStruct((n,), np.int32),
+        )
+        .compile()
+    )
+    analysis = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes / MB, analysis.output_size_in_bytes / MB
+
+
+# Every option
+
+
+ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-2, "bias": True, "weights": True}
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("small", {"softcap": 3.0, "logit_scale": 0.7}),
+        ("other", {"logit_scale": 1.3, "reduction": "none", "head_layout": "dv"}),
+    ],
+    ids=["softcap, vd, mean", "dv, none"],
+)
+def test_exact_with_all_options(subject, shape, options):
+    this = case(getattr(subject, shape), "bfloat16", **ALL_OPTIONS, **options)
+    given = poisoned(this.inputs)
+    got = run(
+        subject.implementation, given, **this.options, gradient_filter=None, return_stats=True
+    )
+    assert_no_worse(got, this)
+    assert_stats(got, this)
+    assert not np.any(got.grads["hidden"][given.labels < 0])
+
+
+def test_filtered_with_all_options(subject):
+    options = {"softcap": 15.0, "logit_scale": 1.1, "head_layout": "dv"}
+    this = case(subject.small, "bfloat16", spread=5.0, **ALL_OPTIONS, **options)
+    got = run(
+        subject.implementation,
+        poisoned(this.inputs),
+        **this.options,
+        gradient_filter=EPSILON,
+        return_stats=True,
+    )
+    assert_no_worse(got, this, slack=3.0)
+    assert_stats(got, this)
+
+
+FILTERED = {"label_smoothing": 0.1, "gradient_filter": EPSILON}
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_filtered(subject, spread):
+    """From flat, where no class passes the filter and all are kept, to peaked."""
+    this = case(subject.small, "bfloat16", spread=spread, label_smoothing=0.1)
+    got = run(subject.implementation, poisoned(this.inputs), **FILTERED)
+    assert_no_worse(got, this, slack=3.0)
+    if spread == 5.0:  # the other gradients are the smoothing's alone, and every one of them counts
+        assert np.count_nonzero(got.grads["head"]) > 0.9 * got.grads["head"].size
+
+
+def test_all_ignored(subject):
+    given = case(subject.small, "bfloat16", spread=5.0, label_smoothing=0.1).inputs
+    given = poisoned(given._replace(labels=np.full_like(given.labels, -100)))
+    got = run(subject.implementation, given, **FILTERED)
+    assert got.value == 0.0
+    assert not any(np.any(grad) for grad in got.grads.values())  # NaN counts as True
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_frozen(subject, frozen):
+    given = case(subject.small, "bfloat16", spread=5.0, label_smoothing=0.1).inputs
+    both = run(subject.implementation, given, **FILTERED)
+    alone = run(subject.implementation, given, frozen=(frozen,), **FILTERED)
+    assert alone.grads.keys() == {"hidden", "head"} - {frozen}
+    assert alone.value == both.value
+    for name, grad in alone.grads.items():
+        assert relative_error(grad, both.grads[name]) < 1e-3
+
+
+def test_fused(subject):
+    this = case(subject.even, "bfloat16", weights=True, label_smoothing=0.1, z_loss=1e-2)
+    got = run(
+        subject.implementation, poisoned(this.inputs), **this.options, gradient_filter="fused"
+    )
+    assert_no_worse(got, this)
+
+
+# Extreme shapes
+
+
+def test_one_token_two_classes(subject):
+    this = case((1, 64, 2), "bfloat16", label_smoothing=0.1)
+    got = run(subject.implementation, this.inputs, **this.options, return_stats=True)
+    assert_no_worse(got, this)
+    assert_stats(got, this)
+
+
+@functools.cache
+def large_reference(shape: Shape) -> tuple[Inputs, np.ndarray, Result, Result]:
+    """Inputs; some tokens, their result in float64; and everything in float32 by `chunked`."""
+    given = case(shape, "bfloat16", spread=5.0).inputs
+    some = np.append(np.flatnonzero(given.labels >= 0)[:: shape[0] // 40], shape[0] - 1)
+    few = given._replace(hidden=given.hidden[some], labels=given.labels[some])
+    exact = truth(few, label_smoothing=0.1, reduction="sum")
+    wide = given._replace(
+        hidden=given.hidden.astype(np.float32), head=given.head.astype(np.float32)
+    )
+    whole = run("chunked", wide, label_smoothing=0.1, reduction="sum", gradient_filter=None)
+    return given, some, exact, whole
+
+
+@pytest.mark.parametrize(
+    ("gradient_filter", "most"), [(None, 0.01), (EPSILON, 0.015)], ids=["exact", "filtered"]
+)
+def test_large(subject, gradient_filter, most):
+    given, some, exact, whole = large_reference(subject.large)
+    got = run(
+        subject.implementation,
+        given,
+        label_smoothing=0.1,
+        reduction="sum",
+        gradient_filter=gradient_filter,
+        return_stats=True,
+    )
+    few = got._replace(stats=jax.tree.map(lambda x: x[some], got.stats))
+    assert exact.stats is not None
+    for name in ("loss", "lse", "target_logit", "mean_logit", "entropy"):
+        np.testing.assert_allclose(
+            getattr(few.stats, name), getattr(exact.stats, name), rtol=1e-4, atol=1e-4
+        )
+    np.testing.assert_array_equal(few.stats.prediction, exact.stats.prediction)
+    np.testing.assert_allclose(got.value, whole.value, rtol=1e-5)
+    assert relative_error(got.grads["hidden"][some], exact.grads["hidden"]) < most
+    assert relative_error(whole.grads["hidden"][some], exact.grads["hidden"]) < 1e-4
+    hit = np.isin(np.arange(len(given.head)), given.labels)
+    for rows in (hit, ~hit):
+        assert relative_error(got.grads["head"][rows], whole.grads["head"][rows]) < 0.01
+
+
+# Memory
+
+
+PAPER: Shape = (8192, 2304, 256_000)
+"""Gemma 2 2B, as in the paper's tables."""
+
+
+def loss(implementation: str, gradient_filter: Any = "auto") -> Any:
+    return functools.partial(
+        lsce.linear_cross_entropy,
+        label_smoothing=0.1,
+        gradient_filter=gradient_filter,
+        implementation=implementation,
+    )
+
+
+@pytest.mark.gpu
+@GPU[1]
+def test_the_forward_needs_a_megabyte():
+    assert sum(memory_of(loss("hopper"), PAPER)) <= 1.1
+
+
+@pytest.mark.gpu
+@GPU[1]
+@pytest.mark.parametrize(("gradient_filter", "most"), [("auto", 1400), (None, 1500)])
+def test_the_gradients_need_little_beyond_their_own_size(gradient_filter, most):
+    gradients = jax.value_and_grad(loss("hopper", gradient_filter), argnums=(0, 1))
+    n, d, v = PAPER
+    temporary, output = memory_of(gradients, PAPER)
+    assert output >= (n + v) * d * BF16.itemsize / MB
+    assert temporary + output <= most
+
+
+def test_logits_would_be_seen_in_these_figures():
+    n, _, v = shape = (1024, 64, 16384)
+    logits = n * v * 4 / MB
+    assert sum(memory_of(loss("reference"), shape)) >= logits
+    assert sum(memory_of(loss("chunked"), shape)) < logits
