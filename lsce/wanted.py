@@ -1,6 +1,6 @@
 """Which gradients a backward pass is asked for, told to it by its forward pass.
 
-With `symbolic_zeros=True` the forward rule of a custom_vjp sees which inputs are frozen. It must not
+With `symbolic_zeros=True` the forward rule of a custom_vjp sees which inputs are frozen. It may not
 pass that on as structure of its residuals (None here, an array there): where one function is
 differentiated in several ways, JAX takes forward passes from a cache but the structure from the
 last one it traced, and a gradient that was asked for comes out zero. The lengths of arrays belong
