@@ -172,7 +172,8 @@ def _best(start: Tiles, trials: Iterable[Trial]) -> Tiles:
 def program(stage: Stage, problem: Problem, chosen: Tiles) -> Callable[..., Any]:
     """(hidden, head, labels) → the mean loss, with the gradients of both after the forward."""
     # Imported here: without a Hopper GPU nothing of Mosaic GPU should load.
-    from lsce.hopper.loss import Call, token_losses
+    from lsce.hopper.gradients import Call
+    from lsce.hopper.loss import token_losses
 
     epsilon = None if stage == "exact" else hopper.EPSILON
     call = Call(problem, epsilon, chosen, hopper.streaming_multiprocessors())

@@ -16,7 +16,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 import lsce
 from lsce import hopper
 from lsce.hopper import fused, marks, plan, tiles
-from lsce.hopper.loss import Call, token_losses
+from lsce.hopper.gradients import Call
+from lsce.hopper.loss import token_losses
 from lsce.problem import Problem
 
 CANDIDATE = Candidate("hopper", "interpreted", ("bfloat16",))

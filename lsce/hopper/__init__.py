@@ -1,8 +1,9 @@
 """The loss on Hopper GPUs: Pallas kernels for Mosaic GPU (TMA, wgmma, warp specialisation).
 
-`forward.py` is the pass over the vocabulary, `backward.py` the gradients' products, `plan.py` the
-lists of tiles between them, `engine.py` the loop that all kernels share, `loss.py` the custom_vjp
-that ties them together, `tiles.py` the tile sizes.
+`engine.py` is the loop that all kernels share, `forward.py` the kernel over the vocabulary with
+`marks.py` in its epilogue, `plan.py` the lists of tiles that the kernels in `backward.py` work off.
+`loss.py` and `gradients.py` put them together, `fused.py` in another order; `tiles.py` has the
+sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lsce.problem import Problem
 from lsce.stats import TokenStats
 
 if TYPE_CHECKING:
-    from lsce.hopper.loss import Call
+    from lsce.hopper.gradients import Call
 
 CHIPS = ("H100", "H200", "H800", "H20", "GH200")
 EPSILON = 2.0**-10
@@ -68,8 +69,11 @@ class Hopper:
         from lsce.hopper.loss import token_losses
 
         call, hidden, head, labels = _prepare(problem, hidden, head, labels)
-        losses, stats = token_losses(call, hidden, head, bias, labels, vocab_order)
-        return jax.tree.map(lambda x: x[: problem.n], (losses, stats))
+        outputs: Any = token_losses(call, hidden, head, bias, labels, vocab_order)
+        losses, stats = outputs
+        if stats is not None:
+            stats = TokenStats(*(x[: problem.n] for x in stats))
+        return losses[: problem.n], stats
 
     def weighted_sum(
         self,
@@ -108,7 +112,7 @@ def _prepare(
     problem: Problem, hidden: Array, head: Array, labels: Array
 ) -> tuple[Call, Array, Array, Array]:
     """The static side of a call, and the arrays in the form that the kernels take."""
-    from lsce.hopper.loss import Call
+    from lsce.hopper.gradients import Call
 
     epsilon = problem.gradient_filter
     if epsilon == "auto":

@@ -157,9 +157,10 @@ def probabilities(
                     part = bias_gmem.at[pl.ds(first_column(t), tile_c)]
                     part = plgpu.load(part, layout=COLUMN, optimized=False)
                     z = z + lax.broadcast_in_dim(part, acc.shape, [1])
+                slope = None
                 if softcap is not None:
                     u = capped(z, softcap)
-                    z = softcap * u
+                    z, slope = softcap * u, 1.0 - u * u
                 p = jnp.exp2(z * LOG2E - of_row(lse_gmem))
                 iota = plgpu.broadcasted_iota(jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA)
                 column = iota + t * tile_c
@@ -169,8 +170,7 @@ def probabilities(
                 kept_gmem[to] = p.sum(axis=1)
                 out = p * of_row(a_gmem)
                 out = out - jnp.where(column == of_row(y_gmem), of_row(b_gmem), 0.0)
-                if softcap is not None:
-                    slope = 1.0 - u * u
+                if slope is not None:
                     out = out * slope
                     if smooth:
                         out = out - of_row(s_gmem) * (slope - of_row(kappa_gmem))

@@ -33,7 +33,10 @@ def smem_tile(shape: tuple[int, ...], dtype, steps: int | None = None):
     """A shared-memory tile in the swizzled layout that TMA writes and wgmma reads."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
-    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    transforms = (
+        plgpu.TilingTransform((8, swizzle // itemsize)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
+    )
     return plgpu.SMEM((*(() if steps is None else (steps,)), *shape), dtype, transforms=transforms)
 
 
@@ -65,7 +68,7 @@ def run(
     dtype,
     *,
     tiles: Callable[[Callable[[Any, Any], Any], Any], Any],
-    consume: Callable[[Callable[..., Any], Any], None],
+    consume: Callable[..., None],
     scratch: dict[str, Any] | None = None,
     cluster: bool = False,
 ) -> None:
@@ -143,7 +146,9 @@ def run(
                     lax.fori_loop(0, length, step, ring)
                     return acc_ref[...]
 
-                acc = pl.run_scoped(accumulate, plgpu.ACC(stream.accumulator, jnp.float32))
+                acc = pl.run_scoped(
+                    accumulate, plgpu.WGMMAAccumulatorRef(stream.accumulator, jnp.float32)
+                )
 
                 @pl.when(length > 0)
                 def _():

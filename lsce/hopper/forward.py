@@ -37,16 +37,9 @@ class Sums(NamedTuple):
 
     lse: Float[Array, " N"]
     mean_logit: Float[Array, " N"]
-    top: Float[Array, " N"] | None
-    """max z (with statistics)."""
-    prediction: Int[Array, " N"] | None
-    """argmax z (with statistics)."""
-    entropy: Float[Array, " N"] | None
-    sum_p_squared: Float[Array, " N"] | None
-    kept: Float[Array, " N"] | None
-    """Mass of the elements above the filter (with marks)."""
-    mean_square_logit: Float[Array, " N"] | None
-    """(1/V) Σ z² (with `squares`)."""
+    extra: dict[str, Array]
+    """With statistics `top` (max z), `prediction` (its class), `entropy` and `sum_p_squared`; with
+    marks `kept`, the mass of the elements above the filter; with squares `mean_square_logit`."""
     marks: Int[Array, "blocks 4 words"] | None
     """`marks.unpack` says what they mean; one block is `tile_n` tokens."""
 
@@ -268,21 +261,19 @@ def forward(
     share_of = jnp.where(valid, jnp.exp2(m - top[None, :]), 0.0)
     total = lambda name: jnp.where(valid, part[name], 0.0)
     l = (total("l") * share_of).sum(0)
-    result = dict.fromkeys(Sums._fields)
-    result["lse"] = (top + jnp.log2(l)) * LN2
-    result["mean_logit"] = total("s").sum(0) / v
+    extra = {}
     if stats:
-        result["top"] = top * LN2
-        result["prediction"] = jnp.take_along_axis(part["best"], jnp.argmax(m, 0)[None], 0)[0]
+        extra["top"] = top * LN2
+        extra["prediction"] = jnp.take_along_axis(part["best"], jnp.argmax(m, 0)[None], 0)[0]
         w = (share_of * (total("w") + (m - top[None, :]) * total("l"))).sum(0) / l
-        result["entropy"] = jnp.log(l) - w * LN2
-        result["sum_p_squared"] = (total("q") * share_of**2).sum(0) / l**2
+        extra["entropy"] = jnp.log(l) - w * LN2
+        extra["sum_p_squared"] = (total("q") * share_of**2).sum(0) / l**2
     if marking:
-        result["kept"] = (total("kept") * share_of).sum(0) / l
-        result["marks"] = outputs[-1]
+        extra["kept"] = (total("kept") * share_of).sum(0) / l
     if squares:
-        result["mean_square_logit"] = total("squares").sum(0) / v
-    return Sums(**result)
+        extra["mean_square_logit"] = total("squares").sum(0) / v
+    lse, mean_logit = (top + jnp.log2(l)) * LN2, total("s").sum(0) / v
+    return Sums(lse, mean_logit, extra, outputs[-1] if marking else None)
 
 
 def capped(z, softcap: float):

@@ -14,6 +14,7 @@ bfloat16 arrays, 16 bits of mantissa, and rounded to one at the end.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from jax import lax
 from lsce import formula
 from lsce.hopper import backward, plan
 from lsce.hopper.forward import LOG2E
-from lsce.hopper.loss import Call, lse_bound, results, run_forward, target_logit_of
+from lsce.hopper.gradients import Call
+from lsce.hopper.loss import lse_bound, results, run_forward, target_logit
 from lsce.hopper.tiles import BLOCK
 
 LIMIT = 2_200_000_000
@@ -38,7 +40,7 @@ def groups_for(rows: int, v: int) -> int:
     return min(pairs, -(-rows * v * 2 // LIMIT))
 
 
-def refuses(call: Call, hidden, head, bias) -> str | None:
+def refuses(call: Call, hidden: Any, head: Any, bias: Any) -> str | None:
     """Why the gradients are made afterwards, as in exact mode, in spite of the wish."""
     p, tiles = call.problem, call.tiles.exact
     if p.return_stats:
@@ -58,7 +60,7 @@ def weighted_sum(call: Call, hidden, head, labels, weights):
     live = labels >= 0
     n = jnp.int32(labels.shape[0])
     sums = run_forward(call, hidden, head, None, None, n)
-    target = target_logit_of(call, hidden, head, None, labels)
+    target = target_logit(call, hidden, head, None, labels)
     return jnp.sum(weights * results(call, sums, target, labels, live)[0])
 
 
@@ -74,7 +76,7 @@ def _fwd(call: Call, hidden, head, labels, weights):
     y = jnp.pad(labels, pad[0], constant_values=-1)
     w = jnp.pad(jnp.where(is_live, weights, 0.0), pad[0])
     poison = jnp.where(is_live, 0.0, weights * 0.0).sum()
-    target = target_logit_of(call, e, head, None, y)
+    target = target_logit(call, e, head, None, y)
     live = jnp.int32(rows)
     r = jnp.maximum(lse_bound(call, e, head, None, y, live), target) + SHIFT
     center = jnp.mean(head, axis=0, dtype=jnp.float32)

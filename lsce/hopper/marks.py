@@ -11,6 +11,8 @@ Words of one tile: [4 warps, tile_v / 128, 4 (q)], bit 2 (j mod 16) + c.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -47,7 +49,7 @@ def store(x, thr, marks_gmem, block, tile, *, interpret: bool) -> None:
         marks_gmem[block, :, pl.ds(tile * words(tile_v), words(tile_v))] = value
         return
 
-    @plgpu.inline_mgpu(
+    inline: Any = plgpu.inline_mgpu(
         arg_types=(
             plgpu.Layout.WGMMA,
             plgpu.Layout.WGMMA.reduce(1),
@@ -56,6 +58,8 @@ def store(x, thr, marks_gmem, block, tile, *, interpret: bool) -> None:
             plgpu.Layout.WG_SPLAT,
         )
     )
+
+    @inline
     def device_store(_, x, thr, marks, block, tile):
         i32 = ir.IntegerType.get_signless(32)
         const = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value))

@@ -1,0 +1,337 @@
+"""The gradients from what the forward saved: plan, coefficients, and the loop over chunks.
+
+    dz_nv = [(1 + 2λ·lse_n)·p_nv − (1−β)·1[v = y_n] − β/V]·J_nv     (J the softcap's slope, or 1)
+    dE_n = g_n·scale·Σ_v dz_nv·C_v      dC_v = Σ_n g_n·scale·dz_nv·E_n      db_v = Σ_n g_n·dz_nv
+
+The softmax and the target's term are in P, made tile by tile; the smoothing is added as rank 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from lsce import formula
+from lsce.hopper import backward, plan
+from lsce.hopper.forward import LOG2E, LOWEST, Sums
+from lsce.hopper.tiles import BLOCK, BackwardTiles, Tiles
+from lsce.problem import Problem
+from lsce.wanted import Wanted
+
+FLAT = 0.25
+"""A block of tokens that would lose more than this part of its mass to the filter is kept whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static in one call; arrays are padded as `lsce.hopper` says."""
+
+    problem: Problem
+    epsilon: float | None
+    """The filter; None is exact."""
+    tiles: Tiles
+    ctas: int
+    interpret: Any = None
+
+    @property
+    def dense_smoothing(self) -> bool:
+        """Smoothing is of rank 1, except under a softcap."""
+        return self.problem.softcap is not None and self.problem.label_smoothing > 0.0
+
+
+class Saved(NamedTuple):
+    """What the backward needs of the forward; tokens with a loss come first."""
+
+    hidden: Float[Array, "rows D"]
+    head: Float[Array, "head_rows D"]
+    bias: Float[Array, " V"] | None
+    labels: Int[Array, " rows"]
+    vocab_order: Int[Array, " V"] | None
+    place: Int[Array, " N"]
+    """The row of each token."""
+    live: Int[Array, ""]
+    sums: Sums
+    wanted: list[Array]
+    """`Wanted` as residuals."""
+
+
+class Coefficients(NamedTuple):
+    """One value a row, the cotangent included; 0 in rows without a loss."""
+
+    lse: Float[Array, " rows"]
+    a: Float[Array, " rows"]
+    """Of p."""
+    b: Float[Array, " rows"]
+    """Of the target."""
+    s: Float[Array, " rows"]
+    """Of the smoothing, a column."""
+    kappa: Float[Array, " rows"]
+    """κ: the part of the smoothing that is the same for every column and added as rank 1."""
+    poison: Float[Array, ""]
+    """0, or NaN where the cotangent of a token without a loss is NaN (an invalid label)."""
+
+
+def of(
+    call: Call, saved: Saved, cotangent: Float[Array, " N"]
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of hidden [N, D], head and bias, None where nobody asked."""
+    c = coefficients(call, saved, cotangent)
+    wanted = Wanted.from_residuals(saved.wanted)
+    make = exact if call.epsilon is None else filtered
+    products = make(call, saved, c, wanted)
+    dhidden = dbias = None
+    if wanted.hidden:
+        dhidden = _with_mean_row(call, saved, c, products.hidden, products.kept) + c.poison
+        dhidden = dhidden[saved.place].astype(saved.hidden.dtype)
+    if wanted.bias and saved.bias is not None:
+        scale = call.problem.logit_scale
+        dbias = (products.bias - (c.s * c.kappa).sum()) / scale + c.poison
+        dbias = dbias.astype(saved.bias.dtype)
+    return dhidden, products.head if wanted.head else None, dbias
+
+
+class Products(NamedTuple):
+    """Sums over P: rows of dE, dC with the constant row, column sums; () where nobody asked."""
+
+    hidden: Any
+    head: Any
+    bias: Any
+    kept: Float[Array, " rows"]
+    """The probability that the computed tiles hold."""
+
+
+def coefficients(call: Call, saved: Saved, cotangent: Float[Array, " N"]) -> Coefficients:
+    p = call.problem
+    rows = saved.hidden.shape[0]
+    in_use = jnp.arange(rows) < saved.live
+    by_row = jnp.zeros(rows, jnp.float32).at[saved.place].set(cotangent)
+    g = jnp.where(in_use, by_row, 0.0) * p.logit_scale
+    lse = jnp.where(in_use, saved.sums.lse, 0.0)
+    # Exact mode leaves all of the smoothing to P where the softcap's slope varies. The filter takes
+    # its mean over the columns for those it skips, and P holds the difference for the others.
+    kappa = jnp.ones_like(g)
+    if call.dense_smoothing:
+        kappa = jnp.zeros_like(g)
+        if call.epsilon is not None:
+            mean_square = jnp.where(in_use, saved.sums.extra["mean_square_logit"], 0.0)
+            kappa = formula.softcap_slope(p, jnp.sqrt(mean_square)) * jnp.ones_like(g)
+    return Coefficients(
+        lse=lse,
+        a=g * formula.softmax_weight(p, lse),
+        b=g * (1.0 - p.label_smoothing),
+        s=g * p.label_smoothing / p.v,
+        kappa=kappa,
+        poison=jnp.where(in_use, 0.0, by_row * 0.0).sum(),
+    )
+
+
+def exact(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
+    """All tiles of all blocks with a loss, the head read in place."""
+    v, tiles = call.problem.v, call.tiles.exact
+    blocks = saved.hidden.shape[0] // BLOCK
+    column_tiles = -(-v // tiles.tile_c)
+    slots = tiles.slots_for(blocks, column_tiles)
+    work = plan.whole(blocks, _live_blocks(saved), column_tiles, slots=slots, group=tiles.cluster)
+    chunks, per_chunk = work.first_tile.shape[0] - 1, slots // blocks
+    loop = Loop(call, saved, c, wanted, tiles, slots, work, saved.labels, gathered=False)
+    bias = _bias(saved)
+    bias = None if bias is None else jnp.pad(bias, (0, -v % tiles.tile_c))
+    dhead_ref = jax.new_ref(lax.empty(saved.head.shape, saved.head.dtype))
+    columns = per_chunk * tiles.tile_c
+
+    def body(chunk, dbias):
+        loop.products(chunk, saved.head, bias, dhead_ref)
+        if wanted.bias:
+            part = loop.column_sums(chunk, per_chunk)
+            dbias = lax.dynamic_update_slice(dbias, part, (chunk * columns,))
+        return dbias
+
+    # A static number of chunks: XLA then looks at no condition between them.
+    dbias = lax.fori_loop(0, chunks, body, jnp.zeros(chunks * columns if wanted.bias else 0))
+    kept = jnp.ones_like(c.a)
+    return Products(loop.dhidden(), dhead_ref[...] if wanted.head else (), dbias[:v], kept)
+
+
+def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
+    """The tiles that hold a marked column, the head's rows gathered chunk by chunk."""
+    v, tiles = call.problem.v, call.tiles.sparse
+    head_rows, d = saved.head.shape
+    blocks = saved.hidden.shape[0] // BLOCK
+    words = saved.sums.marks
+    assert words is not None  # made by the forward of a filtered call
+    bits = plan.column_bits(words, call.tiles.forward.tile_n, _live_blocks(saved), v)
+    bits = plan.with_labels(bits, saved.labels, _flat_blocks(saved))
+    columns, active = plan.columns(bits, saved.vocab_order, blocks, tiles.tile_c)
+    slots = tiles.slots_for(blocks, active.shape[0])
+    per_chunk = tiles.width // tiles.tile_c
+    work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.cluster)
+    target = jnp.where(saved.labels >= 0, columns.position[saved.labels], -1)
+    # Where a chunk ends early the rest of its ids is out of bounds, and dropped.
+    order = jnp.pad(columns.order, (0, tiles.width), constant_values=head_rows)
+    loop = Loop(call, saved, c, wanted, tiles, slots, work, target, gathered=True)
+    bias = _bias(saved)
+    dhead = ()
+    if wanted.head:
+        row = loop.constant[:d].astype(saved.head.dtype)
+        dhead = jnp.broadcast_to(row[None, :], saved.head.shape)
+
+    def body(chunk, carry):
+        dhead, dbias, kept = carry
+        first = work.first_tile[chunk] * tiles.tile_c
+        count = work.first_tile[chunk + 1] * tiles.tile_c - first
+        ids = lax.dynamic_slice(order, (first,), (tiles.width,))
+        part_ref = jax.new_ref(saved.head.at[ids].get(mode="clip"))
+        part_bias = None if bias is None else bias.at[ids].get(mode="clip")
+        # The gathered rows of the head have done their work when dC takes their place.
+        loop.products(chunk, part_ref, part_bias, part_ref)
+        ids = jnp.where(jnp.arange(tiles.width) < count, ids, head_rows)
+        if wanted.head:
+            dhead = dhead.at[ids].set(part_ref[...], mode="drop", unique_indices=True)
+        if wanted.bias:
+            dbias = dbias.at[ids].set(loop.column_sums(chunk, per_chunk), mode="drop")
+        if wanted.hidden:
+            kept = kept + loop.mass(chunk, per_chunk)
+        return dhead, dbias, kept
+
+    start = dhead, jnp.zeros(v if wanted.bias else 0), jnp.zeros_like(c.a)
+    dhead, dbias, kept = lax.fori_loop(0, work.chunks, body, start)
+    return Products(loop.dhidden(), dhead, dbias, kept)
+
+
+class Loop:
+    """What all chunks share: the buffer of P, the sums of dE, and the three kernels on them."""
+
+    def __init__(
+        self,
+        call: Call,
+        saved: Saved,
+        c: Coefficients,
+        wanted: Wanted,
+        tiles: BackwardTiles,
+        slots: int,
+        work: plan.Work,
+        target: Int[Array, " rows"],
+        *,
+        gathered: bool,
+    ) -> None:
+        p = call.problem
+        rows, d = saved.hidden.shape
+        self.call, self.saved, self.wanted = call, saved, wanted
+        self.tiles, self.slots, self.work, self.gathered = tiles, slots, work, gathered
+        self.vectors = backward.Vectors(c.lse * LOG2E, c.a, c.b, c.s, c.kappa, target)
+        self.options: dict[str, Any] = {
+            "tiles": tiles,
+            "ctas": call.ctas,
+            "interpret": call.interpret,
+        }
+        padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
+        # dL/dC of a column that no tile holds: the smoothing alone, the same for all of them.
+        self.constant = jnp.zeros(padded_d, jnp.float32)
+        if p.label_smoothing > 0.0 and wanted.head:
+            row = jnp.dot(-c.s * c.kappa, saved.hidden.astype(jnp.float32), precision="highest")
+            self.constant = self.constant.at[:d].set(row)
+        self.constant = self.constant + c.poison
+        self.p_ref = jax.new_ref(lax.empty((slots * BLOCK, tiles.tile_c), saved.hidden.dtype))
+        self.kept_ref = jax.new_ref(lax.empty((slots * BLOCK,), jnp.float32))
+        self.dh_ref = jax.new_ref(jnp.zeros((rows, padded_d if wanted.hidden else 0), jnp.float32))
+
+    def products(self, chunk, head, bias, dhead_ref) -> None:
+        """P of a chunk and what follows from it; `head` is the whole head or the chunk's rows."""
+        p, saved = self.call.problem, self.saved
+        at = jnp.asarray(chunk, jnp.int32).reshape(1)
+        backward.probabilities(
+            saved.hidden,
+            head,
+            bias,
+            self.vectors,
+            self.work,
+            at,
+            self.p_ref,
+            self.kept_ref,
+            gathered=self.gathered,
+            scale=p.logit_scale,
+            softcap=p.softcap,
+            smooth=self.call.dense_smoothing,
+            v=p.v,
+            **self.options,
+        )
+        same: dict[str, Any] = {"gathered": self.gathered} | self.options
+        if self.wanted.hidden:
+            backward.accumulate_hidden(
+                self.p_ref, head, self.work, at, self.dh_ref, dense=not self.gathered, **same
+            )
+        if self.wanted.head:
+            backward.head_gradient(
+                self.p_ref, saved.hidden, self.work, at, self.constant, dhead_ref, **same
+            )
+
+    def dhidden(self) -> Float[Array, "rows D"]:
+        return self.dh_ref[...][:, : self.saved.hidden.shape[1]]
+
+    def column_sums(self, chunk, most: int) -> Float[Array, " columns"]:
+        """Σ_n P by column of a chunk's first `most` tiles, 0 for tiles it does not have."""
+        work, slots = self.work, self.slots
+        t = work.first_tile[chunk] + jnp.arange(most)
+        mine = t < work.first_tile[chunk + 1]
+        t = jnp.minimum(t, work.tile_slot.shape[0] - 1)
+        first, slot = work.tile_slot[t][:, None], jnp.arange(slots)[None, :]
+        owns = (slot >= first) & (slot < first + work.of_tile_count[t][:, None]) & mine[:, None]
+        sums = self.p_ref[...].reshape(slots, BLOCK, -1).sum(1, dtype=jnp.float32)
+        # A slot in no tile of the chunk holds whatever was there. A product joins the slots of a
+        # tile and not a scatter, whose order of adding nobody fixes.
+        sums = jnp.where(owns.any(0)[:, None], sums, 0.0)
+        return jnp.dot(owns.astype(jnp.float32), sums, precision="highest").reshape(-1)
+
+    def mass(self, chunk, most: int) -> Float[Array, " rows"]:
+        """The probability that a chunk's tiles hold, by row."""
+        work = self.work
+        first, after = work.first_of_block[chunk], work.first_of_block[chunk + 1]
+        at = first[:, None] + jnp.arange(most)[None, :]
+        within = (at < after[:, None])[..., None]
+        at = jnp.minimum(at, work.of_block.shape[1] - 1)
+        slot = jnp.take_along_axis(work.of_block_slot, at, axis=1)
+        by_tile = self.kept_ref[...].reshape(-1, BLOCK)[jnp.clip(slot, 0, self.slots - 1)]
+        return jnp.where(within, by_tile, 0.0).sum(1).reshape(-1)
+
+
+def _with_mean_row(
+    call: Call,
+    saved: Saved,
+    c: Coefficients,
+    dhidden: Float[Array, "rows D"],
+    kept: Float[Array, " rows"],
+) -> Float[Array, "rows D"]:
+    """Adds what acts on all columns alike, through the head's mean row.
+
+    That is the smoothing and, as a stand-in for the rows it skipped, the mass the filter dropped.
+    """
+    p = call.problem
+    if call.epsilon is None and p.label_smoothing == 0.0:
+        return dhidden
+    pull = -c.s * c.kappa * p.v
+    if call.epsilon is not None:
+        pull = pull + c.a * jnp.clip(1.0 - kept, 0.0, 1.0)
+    center = jnp.mean(saved.head[: p.v], axis=0, dtype=jnp.float32)
+    return dhidden + pull[:, None] * center[None, :]
+
+
+def _live_blocks(saved: Saved) -> Int[Array, ""]:
+    return (saved.live + BLOCK - 1) // BLOCK
+
+
+def _flat_blocks(saved: Saved) -> Bool[Array, " blocks"]:
+    """The blocks whose tokens spread more than `FLAT` of their mass over what the filter drops."""
+    in_use = jnp.arange(saved.hidden.shape[0]) < saved.live
+    kept = jnp.where(in_use, saved.sums.extra["kept"], 1.0).reshape(-1, BLOCK)
+    return 1.0 - kept.mean(1) > FLAT
+
+
+def _bias(saved: Saved) -> Float[Array, " V"] | None:
+    if saved.bias is None:
+        return None
+    return jnp.maximum(saved.bias.astype(jnp.float32), LOWEST)
