@@ -239,8 +239,7 @@ def _norm(x: Any) -> Any:
 
 def entry(chip: str, d: int, v: int, chosen: Tiles) -> str:
     """A line of `lsce.hopper.tiles.TUNED`, every field spelt out: defaults may change."""
-    names = [name for name in hopper.CHIPS if name in chip]
-    key = max(names, key=len) if names else chip  # of H20 and H200, H200
+    key = hopper.tiles.family(chip) or chip
     fields = (f"        {f.name}={getattr(chosen, f.name)!r},\n" for f in dataclasses.fields(Tiles))
     return f'    ("{key}", {d}, {v}): Tiles(\n{"".join(fields)}    ),'
 

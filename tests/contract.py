@@ -51,7 +51,7 @@ CANDIDATES = (
     Candidate("chunked"),
     Candidate("chunked", "tiles", ("float32", "bfloat16"), ((128, 72, 257),), patch=small_tiles),
 )
-if any(chip in jax.devices()[0].device_kind for chip in hopper.CHIPS):
+if hopper.tiles.family(jax.devices()[0].device_kind):
     CANDIDATES += (Candidate("hopper", dtypes=("bfloat16",)),)
 
 

@@ -123,16 +123,21 @@ class Tiles:
     """Columns of the pass that bounds the log-sum-exp before the forward."""
 
 
+FAMILIES = ("H100", "H200", "H800", "H20", "GH200")
+"""The chips with compute capability 9.0, by the word that their device kind holds."""
 TUNED: dict[tuple[str, int, int], Tiles] = {}
-"""Measured winners by (chip, D, V), as `python -m benchmarks.tune` prints them."""
+"""Measured winners by (family, D, V), as `python -m benchmarks.tune` prints them."""
+
+
+def family(chip: str) -> str | None:
+    """The word of a device kind that names its family: "NVIDIA H100 80GB HBM3" → "H100"."""
+    return next((word for word in chip.split() if word in FAMILIES), None)
 
 
 def choose(problem: Problem) -> Tiles:
     """The tuned entry for the chip and the head if there is one, else the heuristic."""
-    for (chip, d, v), tiles in TUNED.items():
-        if chip in problem.chip and (d, v) == (problem.d, problem.v):
-            return tiles
-    return heuristic(problem.d)
+    key = family(problem.chip) or "", problem.d, problem.v
+    return TUNED.get(key) or heuristic(problem.d)
 
 
 def heuristic(d: int) -> Tiles:
