@@ -108,7 +108,7 @@ def test_every_flag_exists_with_its_default():
         "z_loss": 0, "dropout": 0.1,
     }  # fmt: skip
     assert {name: fields[name] for name in shown} == shown
-    assert DEFAULT_STEPS == 300
+    assert DEFAULT_STEPS == 250
 
 
 def test_every_name_exists():

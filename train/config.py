@@ -12,7 +12,7 @@ import tyro
 from train.shapes import PRESETS
 from train.tokenizer import MIN_VOCAB_SIZE
 
-DEFAULT_STEPS = 300
+DEFAULT_STEPS = 250
 
 
 def _shown(metavar: str, default: str | None = None) -> Any:
@@ -62,7 +62,7 @@ class TrainConfig:
     """Optimizer steps."""
     epochs: Annotated[float | None, _shown("X", "as --steps says")] = None
     """Times to see all training rows, instead of --steps."""
-    batch_size: Annotated[int, _shown("ROWS")] = 16
+    batch_size: Annotated[int, _shown("ROWS")] = 4
     """Rows that are in memory at a time."""
     accumulate: Annotated[int, _shown("K")] = 1
     """Batches whose gradients make one step, the same as one batch K times as large."""
