@@ -148,7 +148,7 @@ def _draw_accuracy(ax: Axes, result: CalibrationResult) -> None:
         )
     ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     ax.tick_params(labelbottom=False)
-    ax.legend(loc="lower right", fontsize="x-small", framealpha=0.95)
+    ax.legend(loc="upper left", fontsize="x-small", framealpha=0.95)
 
 
 def _draw_histogram(ax: Axes, result: CalibrationResult) -> None:
