@@ -19,7 +19,7 @@ from lsce.hopper.tiles import SHARED_MEMORY, BackwardTiles, ForwardTiles, Tiles,
 
 CASE = cases.find("gemma2-2b")
 SMALL = cases.Case("small", 256, 64, 512)
-START = heuristic(CASE.d)
+START = heuristic(CASE.n, CASE.d, CASE.v, 132)
 SIZES = sorted({case.d for case in cases.CASES.values()})
 
 
@@ -35,7 +35,7 @@ def trial(stage: tune.Stage, chosen: Tiles, ratio: float = 2.0, **fields) -> tun
 @pytest.mark.parametrize("stage", tune.STAGES)
 @pytest.mark.parametrize("d", SIZES)
 def test_candidates_are_the_heuristic_and_others_that_can_be_built(stage, d):
-    base = getattr(heuristic(d), stage)
+    base = getattr(heuristic(8192, d, 128_256, 132), stage)
     for axes in tune.passes(stage, d):
         found = tune.candidates(base, axes)
         assert found[0] == base
@@ -143,7 +143,7 @@ def test_what_is_wrong_or_large_cannot_win(fields, reason):
 
 @pytest.mark.parametrize("stage", tune.STAGES)
 def test_what_is_timed_lowers_for_cuda(stage):
-    function = tune.program(stage, tune.problem_of(SMALL), heuristic(SMALL.d))
+    function = tune.program(stage, tune.problem_of(SMALL), heuristic(SMALL.n, SMALL.d, SMALL.v, 132))
     shapes = (SMALL.n, SMALL.d), (SMALL.v, SMALL.d)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     arrays.append(jax.ShapeDtypeStruct((SMALL.n,), jnp.int32))

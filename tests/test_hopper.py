@@ -76,7 +76,7 @@ def test_filtered(options):
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 4.0, "z_loss": 1e-2}])
 def test_fused(options, monkeypatch):
     # Two groups of tokens, so that dC is carried from one to the next.
-    monkeypatch.setattr(fused, "LIMIT", 512 * 256)
+    monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
     this = case((400, 64, 256), "bfloat16", **options)
     with hopper.interpreted():
         got = ours(
@@ -93,7 +93,7 @@ def test_fused_says_why_not():
     assert "bias" in fused.refuses(call, hidden, head, np.zeros(p.v))
     capped = dataclasses.replace(call, problem=problem(softcap=30.0, label_smoothing=0.1))
     assert "softcap" in fused.refuses(capped, hidden, head, None)
-    assert fused.groups_for(8192, 256000) == 2
+    assert tiles.fused_groups(8192, 256000) == 2
 
 
 @pytest.mark.slow
@@ -188,7 +188,8 @@ def test_refusals_name_what_is_missing():
         lambda: tiles.ForwardTiles(steps=8),
         lambda: tiles.BackwardTiles(tile_c=192),
         lambda: tiles.BackwardTiles(width=1000),
-        lambda: tiles.BackwardTiles(tile_c=256, head_d=256),
+        lambda: tiles.BackwardTiles(tile_c=256, head_c=256, head_d=256),
+        lambda: tiles.BackwardTiles(tile_c=128, head_c=256, head_d=64),
         lambda: tiles.BackwardTiles(cluster=4),
     ],
 )

@@ -116,7 +116,8 @@ def _prepare(
         epsilon = EPSILON if worth_filtering(problem) else None
     elif epsilon in ("fused", 0.0):
         epsilon = None
-    call = Call(problem, epsilon, tiles.choose(problem), streaming_multiprocessors())
+    ctas = streaming_multiprocessors()
+    call = Call(problem, epsilon, tiles.choose(problem, ctas), ctas)
     if _interpreter is not None:
         interpret, small = _interpreter
         call = dataclasses.replace(call, interpret=interpret, tiles=small, ctas=2)
@@ -151,10 +152,12 @@ def small_tiles() -> tiles.Tiles:
     sparse = tiles.BackwardTiles(
         width=256, slots=8, slots_per_block=2, hidden_d=64, head_d=64, steps=2, cluster=1
     )
+    exact = dataclasses.replace(sparse, slots_per_block=2, tile_c=256, hidden_splits=2)
     return tiles.Tiles(
         forward=tiles.ForwardTiles(tile_v=128, steps=2, cluster=1),
         sparse=sparse,
-        exact=sparse,
+        exact=exact,
+        fused=exact,
         hot=128,
     )
 

@@ -147,11 +147,13 @@ def probabilities(
         def consume(multiply, wg, p_smem):
             def visit(tile, ring):
                 t, block, slot = tile
-                acc, ring = multiply(tile, ring)
                 rows = pl.ds(block * BLOCK + wg * HALF, HALF)
-                of_row = lambda ref: lax.broadcast_in_dim(
-                    plgpu.load(ref.at[rows], layout=ROW, optimized=False), acc.shape, [0]
-                )
+                of_row = lambda ref: plgpu.load(ref.at[rows], layout=ROW, optimized=False)
+                # Loaded before the product, which hides the time that takes.
+                lse, a, b = of_row(lse_gmem), of_row(a_gmem), of_row(b_gmem)
+                y = of_row(y_gmem) - t * tile_c
+                acc, ring = multiply(tile, ring)
+                wide = lambda row: lax.broadcast_in_dim(row, acc.shape, [0])
                 z = acc * scale if scale != 1.0 else acc
                 if bias is not None:
                     part = bias_gmem.at[pl.ds(first_column(t), tile_c)]
@@ -161,19 +163,19 @@ def probabilities(
                 if softcap is not None:
                     u = capped(z, softcap)
                     z, slope = softcap * u, 1.0 - u * u
-                p = jnp.exp2(z * LOG2E - of_row(lse_gmem))
-                iota = plgpu.broadcasted_iota(jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA)
-                column = iota + t * tile_c
+                p = jnp.exp2(z * LOG2E - wide(lse))
+                column = plgpu.broadcasted_iota(
+                    jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
+                )
                 if v % tile_c:
-                    p = jnp.where(column < v, p, 0.0)
+                    p = jnp.where(column < v - t * tile_c, p, 0.0)
                 to = pl.ds(slot * BLOCK + wg * HALF, HALF)
                 kept_gmem[to] = p.sum(axis=1)
-                out = p * of_row(a_gmem)
-                out = out - jnp.where(column == of_row(y_gmem), of_row(b_gmem), 0.0)
+                out = p * wide(a) - jnp.where(column == wide(y), wide(b), 0.0)
                 if slope is not None:
                     out = out * slope
                     if smooth:
-                        out = out - of_row(s_gmem) * (slope - of_row(kappa_gmem))
+                        out = out - wide(of_row(s_gmem)) * (slope - wide(of_row(kappa_gmem)))
                 store_tile(out.astype(dtype), p_smem.at[wg], p_gmem.at[to])
                 return ring
 
@@ -213,6 +215,32 @@ def probabilities(
     )
 
 
+def change_entries(p_ref, row, column, value, *, ctas: int, interpret: Any) -> None:
+    """p_ref[row[i], column[i]] = value[i], where row[i] ≥ 0; no two the same.
+
+    XLA's scatter would do, were it not for the copy of P that it makes first.
+    """
+    n = row.shape[0]
+
+    def body(row_gmem, column_gmem, value_gmem, p_gmem):
+        cta, num = lax.axis_index("cta"), lax.axis_size("cta")
+
+        @pl.when(lax.axis_index("wg") == 0)
+        def _():
+            @pl.loop(0, share(i32(n), num, cta))
+            def _(i):
+                at = cta + i * num
+                row = row_gmem[at]
+
+                @pl.when(row >= 0)
+                def _():
+                    p_gmem[row, column_gmem[at]] = value_gmem[at].astype(p_ref.dtype)
+
+    launch(body, (), ctas=ctas, interpret=interpret, name="lsce_change_entries")(
+        row, column, value, p_ref
+    )
+
+
 def accumulate_hidden(
     p_ref,
     head,
@@ -226,12 +254,13 @@ def accumulate_hidden(
     ctas: int,
     interpret: Any,
 ) -> None:
-    """dh_ref [rows, D] += P·C of a chunk, float32.
+    """dh_ref [splits, rows, D] += P·C of a chunk, float32, each split over a part of the columns.
 
     `dense` says that neighbouring blocks have the same tiles, so that they can share the head's.
     """
     cluster = tiles.cluster if dense else 1
-    blocks = dh_ref.shape[0] // BLOCK
+    splits = dh_ref.shape[0]
+    blocks = dh_ref.shape[1] // BLOCK
     d_tiles = pl.cdiv(head.shape[1], tiles.hidden_d)
     per_tile = tiles.tile_c // tiles.stage
 
@@ -246,15 +275,20 @@ def accumulate_hidden(
         def every_tile(visit, carry):
             def item(i, carry):
                 at = cta + i * num
-                block = lax.div(at, i32(d_tiles)) * cluster + member
+                rest, dt = lax.div(at, i32(d_tiles)), lax.rem(at, i32(d_tiles))
+                split = lax.rem(rest, i32(splits))
+                block = lax.div(rest, i32(splits)) * cluster + member
                 first = first_gmem[chunk, block]
                 count = first_gmem[chunk + 1, block] - first
-                return visit((block, lax.rem(at, i32(d_tiles)), first, count), carry)
+                before = lax.div(count * split, i32(splits))
+                count = lax.div(count * (split + 1), i32(splits)) - before
+                return visit((split, block, dt, first + before, count), carry)
 
-            return lax.fori_loop(0, share(i32(blocks // cluster * d_tiles), num, cta), item, carry)
+            items = i32(blocks // cluster * splits * d_tiles)
+            return lax.fori_loop(0, share(items, num, cta), item, carry)
 
         def copy(tile, k, a_stage, b_stage, barrier):
-            block, dt, first, _ = tile
+            _, block, dt, first, _ = tile
             at = first + lax.div(k, i32(per_tile))
             inner = lax.rem(k, i32(per_tile)) * tiles.stage
             p_rows = pl.ds(slot_gmem[block, at] * BLOCK, BLOCK)
@@ -271,20 +305,20 @@ def accumulate_hidden(
             a=(BLOCK, tiles.stage),
             b=(tiles.stage, tiles.hidden_d),
             accumulator=(HALF, tiles.hidden_d),
-            length=lambda tile: tile[3] * per_tile,
+            length=lambda tile: tile[4] * per_tile,
             copy=copy,
             operands=lambda a, b, wg: (a.at[pl.ds(wg * HALF, HALF)], b),
         )
 
         def consume(multiply, wg):
             def visit(tile, ring):
-                block, dt, _, count = tile
+                split, block, dt, _, count = tile
                 acc, ring = multiply(tile, ring)
 
                 @pl.when(count > 0)
                 def _():
                     rows = pl.ds(block * BLOCK + wg * HALF, HALF)
-                    at = dh_gmem.at[rows, pl.ds(dt * tiles.hidden_d, tiles.hidden_d)]
+                    at = dh_gmem.at[split, rows, pl.ds(dt * tiles.hidden_d, tiles.hidden_d)]
                     old = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
                     at[...] = old + acc
 
@@ -334,10 +368,14 @@ def head_gradient(
     """
     low_ref, add, split = carry or (jnp.zeros((16, 64), hidden.dtype), False, False)
     d_tiles = pl.cdiv(hidden.shape[1], tiles.head_d)
-    half_c = tiles.tile_c // 2
+    parts = tiles.tile_c // tiles.head_c
+    half_c = tiles.head_c // 2
     per_block = BLOCK // tiles.stage
-    # Two CTAs of one column tile and different hidden tiles read the same P.
-    cluster = tiles.cluster if d_tiles % tiles.cluster == 0 else 1
+    # Two CTAs with parts of one column tile read the same hidden states, two with the same columns
+    # the same P.
+    share_hidden = parts % tiles.cluster == 0
+    cluster = tiles.cluster if share_hidden or d_tiles % tiles.cluster == 0 else 1
+    shared = "member" if cluster > 1 else None
     dtype = hidden.dtype
 
     def body(
@@ -360,49 +398,59 @@ def head_gradient(
         def every_tile(visit, carry):
             def item(i, carry):
                 at = (cta + i * num) * cluster + member
-                t = first_tile + lax.div(at, i32(d_tiles))
-                return visit((t, lax.rem(at, i32(d_tiles)), slot_gmem[t], count_gmem[t]), carry)
+                t = first_tile + lax.div(at, i32(d_tiles * parts))
+                at = lax.rem(at, i32(d_tiles * parts))
+                if share_hidden:
+                    dt, part = lax.div(at, i32(parts)), lax.rem(at, i32(parts))
+                else:
+                    part, dt = lax.div(at, i32(d_tiles)), lax.rem(at, i32(d_tiles))
+                return visit((t, part, dt, slot_gmem[t], count_gmem[t]), carry)
 
-            items = (first_tile_gmem[chunk + 1] - first_tile) * (d_tiles // cluster)
+            items = (first_tile_gmem[chunk + 1] - first_tile) * (d_tiles * parts // cluster)
             return lax.fori_loop(0, share(items, num, cta), item, carry)
 
         def copy(tile, k, a_stage, b_stage, barrier):
-            t, dt, slot, _ = tile
+            t, part, dt, slot, _ = tile
             rank = lax.div(k, i32(per_block))
             inner = lax.rem(k, i32(per_block)) * tiles.stage
             p_rows = pl.ds((slot + rank) * BLOCK + inner, tiles.stage)
             plgpu.copy_gmem_to_smem(
-                p_gmem.at[p_rows],
+                p_gmem.at[p_rows, pl.ds(part * tiles.head_c, tiles.head_c)],
                 a_stage,
                 barrier,
-                collective_axes="member" if cluster > 1 else None,
+                collective_axes=None if share_hidden else shared,
             )
             e_rows = pl.ds(of_tile_gmem[t, rank] * BLOCK + inner, tiles.stage)
-            e_part = e_gmem.at[e_rows, pl.ds(dt * tiles.head_d, tiles.head_d)]
-            plgpu.copy_gmem_to_smem(e_part, b_stage, barrier)
+            plgpu.copy_gmem_to_smem(
+                e_gmem.at[e_rows, pl.ds(dt * tiles.head_d, tiles.head_d)],
+                b_stage,
+                barrier,
+                collective_axes=shared if share_hidden else None,
+            )
 
         stream = Stream(
-            steps=tiles.fitting(tiles.tile_c + tiles.head_d, half_c),
-            a=(tiles.stage, tiles.tile_c),
+            steps=tiles.fitting(tiles.head_c + tiles.head_d, half_c),
+            a=(tiles.stage, tiles.head_c),
             b=(tiles.stage, tiles.head_d),
             accumulator=(half_c, tiles.head_d),
-            length=lambda tile: tile[3] * per_block,
+            length=lambda tile: tile[4] * per_block,
             copy=copy,
             operands=lambda a, b, wg: (a.at[:, pl.ds(wg * half_c, half_c)].transpose((1, 0)), b),
         )
 
         def consume(multiply, wg, out_smem):
             def visit(tile, ring):
-                t, dt, _, _ = tile
+                t, part, dt, _, _ = tile
                 acc, ring = multiply(tile, ring)
                 columns = pl.ds(dt * tiles.head_d, tiles.head_d)
                 row = plgpu.load(constant_gmem.at[columns], layout=COLUMN, optimized=False)
                 out = acc + lax.broadcast_in_dim(row, acc.shape, [1])
-                first = (t - first_tile if gathered else t) * tiles.tile_c + wg * half_c
+                first = (t - first_tile if gathered else t) * tiles.tile_c
+                first = first + part * tiles.head_c + wg * half_c
                 high, low = (x.at[pl.ds(first, half_c), columns] for x in (dc_gmem, low_gmem))
                 if add:
-                    for part in (high, low):
-                        old = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=False)
+                    for so_far in (high, low):
+                        old = plgpu.load(so_far, layout=plgpu.Layout.WGMMA, optimized=False)
                         out = out + old.astype(jnp.float32)
                 rounded = out.astype(dtype)
                 store_tile(rounded, out_smem.at[wg], high)

@@ -3,7 +3,7 @@
 For a block of tokens and a stretch of the vocabulary a CTA keeps, in registers and in units of
 log2 (x = z·log2 e),
 
-    m = max x,  l = Σ 2^(x−m),  s = Σ z,
+    m = max x,  l = Σ 2^(x−m),  s = Σ x,
 
 and, when asked, what the statistics and the backward need (see `Sums`). The stretches are joined
 afterwards by the log-sum-exp rule, which is a few kilobytes of work.
@@ -188,18 +188,20 @@ def forward(
                 column = functools.partial(
                     plgpu.broadcasted_iota, jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
                 )
-                z = acc * scale if scale != 1.0 else acc
+                x = acc * (scale * LOG2E)
                 if bias is not None:
                     part = bias_gmem.at[pl.ds(col0, tiles.tile_v)]
                     part = plgpu.load(part, layout=COLUMN, optimized=False)
-                    z = z + lax.broadcast_in_dim(part, acc.shape, [1])
+                    x = x + lax.broadcast_in_dim(part, acc.shape, [1])
                 if softcap is not None:
-                    z = softcap * capped(z, softcap)
-                x = z * LOG2E
+                    # tanh(z / cap) = 1 − 2 / (e^(2z/cap) + 1)
+                    root = lax.rsqrt(jnp.exp2(x * (2.0 / softcap)) + 1.0)
+                    x = root * root * (-2.0 * LOG2E * softcap) + LOG2E * softcap
+                counted = x
                 if limit is not None or v % tiles.tile_v:
                     inside = column() < (v if limit is None else plan_gmem[2]) - col0
+                    counted = jnp.where(inside, x, 0.0)
                     x = jnp.where(inside, x, LOWEST)
-                    z = jnp.where(inside, z, 0.0)
                 new = {}
                 top = x.max(axis=1)
                 new["m"] = jnp.maximum(old["m"], top)
@@ -207,9 +209,9 @@ def forward(
                 offset = x - wide(new["m"])
                 p = jnp.exp2(offset)
                 new["l"] = old["l"] * shrink + p.sum(axis=1)
-                new["s"] = old["s"] + z.sum(axis=1)
+                new["s"] = old["s"] + counted.sum(axis=1)
                 if squares:
-                    new["squares"] = old["squares"] + (z * z).sum(axis=1)
+                    new["squares"] = old["squares"] + (counted * counted).sum(axis=1)
                 if stats:
                     at = jnp.where(x == wide(top), column(), tiles.tile_v).min(axis=1) + col0
                     new["best"] = jnp.where(top > old["m"], at, old["best"])
@@ -238,7 +240,7 @@ def forward(
         out_type.append(jax.ShapeDtypeStruct((padded // tiles.tile_n, 4, words), jnp.int32))
     bias_in = jnp.zeros((8,), jnp.float32)
     if bias is not None:
-        bias_in = jnp.maximum(bias.astype(jnp.float32), LOWEST)
+        bias_in = jnp.maximum(bias.astype(jnp.float32) * LOG2E, LOWEST)
         bias_in = jnp.pad(bias_in, (0, v_tiles * tiles.tile_v - bias.shape[0]))
     thr_in = jnp.zeros((8,), jnp.float32)
     if marking:
@@ -271,8 +273,8 @@ def forward(
     if marking:
         extra["kept"] = (total("kept") * share_of).sum(0) / l
     if squares:
-        extra["mean_square_logit"] = total("squares").sum(0) / v
-    lse, mean_logit = (top + jnp.log2(l)) * LN2, total("s").sum(0) / v
+        extra["mean_square_logit"] = total("squares").sum(0) * (LN2 * LN2 / v)
+    lse, mean_logit = (top + jnp.log2(l)) * LN2, total("s").sum(0) * (LN2 / v)
     return Sums(lse, mean_logit, extra, outputs[-1] if marking else None)
 
 

@@ -25,24 +25,16 @@ from lsce.hopper import backward, plan
 from lsce.hopper.forward import LOG2E
 from lsce.hopper.gradients import Call
 from lsce.hopper.loss import lse_bound, results, run_forward, target_logit
-from lsce.hopper.tiles import BLOCK
+from lsce.hopper.tiles import BLOCK, fused_groups
 
-LIMIT = 2_200_000_000
-"""Bytes of P at a time."""
 SHIFT = 16.0
 """Nats above the bound at which P̃ is 1: leaves 104 for a token whose probability the bound missed,
 and e^−71 below which terms vanish. A token with a loss above 104 nats makes the loss infinite."""
 
 
-def groups_for(rows: int, v: int) -> int:
-    """Into how many groups of whole pairs of blocks the tokens are cut."""
-    pairs = rows // (2 * BLOCK)
-    return min(pairs, -(-rows * v * 2 // LIMIT))
-
-
 def refuses(call: Call, hidden: Any, head: Any, bias: Any) -> str | None:
     """Why the gradients are made afterwards, as in exact mode, in spite of the wish."""
-    p, tiles = call.problem, call.tiles.exact
+    p, tiles = call.problem, call.tiles.fused
     if p.return_stats:
         return "the statistics need a pass of their own"
     if bias is not None:
@@ -65,7 +57,7 @@ def weighted_sum(call: Call, hidden, head, labels, weights):
 
 
 def _fwd(call: Call, hidden, head, labels, weights):
-    p, tiles = call.problem, call.tiles.exact
+    p, tiles = call.problem, call.tiles.fused
     n, d = hidden.shape
     v = p.v
     rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
@@ -82,7 +74,7 @@ def _fwd(call: Call, hidden, head, labels, weights):
     center = jnp.mean(head, axis=0, dtype=jnp.float32)
     mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
-    count = groups_for(rows, v)
+    count = fused_groups(rows, v)
     pairs = rows // (2 * BLOCK)
     column_tiles = v // tiles.tile_c
     most = -(-pairs // count) * 2 * BLOCK
@@ -134,13 +126,15 @@ def _fwd(call: Call, hidden, head, labels, weights):
         hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
         yc = jnp.maximum(yg, 0)
         row = (yc // tiles.tile_c * blocks) * BLOCK + jnp.arange(some)
-        row = jnp.where(yg >= 0, row, p_ref.shape[0])
-        p_ref[...] = (
-            p_ref[...]
-            .at[row, yc % tiles.tile_c]
-            .set(hit.astype(hidden.dtype), mode="drop", unique_indices=True)
+        backward.change_entries(
+            p_ref,
+            jnp.where(yg >= 0, row, -1),
+            yc % tiles.tile_c,
+            hit,
+            ctas=call.ctas,
+            interpret=call.interpret,
         )
-        dh_ref = jax.new_ref(jnp.zeros((some, padded_d), jnp.float32))
+        dh_ref = jax.new_ref(jnp.zeros((tiles.hidden_splits, some, padded_d), jnp.float32))
         backward.accumulate_hidden(
             p_ref, head, work, zero, dh_ref, gathered=False, dense=True, **options
         )
@@ -161,7 +155,7 @@ def _fwd(call: Call, hidden, head, labels, weights):
             carry=None if count == 1 else (lo_ref, g > 0, g < count - 1),
             **options,
         )
-        dh = dh_ref[...][:, :d] * scale[:, None] - (s * v)[:, None] * center[None, :]
+        dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * v)[:, None] * center[None, :]
         lse.append(lse_g)
         dhidden.append((dh + poison).astype(hidden.dtype))
     lse, dhidden = jnp.concatenate(lse)[:n], jnp.concatenate(dhidden)[:n]

@@ -198,8 +198,12 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
             kept = kept + loop.mass(chunk, per_chunk)
         return dhead, dbias, kept
 
-    start = dhead, jnp.zeros(v if wanted.bias else 0), jnp.zeros_like(c.a)
-    dhead, dbias, kept = lax.fori_loop(0, work.chunks, body, start)
+    # After each step of a loop of unknown length the host looks at its condition while the GPU
+    # waits, so as many chunks as real text needs are a loop of known length, its last ones empty.
+    usual = tiles.usual_chunks(active.shape, slots)
+    carry = dhead, jnp.zeros(v if wanted.bias else 0), jnp.zeros_like(c.a)
+    carry = lax.fori_loop(0, usual, body, carry)
+    dhead, dbias, kept = lax.fori_loop(usual, jnp.maximum(work.chunks, usual), body, carry)
     return Products(loop.dhidden(), dhead, dbias, kept)
 
 
@@ -238,7 +242,8 @@ class Loop:
         self.constant = self.constant + c.poison
         self.p_ref = jax.new_ref(lax.empty((slots * BLOCK, tiles.tile_c), saved.hidden.dtype))
         self.kept_ref = jax.new_ref(lax.empty((slots * BLOCK,), jnp.float32))
-        self.dh_ref = jax.new_ref(jnp.zeros((rows, padded_d if wanted.hidden else 0), jnp.float32))
+        sums = (tiles.hidden_splits, rows, padded_d) if wanted.hidden else (1, 0, 0)
+        self.dh_ref = jax.new_ref(jnp.zeros(sums, jnp.float32))
 
     def products(self, chunk, head, bias, dhead_ref) -> None:
         """P of a chunk and what follows from it; `head` is the whole head or the chunk's rows."""
@@ -271,7 +276,7 @@ class Loop:
             )
 
     def dhidden(self) -> Float[Array, "rows D"]:
-        return self.dh_ref[...][:, : self.saved.hidden.shape[1]]
+        return self.dh_ref[...].sum(0)[:, : self.saved.hidden.shape[1]]
 
     def column_sums(self, chunk, most: int) -> Float[Array, " columns"]:
         """Σ_n P by column of a chunk's first `most` tiles, 0 for tiles it does not have."""

@@ -7,6 +7,9 @@ the registers or the shared memory of an SM cannot be built at all.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import math
 
 from lsce.problem import Problem
 
@@ -70,9 +73,13 @@ class BackwardTiles:
     slots_per_block: int = 20
     """The same for each block of tokens, where the vocabulary has many tiles."""
     tile_c: int = 128
-    """Columns a tile."""
+    """Columns of a tile of P."""
     hidden_d: int = 256
     """Hidden entries of a tile of dE."""
+    hidden_splits: int = 1
+    """Into how many sums dE is cut, for chips that its tiles alone would not fill."""
+    head_c: int = 128
+    """Columns of a tile of dC."""
     head_d: int = 256
     """Hidden entries of a tile of dC."""
     stage: int = 64
@@ -89,11 +96,15 @@ class BackwardTiles:
             raise ValueError(f"{self.width=} must be a multiple of {self.tile_c=}")
         if self.hidden_d % 64 or not 0 < self.hidden_d <= 256:
             raise ValueError(f"{self.hidden_d=} must be a multiple of 64 up to 256")
-        if self.head_d % 64 or not 0 < self.head_d * self.tile_c <= 256 * 128:
-            raise ValueError(f"{self.head_d=} × {self.tile_c=} does not fit the registers")
+        if self.head_c not in (128, 256) or self.tile_c % self.head_c:
+            raise ValueError(f"{self.head_c=} must be 128 or 256 and divide {self.tile_c=}")
+        if self.head_d % 64 or not 0 < self.head_d * self.head_c <= 256 * 128:
+            raise ValueError(f"{self.head_d=} × {self.head_c=} does not fit the registers")
+        if self.hidden_splits < 1:
+            raise ValueError(f"{self.hidden_splits=} must be at least 1")
         if self.cluster not in (1, 2):
             raise ValueError(f"{self.cluster=} must be 1 or 2")
-        if self.fitting(self.tile_c + self.head_d, self.tile_c // 2) < 2:
+        if self.fitting(self.head_c + self.head_d, self.head_c // 2) < 2:
             raise ValueError(f"{self} leaves no room for two stages in shared memory")
 
     def slots_for(self, blocks: int, column_tiles: int) -> int:
@@ -104,6 +115,17 @@ class BackwardTiles:
         """
         per_block = min(self.slots_per_block, max(2, column_tiles // 8))
         return max(min(self.slots, blocks * column_tiles), blocks * per_block)
+
+    def usual_chunks(self, pairs: tuple[int, int], slots: int) -> int:
+        """How many chunks real text needs at the default filter, of (column tiles, blocks).
+
+        On Gemma 3 270M's activations 14% of the columns are active for some of 8,192 tokens, and
+        6% of the pairs (benchmarks/NOTES.md).
+        """
+        column_tiles, blocks = pairs
+        by_columns = 0.14 * column_tiles / (self.width // self.tile_c - 1)
+        by_pairs = 0.06 * column_tiles * blocks / max(slots - blocks, 1)
+        return math.ceil(max(by_columns, by_pairs)) + 1
 
     def fitting(self, rows: int, staged: int) -> int:
         """How many of `steps` stages of `rows` rows fit beside `staged` rows of output."""
@@ -118,7 +140,9 @@ class Tiles:
     forward: ForwardTiles = ForwardTiles()
     sparse: BackwardTiles = BackwardTiles()
     """With a filter."""
-    exact: BackwardTiles = BackwardTiles(slots=0, slots_per_block=32, tile_c=256, head_d=128)
+    exact: BackwardTiles = BackwardTiles(slots=0, slots_per_block=44, tile_c=256)
+    fused: BackwardTiles = BackwardTiles(slots=0, tile_c=256)
+    """With the gradients in the forward, all columns at once."""
     hot: int = 2048
     """Columns of the pass that bounds the log-sum-exp before the forward."""
 
@@ -134,19 +158,90 @@ def family(chip: str) -> str | None:
     return next((word for word in chip.split() if word in FAMILIES), None)
 
 
-def choose(problem: Problem) -> Tiles:
+def choose(problem: Problem, ctas: int = 132) -> Tiles:
     """The tuned entry for the chip and the head if there is one, else the heuristic."""
     key = family(problem.chip) or "", problem.d, problem.v
-    return TUNED.get(key) or heuristic(problem.d)
+    return TUNED.get(key) or heuristic(problem.n, problem.d, problem.v, ctas)
 
 
-def heuristic(d: int) -> Tiles:
-    """Output tiles over the hidden size as wide as fit, with little of the last one empty."""
+def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
+    """Output tiles over the hidden size as wide as fit, with little of the last one empty.
+
+    Where all pairs are computed their number is known, and so is which sizes fill the chip.
+    """
+    wide = even_tile(d, 256)
+    tile_c = Tiles().exact.tile_c
+    column_tiles = -(-v // tile_c)
+    most = max(2, min(48, column_tiles // 8))
+    group, at_once = -(-n // fused_groups(n, v)), range(column_tiles, column_tiles + 1)
     return Tiles(
-        sparse=BackwardTiles(hidden_d=even_tile(d, 256), head_d=even_tile(d, 256)),
-        exact=dataclasses.replace(
-            Tiles().exact, hidden_d=even_tile(d, 256), head_d=even_tile(d, 128)
-        ),
+        sparse=BackwardTiles(hidden_d=wide, head_d=wide),
+        exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
+        fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas),
+    )
+
+
+FUSED_BYTES = 2_200_000_000
+"""Bytes of P at a time where the gradients are made in the forward."""
+
+
+def fused_groups(n: int, v: int) -> int:
+    """Into how many groups of whole pairs of blocks the tokens are cut."""
+    pairs = max(-(-n // (2 * BLOCK)), 1)
+    return min(pairs, -(-pairs * 2 * BLOCK * v * 2 // FUSED_BYTES))
+
+
+WIDTHS = {256: 1.0, 192: 1.04, 128: 1.15, 64: 1.5}
+"""Output tiles over the hidden size, and the time that a multiplication takes in them."""
+
+
+@functools.cache
+def filling(
+    base: BackwardTiles, n: int, d: int, column_tiles: int, most: range, ctas: int
+) -> BackwardTiles:
+    """`base` with the sizes that leave the fewest CTAs without a tile in the last wave.
+
+    For all pairs of n tokens and `column_tiles` tiles, in chunks of some number of tiles in `most`.
+    """
+    pairs, units = max(-(-n // (2 * BLOCK)), 1), max(ctas // base.cluster, 1)
+    widths = [width for width in WIDTHS if -(-d // width) * width <= 1.2 * d] or [64]
+
+    # Times of a chunk's kernels in products of 256 × 256 × 64 by a pair of CTAs, 0.8 µs on an H100.
+    def waves(tiles: int, inner: float, width: int, epilogue: float) -> float:
+        return -(-tiles // units) * (inner / 64 * width / 256 * WIDTHS[width] + epilogue)
+
+    def probabilities(tiles: int) -> float:
+        return 20.0 + waves(tiles * pairs, float(d), 256, 5.0)
+
+    def head(tiles: int, width: int) -> float:
+        return waves(tiles * -(-d // width), 2.0 * BLOCK * pairs, width, 3.0)
+
+    def hidden(tiles: int, width: int, splits: int) -> float:
+        # A sum more is memory more, and two shorter sums are not quite as fast as one.
+        inner = tiles * base.tile_c / splits * (1 + 0.05 * (splits - 1))
+        return waves(pairs * -(-d // width) * splits, inner, width, 3.0)
+
+    choices = []
+    for tiles in most:
+        chunks, last = divmod(column_tiles, tiles)
+
+        def of_all(time, *sizes, tiles=tiles, chunks=chunks, last=last) -> float:
+            return chunks * time(tiles, *sizes) + (time(last, *sizes) if last else 0)
+
+        head_time, head_d = min((of_all(head, width), -width) for width in widths)
+        hidden_time, splits, hidden_d = min(
+            (of_all(hidden, width, splits), splits, -width)
+            for width, splits in itertools.product(widths, (1, 2, 4))
+        )
+        time = of_all(probabilities) + head_time + hidden_time
+        choices.append((time, tiles, -hidden_d, splits, -head_d))
+    _, tiles, hidden_d, splits, head_d = min(choices)
+    return dataclasses.replace(
+        base,
+        slots_per_block=tiles,
+        hidden_d=hidden_d,
+        hidden_splits=splits,
+        head_d=head_d,
     )
 
 
