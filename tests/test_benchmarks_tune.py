@@ -143,7 +143,9 @@ def test_what_is_wrong_or_large_cannot_win(fields, reason):
 
 @pytest.mark.parametrize("stage", tune.STAGES)
 def test_what_is_timed_lowers_for_cuda(stage):
-    function = tune.program(stage, tune.problem_of(SMALL), heuristic(SMALL.n, SMALL.d, SMALL.v, 132))
+    function = tune.program(
+        stage, tune.problem_of(SMALL), heuristic(SMALL.n, SMALL.d, SMALL.v, 132)
+    )
     shapes = (SMALL.n, SMALL.d), (SMALL.v, SMALL.d)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     arrays.append(jax.ShapeDtypeStruct((SMALL.n,), jnp.int32))

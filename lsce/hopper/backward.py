@@ -27,8 +27,10 @@ from lsce.hopper.engine import (
     Stream,
     i32,
     launch,
+    pieces,
     run,
     share,
+    store,
     store_stage,
     store_tile,
 )
@@ -135,7 +137,7 @@ def probabilities(
             )
 
         stream = Stream(
-            steps=tiles.fitting(BLOCK + tile_c, HALF),
+            steps=tiles.fitting(BLOCK + tile_c, (HALF, tile_c)),
             a=(BLOCK, tiles.stage),
             b=(tile_c, tiles.stage),
             accumulator=(HALF, tile_c),
@@ -153,30 +155,35 @@ def probabilities(
                 lse, a, b = of_row(lse_gmem), of_row(a_gmem), of_row(b_gmem)
                 y = of_row(y_gmem) - t * tile_c
                 acc, ring = multiply(tile, ring)
-                wide = lambda row: lax.broadcast_in_dim(row, acc.shape, [0])
-                z = acc * scale if scale != 1.0 else acc
-                if bias is not None:
-                    part = bias_gmem.at[pl.ds(first_column(t), tile_c)]
-                    part = plgpu.load(part, layout=COLUMN, optimized=False)
-                    z = z + lax.broadcast_in_dim(part, acc.shape, [1])
-                slope = None
-                if softcap is not None:
-                    u = capped(z, softcap)
-                    z, slope = softcap * u, 1.0 - u * u
-                p = jnp.exp2(z * LOG2E - wide(lse))
-                column = plgpu.broadcasted_iota(
-                    jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
-                )
-                if v % tile_c:
-                    p = jnp.where(column < v - t * tile_c, p, 0.0)
                 to = pl.ds(slot * BLOCK + wg * HALF, HALF)
-                kept_gmem[to] = p.sum(axis=1)
-                out = p * wide(a) - jnp.where(column == wide(y), wide(b), 0.0)
-                if slope is not None:
-                    out = out * slope
-                    if smooth:
-                        out = out - wide(of_row(s_gmem)) * (slope - wide(of_row(kappa_gmem)))
-                store_tile(out.astype(dtype), p_smem.at[wg], p_gmem.at[to])
+                kept = None
+                # One piece is on its way while the next one is made.
+                for part in pieces(tile_c):
+                    z = acc[:, part] * scale if scale != 1.0 else acc[:, part]
+                    wide = lambda row, z=z: lax.broadcast_in_dim(row, z.shape, [0])
+                    if bias is not None:
+                        first = first_column(t) + part.start
+                        some = bias_gmem.at[pl.ds(first, z.shape[1])]
+                        some = plgpu.load(some, layout=COLUMN, optimized=False)
+                        z = z + lax.broadcast_in_dim(some, z.shape, [1])
+                    slope = None
+                    if softcap is not None:
+                        u = capped(z, softcap)
+                        z, slope = softcap * u, 1.0 - u * u
+                    p = jnp.exp2(z * LOG2E - wide(lse))
+                    column = plgpu.broadcasted_iota(
+                        jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA
+                    )
+                    if v % tile_c:
+                        p = jnp.where(column < v - t * tile_c - part.start, p, 0.0)
+                    kept = p.sum(axis=1) if kept is None else kept + p.sum(axis=1)
+                    out = p * wide(a) - jnp.where(column == wide(y - part.start), wide(b), 0.0)
+                    if slope is not None:
+                        out = out * slope
+                        if smooth:
+                            out = out - wide(of_row(s_gmem)) * (slope - wide(of_row(kappa_gmem)))
+                    store(out.astype(dtype), p_smem.at[wg], p_gmem.at[to, part])
+                kept_gmem[to] = kept
                 return ring
 
             every_tile(visit, i32(0))
@@ -188,7 +195,7 @@ def probabilities(
             tiles=every_tile,
             consume=consume,
             cluster=tiles.cluster > 1,
-            scratch={"p_smem": store_stage(HALF, dtype)},
+            scratch={"p_smem": store_stage(HALF, tile_c, dtype)},
         )
 
     bias_in = jnp.zeros((8,), jnp.float32) if bias is None else bias
@@ -216,10 +223,7 @@ def probabilities(
 
 
 def change_entries(p_ref, row, column, value, *, ctas: int, interpret: Any) -> None:
-    """p_ref[row[i], column[i]] = value[i], where row[i] ≥ 0; no two the same.
-
-    XLA's scatter would do, were it not for the copy of P that it makes first.
-    """
+    """p_ref[row[i], column[i]] = value[i], where row[i] ≥ 0; no two the same, in place."""
     n = row.shape[0]
 
     def body(row_gmem, column_gmem, value_gmem, p_gmem):
@@ -301,7 +305,7 @@ def accumulate_hidden(
             )
 
         stream = Stream(
-            steps=tiles.fitting(BLOCK + tiles.hidden_d, 0),
+            steps=tiles.fitting(BLOCK + tiles.hidden_d),
             a=(BLOCK, tiles.stage),
             b=(tiles.stage, tiles.hidden_d),
             accumulator=(HALF, tiles.hidden_d),
@@ -429,7 +433,7 @@ def head_gradient(
             )
 
         stream = Stream(
-            steps=tiles.fitting(tiles.head_c + tiles.head_d, half_c),
+            steps=tiles.fitting(tiles.head_c + tiles.head_d, (half_c, tiles.head_d)),
             a=(tiles.stage, tiles.head_c),
             b=(tiles.stage, tiles.head_d),
             accumulator=(half_c, tiles.head_d),
@@ -468,7 +472,7 @@ def head_gradient(
             tiles=every_tile,
             consume=consume,
             cluster=cluster > 1,
-            scratch={"out_smem": store_stage(half_c, dtype)},
+            scratch={"out_smem": store_stage(half_c, tiles.head_d, dtype)},
         )
 
     launch(

@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lsce.hopper.tiles import CONSUMERS, STORE_COLUMNS
+from lsce.hopper.tiles import CONSUMERS, store_piece
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -159,27 +159,33 @@ def run(
             consume(multiply, wg, **scratch)
 
 
-def store_stage(rows: int, dtype):
-    """Staging for `store_tile`, two slots for each consumer."""
-    return smem_tile((CONSUMERS, 2, rows, STORE_COLUMNS), dtype)
+def store_stage(rows: int, columns: int, dtype):
+    """Staging for `store`, one piece for each consumer."""
+    return smem_tile((CONSUMERS, rows, store_piece(columns)), dtype)
 
 
-def store_tile(value, stage, destination) -> None:
-    """Writes a consumer's tile to global memory through its two slots of shared memory.
+def store(value, stage, destination) -> None:
+    """Writes a piece of a consumer's tile to global memory through its shared memory.
 
     Goes through TMA, which also cuts off what lies outside the array. The caller waits for the last
     copies (`wait_smem_to_gmem`) before the kernel ends.
     """
-    pieces = value.shape[1] // STORE_COLUMNS
-    for i in range(pieces):
-        columns = slice(i * STORE_COLUMNS, (i + 1) * STORE_COLUMNS)
-        # One copy may be under way from the other slot; after an odd number of pieces the last
-        # tile's copy is from this one.
-        in_flight = 0 if i == 0 and pieces % 2 else 1
-        plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
-        stage[i % 2] = value[:, columns]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(stage.at[i % 2], destination.at[:, columns])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    stage[...] = value
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(stage, destination)
+
+
+def store_tile(value, stage, destination) -> None:
+    """`store` of a whole tile, piece by piece."""
+    for part in pieces(value.shape[1]):
+        store(value[:, part], stage, destination.at[:, part])
+
+
+def pieces(columns: int) -> list[slice]:
+    """The columns of a tile in pieces that `store` takes."""
+    width = store_piece(columns)
+    return [slice(start, start + width) for start in range(0, columns, width)]
 
 
 def share(count, ctas, cta):

@@ -17,10 +17,13 @@ SHARED_MEMORY = 230_000
 """Bytes of an SM's shared memory that tiles may take; the rest is for barriers and reductions."""
 BLOCK = 128
 """Tokens a block: the rows of one tile of the backward."""
-STORE_COLUMNS = 64
-"""Columns of one store: a 128-byte row of bfloat16, the widest swizzle."""
 CONSUMERS = 2
 """Warpgroups that multiply; each has half of a tile."""
+
+
+def store_piece(columns: int) -> int:
+    """The most columns up to 128 of a tile that are staged at a time, in rows of 64."""
+    return 128 if columns % 128 == 0 else 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,7 @@ class BackwardTiles:
             raise ValueError(f"{self.hidden_splits=} must be at least 1")
         if self.cluster not in (1, 2):
             raise ValueError(f"{self.cluster=} must be 1 or 2")
-        if self.fitting(self.head_c + self.head_d, self.head_c // 2) < 2:
+        if self.fitting(self.head_c + self.head_d, (self.head_c // 2, self.head_d)) < 2:
             raise ValueError(f"{self} leaves no room for two stages in shared memory")
 
     def slots_for(self, blocks: int, column_tiles: int) -> int:
@@ -127,9 +130,9 @@ class BackwardTiles:
         by_pairs = 0.06 * column_tiles * blocks / max(slots - blocks, 1)
         return math.ceil(max(by_columns, by_pairs)) + 1
 
-    def fitting(self, rows: int, staged: int) -> int:
-        """How many of `steps` stages of `rows` rows fit beside `staged` rows of output."""
-        free = SHARED_MEMORY - 2 * CONSUMERS * 2 * staged * STORE_COLUMNS
+    def fitting(self, rows: int, staged: tuple[int, int] = (0, 64)) -> int:
+        """How many of `steps` stages of `rows` rows fit beside tiles of `staged` outputs."""
+        free = SHARED_MEMORY - 2 * CONSUMERS * staged[0] * store_piece(staged[1])
         return min(self.steps, free // (2 * rows * self.stage))
 
 
@@ -172,7 +175,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     wide = even_tile(d, 256)
     tile_c = Tiles().exact.tile_c
     column_tiles = -(-v // tile_c)
-    most = max(2, min(48, column_tiles // 8))
+    most = max(2, min(60, column_tiles // 8))
     group, at_once = -(-n // fused_groups(n, v)), range(column_tiles, column_tiles + 1)
     return Tiles(
         sparse=BackwardTiles(hidden_d=wide, head_d=wide),
