@@ -362,15 +362,20 @@ def head_gradient(
     tiles: BackwardTiles,
     gathered: bool,
     carry: tuple[Any, bool, bool] | None = None,
+    after: Any = None,
     ctas: int,
     interpret: Any,
 ) -> None:
     """dc_ref [width or V, D] = Pᵀ·E + constant [D] for the columns of a chunk.
 
+    `after` is only there to be waited for: where dc_ref replaces something, XLA copies that first
+    if it cannot know that its other readers are done.
+
     `carry` = (low_ref, add, split) sums over calls in more than bfloat16: with `add` the result so
     far, dc_ref + low_ref, is added; with `split` low_ref receives what rounding cuts off dc_ref.
     """
     low_ref, add, split = carry or (jnp.zeros((16, 64), hidden.dtype), False, False)
+    after = jnp.zeros((8,), jnp.float32) if after is None else after
     d_tiles = pl.cdiv(hidden.shape[1], tiles.head_d)
     parts = tiles.tile_c // tiles.head_c
     half_c = tiles.head_c // 2
@@ -393,6 +398,7 @@ def head_gradient(
         chunk_gmem,
         dc_gmem,
         low_gmem,
+        _,
     ):
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
         member = lax.axis_index("member") if cluster > 1 else i32(0)
@@ -493,4 +499,5 @@ def head_gradient(
         chunk,
         dc_ref,
         low_ref,
+        after,
     )

@@ -271,6 +271,7 @@ class Loop:
                 self.p_ref, head, self.work, at, self.dh_ref, dense=not self.gathered, **same
             )
         if self.wanted.head:
+            same["after"] = self.dh_ref if self.wanted.hidden else None
             backward.head_gradient(
                 self.p_ref, saved.hidden, self.work, at, self.constant, dhead_ref, **same
             )

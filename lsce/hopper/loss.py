@@ -76,10 +76,12 @@ class Rows(NamedTuple):
 def compact(hidden: Float[Array, "N D"], labels: Int[Array, " N"]) -> Rows:
     n = labels.shape[0]
     rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
-    order = jnp.argsort(labels < 0, stable=True)
-    place = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
-    at = jnp.pad(order, (0, rows - n), constant_values=n)
-    live = (labels >= 0).sum(dtype=jnp.int32)
+    has_loss = labels >= 0
+    before = jnp.cumsum(has_loss, dtype=jnp.int32)
+    live = before[-1] if n else jnp.int32(0)
+    index = jnp.arange(n, dtype=jnp.int32)
+    place = jnp.where(has_loss, before - 1, live + index - before)
+    at = jnp.full(rows, n, jnp.int32).at[place].set(index, unique_indices=True)
     in_use = jnp.arange(rows) < live
     hidden = jnp.where(in_use[:, None], hidden.at[at].get(mode="fill", fill_value=0), 0)
     labels = jnp.where(in_use, labels.at[at].get(mode="fill", fill_value=-1), -1)
@@ -119,17 +121,33 @@ def lse_bound(call: Call, hidden, head, bias, labels, live) -> Float[Array, " ro
 
     They hold most of the probability of real text, at under a hundredth of the forward's price.
     """
-    y = jnp.sort(labels)
-    left = jnp.searchsorted(y, y, side="left")
-    count = jnp.searchsorted(y, y, side="right") - left
-    first = (left == jnp.arange(y.shape[0])) & (y >= 0)
-    hot = min(call.tiles.hot, y.shape[0])
-    ids = jnp.maximum(y[jnp.argsort(jnp.where(first, -count, 1), stable=True)[:hot]], 0)
-    limit = jnp.minimum(first.sum(dtype=jnp.int32), hot)
+    hot = min(call.tiles.hot, labels.shape[0])
+    ids, limit = most_frequent(labels, call.problem.v, hot)
     bias = None if bias is None else bias[ids]
     return run_forward(
         call, hidden, head[ids], bias, None, live, limit=limit, v=hot, stats=False
     ).lse
+
+
+def most_frequent(
+    labels: Int[Array, " rows"], v: int, most: int
+) -> tuple[Int[Array, " most"], Int[Array, ""]]:
+    """The `most` labels that occur most often, 0 after the last, and how many they are."""
+    # One integer to sort by: first the count, up to what has room beside the label, then the label.
+    room = v.bit_length()
+    top = (1 << 32 - room) - 1
+    safe = jnp.maximum(labels, 0)
+    count = jnp.zeros(v, jnp.uint32).at[safe].add(jnp.uint32(1))[safe]
+    key = (jnp.uint32(top) - jnp.minimum(count, jnp.uint32(top))) << room
+    key = jnp.where(labels >= 0, key | safe.astype(jnp.uint32), jnp.uint32(0xFFFFFFFF))
+    key = jnp.sort(key)
+    fresh = jnp.diff(key, prepend=~key[:1]) != 0
+    fresh &= key != jnp.uint32(0xFFFFFFFF)
+    rank = jnp.cumsum(fresh, dtype=jnp.int32) - 1
+    place = jnp.where(fresh, rank, most + jnp.arange(key.shape[0]))
+    label = (key & jnp.uint32((1 << room) - 1)).astype(jnp.int32)
+    ids = jnp.zeros(most, jnp.int32).at[place].set(label, mode="drop", unique_indices=True)
+    return ids, jnp.minimum(fresh.sum(dtype=jnp.int32), most)
 
 
 def results(

@@ -60,37 +60,36 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
     t, b = active.shape
     if b % group or slots < 2 * b or tiles < 2:
         raise ValueError(f"{slots=} and {tiles=} are too few for {b} blocks in groups of {group}")
-    of_tile = jnp.argsort(~active, axis=1, stable=True).astype(jnp.int32)
-    count = active.sum(1, dtype=jnp.int32)
+    tile = jnp.arange(t, dtype=jnp.int32)[:, None]
+    block = jnp.arange(b, dtype=jnp.int32)[None, :]
+    by_tile = jnp.cumsum(active, axis=1, dtype=jnp.int32)
+    by_block = jnp.cumsum(active, axis=0, dtype=jnp.int32)
+    count = by_tile[:, -1]
     groups = (count + group - 1) // group
     # A chunk is full when its slots or its tiles are: each tile costs the larger share, in units
     # of 1 / (spare · most), and the last tile may overshoot by itself.
     spare, most = slots - b, tiles - 1
     cost = jnp.where(count > 0, jnp.maximum(groups * group * most, spare), 0)
-    before = jnp.cumsum(cost) - cost
-    chunk = before // (spare * most)
+    chunk = (jnp.cumsum(cost) - cost) // (spare * most)
     used = (count > 0).sum(dtype=jnp.int32)
     chunks = jnp.where(used > 0, chunk[jnp.maximum(used - 1, 0)] + 1, 0)
     ids = jnp.arange(-(-t // most) + -(-(t * b) // spare) + 3)
-    first_tile = jnp.minimum(jnp.searchsorted(chunk, ids), used).astype(jnp.int32)
-    group_before = jnp.cumsum(groups) - groups
-    ends = jnp.append(group_before, groups.sum())
+    before = (chunk[None, :] < ids[:, None]).sum(1, dtype=jnp.int32)
+    first_tile = jnp.minimum(before, used)
+    ends = jnp.pad(jnp.cumsum(groups), (1, 0))
+    group_before = ends[:-1]
     first_item = ends[first_tile]
-    i = jnp.arange(t * (b // group))
-    tile = jnp.searchsorted(group_before + groups, i, side="right").astype(jnp.int32)
-    tile = jnp.minimum(tile, t - 1)
-    items = tile * b + (i - group_before[tile]) * group
-    slot = group_before * group
-    tile_slot = slot - (first_item * group)[chunk]
-    # Ranks of the blocks within their tile give the slots that a block's row visits.
-    rank = (
-        jnp.zeros((t, b), jnp.int32)
-        .at[jnp.arange(t)[:, None], of_tile]
-        .set(jnp.arange(b, dtype=jnp.int32)[None, :])
+    tile_slot = group * (group_before - first_item[chunk])
+    nth = jnp.arange(b // group, dtype=jnp.int32)[None, :]
+    items = _placed(
+        tile * b + nth * group, group_before[:, None] + nth, nth < groups[:, None], t * (b // group)
     )
-    of_block = jnp.argsort(~active.T, axis=1, stable=True).astype(jnp.int32)
-    of_block_slot = jnp.take_along_axis((tile_slot[:, None] + rank).T, of_block, axis=1)
-    seen = jnp.pad(jnp.cumsum(active, axis=0, dtype=jnp.int32), ((1, 0), (0, 0)))
+    rank = by_tile - 1
+    of_tile = _placed(jnp.broadcast_to(block, (t, b)), tile * b + rank, active, t * b).reshape(t, b)
+    # Only here are the blocks' rows the longer ones.
+    place = block * t + by_block - 1
+    of_block = _placed(jnp.broadcast_to(tile, (t, b)), place, active, b * t).reshape(b, t)
+    slot = _placed(tile_slot[:, None] + rank, place, active, b * t).reshape(b, t)
     return Work(
         chunks,
         first_tile,
@@ -98,11 +97,22 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
         first_item,
         of_tile,
         count,
-        tile_slot.astype(jnp.int32),
+        tile_slot,
         of_block,
-        of_block_slot,
-        seen[first_tile],
+        slot,
+        jnp.pad(by_block, ((1, 0), (0, 0)))[first_tile],
     )
+
+
+def _placed(values: Array, place: Array, valid: Array, size: int) -> Int[Array, " size"]:
+    """The valid values, each at its place, 0 elsewhere; all places differ.
+
+    One scatter instead of a sort or a binary search, which take a kernel for every step.
+    """
+    outside = size + jnp.arange(values.size).reshape(values.shape)
+    place = jnp.where(valid, place, outside).reshape(-1)
+    zeros = jnp.zeros(size, jnp.int32)
+    return zeros.at[place].set(values.reshape(-1), mode="drop", unique_indices=True)
 
 
 def whole(blocks: int, live: Int[Array, ""], tiles: int, *, slots: int, group: int) -> Work:

@@ -122,13 +122,15 @@ class BackwardTiles:
     def usual_chunks(self, pairs: tuple[int, int], slots: int) -> int:
         """How many chunks real text needs at the default filter, of (column tiles, blocks).
 
-        On Gemma 3 270M's activations 14% of the columns are active for some of 8,192 tokens, and
-        6% of the pairs (benchmarks/NOTES.md).
+        Fitted to what Gemma 3 270M's activations need (V = 256,000: 14% of the columns for 8,192
+        tokens, and 6% of the pairs) and SmolLM2 135M's (V = 49,152: 40% and 20%).
         """
         column_tiles, blocks = pairs
+        share = (2000 / column_tiles) ** 0.7 * (blocks / 64) ** 0.5
         by_columns = 0.14 * column_tiles / (self.width // self.tile_c - 1)
         by_pairs = 0.06 * column_tiles * blocks / max(slots - blocks, 1)
-        return math.ceil(max(by_columns, by_pairs)) + 1
+        most = column_tiles * blocks / max(slots - blocks, 1)
+        return math.ceil(min(0.8 * share * (by_columns + by_pairs), most))
 
     def fitting(self, rows: int, staged: tuple[int, int] = (0, 64)) -> int:
         """How many of `steps` stages of `rows` rows fit beside tiles of `staged` outputs."""
