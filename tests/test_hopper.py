@@ -282,6 +282,19 @@ def test_work_covers_the_active_pairs(density, group):
     check_work(work, active, 6, 24, group)
 
 
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize(("width", "slots"), [(256, 16), (768, 24), (768, 400), (2048, 24)])
+def test_chunks_stay_within_their_bound(density, width, slots):
+    sizes = tiles.BackwardTiles(width=width)
+    active = np.random.default_rng(0).random((40, 8)) < density
+    active = active[np.argsort(~active.any(1), kind="stable")]
+    work = plan.work(jnp.asarray(active), tiles=width // 128, slots=slots, group=2)
+    most = sizes.most_chunks(40, 8, slots)
+    assert work.chunks == most if density == 1 else work.chunks <= most
+    assert work.first_tile.shape[0] > most
+    assert 1 <= sizes.static_chunks(40, 8, slots, 64) <= most
+
+
 @pytest.mark.parametrize("live", [0, 1, 4, 5, 8])
 def test_whole_work_covers_the_live_blocks(live):
     active = np.broadcast_to(np.arange(8) < -(-live // 2) * 2, (13, 8))

@@ -100,9 +100,9 @@ def worth_filtering(problem: Problem) -> bool:
     """Whether the products that a filter saves take longer than the work of planning without them.
 
     Exact gradients cost about 3.4 more matmuls of 2·N·D·V operations; a filter leaves about 0.5 of
-    them and adds about two milliseconds of small kernels, whatever the size.
+    them and adds about 0.3 milliseconds of small kernels, whatever the size.
     """
-    return 2.9 * 2 * problem.n * problem.d * problem.v > 2e-3 * MATMUL_RATE
+    return 2.9 * 2 * problem.n * problem.d * problem.v > 3e-4 * MATMUL_RATE
 
 
 def _prepare(

@@ -1,9 +1,8 @@
 """The forward kernel: one pass over the vocabulary that leaves sums per token and never a logit.
 
-For a block of tokens and a stretch of the vocabulary a CTA keeps, in registers and in units of
-log2 (x = z·log2 e),
+For a block of tokens and a stretch of the vocabulary a CTA keeps, in registers,
 
-    m = max x,  l = Σ 2^(x−m),  s = Σ x,
+    m = max x,  l = Σ 2^(k(x−m)),  s = Σ x,      k·x = z·log2 e
 
 and, when asked, what the statistics and the backward need (see `Sums`). The stretches are joined
 afterwards by the log-sum-exp rule, which is a few kilobytes of work.
@@ -104,6 +103,8 @@ def forward(
     names += ["kept"] if marking else []
     names += ["squares"] if squares else []
     k_iters = pl.cdiv(d, tiles.tile_d)
+    # x is the product itself where that is enough, which saves a multiplication an element.
+    k = scale * LOG2E if bias is None and softcap is None and scale > 0.0 else 1.0
 
     def body(e_gmem, c_gmem, bias_gmem, thr_gmem, plan_gmem, *outputs):
         partial = dict(zip(names, outputs, strict=False))
@@ -165,7 +166,7 @@ def forward(
                 thr = None
                 if marking:
                     thr_ref = thr_gmem.at[pl.ds(row0, tiles.tile_n)]
-                    thr = plgpu.load(thr_ref, layout=ROW, optimized=False) * LOG2E
+                    thr = plgpu.load(thr_ref, layout=ROW, optimized=False) * (LOG2E / k)
 
                 def of_tile(vt, carry):
                     ring, old = carry
@@ -188,7 +189,7 @@ def forward(
                 column = functools.partial(
                     plgpu.broadcasted_iota, jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
                 )
-                x = acc * (scale * LOG2E)
+                x = acc if k != 1.0 else acc * (scale * LOG2E)
                 if bias is not None:
                     part = bias_gmem.at[pl.ds(col0, tiles.tile_v)]
                     part = plgpu.load(part, layout=COLUMN, optimized=False)
@@ -205,8 +206,8 @@ def forward(
                 new = {}
                 top = x.max(axis=1)
                 new["m"] = jnp.maximum(old["m"], top)
-                shrink = jnp.exp2(old["m"] - new["m"])
-                offset = x - wide(new["m"])
+                shrink = jnp.exp2((old["m"] - new["m"]) * k)
+                offset = x * k - wide(new["m"] * k)
                 p = jnp.exp2(offset)
                 new["l"] = old["l"] * shrink + p.sum(axis=1)
                 new["s"] = old["s"] + counted.sum(axis=1)
@@ -215,11 +216,11 @@ def forward(
                 if stats:
                     at = jnp.where(x == wide(top), column(), tiles.tile_v).min(axis=1) + col0
                     new["best"] = jnp.where(top > old["m"], at, old["best"])
-                    carried = old["w"] + (old["m"] - new["m"]) * old["l"]
+                    carried = old["w"] + (old["m"] - new["m"]) * k * old["l"]
                     new["w"] = carried * shrink + (p * offset).sum(axis=1)
                     new["q"] = old["q"] * shrink * shrink + (p * p).sum(axis=1)
                 if marking:
-                    bound = jnp.maximum(thr, new["m"] + drop * LOG2E)
+                    bound = jnp.maximum(thr, new["m"] + drop * LOG2E / k)
                     above = jnp.where(x > wide(bound), p, 0.0).sum(axis=1)
                     new["kept"] = old["kept"] * shrink + above
                     block = lax.div(row0, i32(tiles.tile_n))
@@ -258,7 +259,7 @@ def forward(
 
     part = {name: x[:, :n] for name, x in zip(names, outputs, strict=False)}
     valid = jnp.arange(most)[:, None] < splits
-    m = jnp.where(valid, part["m"], LOWEST)
+    m = jnp.where(valid, part["m"] * k, LOWEST)
     top = m.max(0)
     share_of = jnp.where(valid, jnp.exp2(m - top[None, :]), 0.0)
     total = lambda name: jnp.where(valid, part[name], 0.0)
@@ -273,8 +274,8 @@ def forward(
     if marking:
         extra["kept"] = (total("kept") * share_of).sum(0) / l
     if squares:
-        extra["mean_square_logit"] = total("squares").sum(0) * (LN2 * LN2 / v)
-    lse, mean_logit = (top + jnp.log2(l)) * LN2, total("s").sum(0) * (LN2 / v)
+        extra["mean_square_logit"] = total("squares").sum(0) * ((k * LN2) ** 2 / v)
+    lse, mean_logit = (top + jnp.log2(l)) * LN2, total("s").sum(0) * (k * LN2 / v)
     return Sums(lse, mean_logit, extra, outputs[-1] if marking else None)
 
 

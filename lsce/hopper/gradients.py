@@ -198,12 +198,13 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
             kept = kept + loop.mass(chunk, per_chunk)
         return dhead, dbias, kept
 
-    # After each step of a loop of unknown length the host looks at its condition while the GPU
-    # waits, so as many chunks as real text needs are a loop of known length, its last ones empty.
-    usual = tiles.usual_chunks(active.shape, slots)
+    shape = *active.shape, slots
+    static = tiles.static_chunks(*shape, d)
     carry = dhead, jnp.zeros(v if wanted.bias else 0), jnp.zeros_like(c.a)
-    carry = lax.fori_loop(0, usual, body, carry)
-    dhead, dbias, kept = lax.fori_loop(usual, jnp.maximum(work.chunks, usual), body, carry)
+    carry = lax.fori_loop(0, static, body, carry)
+    if static < tiles.most_chunks(*shape):
+        carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
+    dhead, dbias, kept = carry
     return Products(loop.dhidden(), dhead, dbias, kept)
 
 
