@@ -103,8 +103,11 @@ def forward(
     names += ["kept"] if marking else []
     names += ["squares"] if squares else []
     k_iters = pl.cdiv(d, tiles.tile_d)
-    # x is the product itself where that is enough, which saves a multiplication an element.
-    k = scale * LOG2E if bias is None and softcap is None and scale > 0.0 else 1.0
+    masked = limit is not None or v % tiles.tile_v != 0
+    # x is the product itself where that is enough, which saves a multiplication an element. Masked
+    # columns may be all that a maximum has seen, and k·LOWEST rounds too coarsely for a difference.
+    plain = bias is None and softcap is None and scale > 0.0 and not masked
+    k = scale * LOG2E if plain else 1.0
 
     def body(e_gmem, c_gmem, bias_gmem, thr_gmem, plan_gmem, *outputs):
         partial = dict(zip(names, outputs, strict=False))
@@ -189,7 +192,7 @@ def forward(
                 column = functools.partial(
                     plgpu.broadcasted_iota, jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
                 )
-                x = acc if k != 1.0 else acc * (scale * LOG2E)
+                x = acc if plain else acc * (scale * LOG2E)
                 if bias is not None:
                     part = bias_gmem.at[pl.ds(col0, tiles.tile_v)]
                     part = plgpu.load(part, layout=COLUMN, optimized=False)
@@ -199,7 +202,7 @@ def forward(
                     root = lax.rsqrt(jnp.exp2(x * (2.0 / softcap)) + 1.0)
                     x = root * root * (-2.0 * LOG2E * softcap) + LOG2E * softcap
                 counted = x
-                if limit is not None or v % tiles.tile_v:
+                if masked:
                     inside = column() < (v if limit is None else plan_gmem[2]) - col0
                     counted = jnp.where(inside, x, 0.0)
                     x = jnp.where(inside, x, LOWEST)
