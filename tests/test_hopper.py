@@ -24,6 +24,12 @@ CANDIDATE = Candidate("hopper", "interpreted", ("bfloat16",))
 H100 = "NVIDIA H100 80GB HBM3"
 
 
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 def problem(**changes) -> Problem:
     bf16 = np.dtype(jnp.bfloat16)
     base = Problem(
