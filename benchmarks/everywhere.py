@@ -12,6 +12,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from benchmarks import activations, cases, report, runner
 from benchmarks.inputs import Inputs
@@ -112,38 +113,26 @@ def measure(
                 dataclasses.replace(drawn, hidden=drawn.hidden[:n], labels=drawn.labels[:n])
             )
     frameworks = [JaxFramework(part) for part in parts]
-    # All at once, and nothing is timed meanwhile. optax's are left to compile alone: XLA tunes
-    # their products by trying.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda framework: framework.prepare(OURS), frameworks))
-    for framework, ours, part in zip(frameworks, compiled, parts, strict=True):
+        list(pool.map(lambda framework: framework.ahead([OURS]), frameworks))
+    for framework, part in zip(frameworks, parts, strict=True):
         print(f"  {part.case(name)} …", file=sys.stderr, flush=True)
         measured += runner.measure_runs(
-            _Ahead(framework, ours), part, name, (OURS, NAIVE), seconds=seconds, commit=commit
+            framework, part, name, (OURS, NAIVE), seconds=seconds, commit=commit
         )
     return measured
 
 
-class _Ahead:
-    """A framework whose run of ours is already compiled."""
-
-    def __init__(self, framework: runner.Framework, ours: runner.Prepared):
-        self._framework, self._ours = framework, ours
-        self.version, self.device = framework.version, framework.device
-        self.losses, self.wait, self.matmul = framework.losses, framework.wait, framework.matmul
-
-    def prepare(self, run: Run) -> runner.Prepared:
-        return self._ours if run == OURS else self._framework.prepare(run)
-
-
 def draw(case: cases.Case, folder: pathlib.Path | None) -> Inputs:
     """A case's inputs, made on JAX's device and left there."""
+    arrays: Any
     if folder is not None:
-        return Inputs("real", *activations.read(folder, v=case.v))
-    # Each preset at the vocabularies nearest to its own.
-    preset = "gemma" if case.v > 100_000 else "smollm"
-    kind = f"like {preset}"
-    return Inputs(kind, *activations.generate(preset, case.n, case.d, case.v))
+        kind, arrays = "real", activations.read(folder, v=case.v)
+    else:
+        # Each preset at the vocabularies nearest to its own.
+        preset = "gemma" if case.v > 100_000 else "smollm"
+        kind, arrays = f"like {preset}", activations.generate(preset, case.n, case.d, case.v)
+    return Inputs(kind, *arrays)
 
 
 def markdown(measured: Report) -> str:
@@ -151,10 +140,12 @@ def markdown(measured: Report) -> str:
     if not measured.rows:
         return "Nothing was measured.\n\n" + _skipped(measured.skipped)
     first = measured.rows[0]
+    commits = ", ".join(dict.fromkeys(row.commit for row in measured.rows))
+    # Of a case that was measured more than once the last counts.
     found = {(row.case, row.n, row.inputs, row.run.implementation): row for row in measured.rows}
     lines = [
         f"Loss and gradients, β = {SETTINGS.label_smoothing:g}, {first.dtype}; {first.device}, "
-        f"{first.framework}, commit {first.commit}, {first.time[:10]}. M is the bare product E·Cᵀ; "
+        f"{first.framework}, commit {commits}, {first.time[:10]}. M is the bare product E·Cᵀ; "
         "MB of 2²⁰ bytes beyond the arguments: temporary, and in all with the gradients.",
         "",
         "| case | N | D, V | inputs | M ms | optax × M | lsce × M | faster | optax MB | lsce MB |",

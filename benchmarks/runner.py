@@ -46,6 +46,9 @@ class Framework(Protocol):
         """Times the bare product of the inputs."""
         ...
 
+    def ahead(self, runs: Iterable[Run]) -> None:
+        """Does what can be done for all of these runs at once, while nothing is timed."""
+
     def prepare(self, run: Run) -> Prepared: ...
 
 
@@ -76,6 +79,9 @@ def measure_runs(
     commit = commit or current_commit()
     shape = inputs.case(case)
     report = Report()
+    framework.ahead(
+        run for run in runs if not framework.losses[run.implementation].refuses(run.settings)
+    )
     for run in runs:
         if reason := framework.losses[run.implementation].refuses(run.settings):
             report += Report(skipped=(Skipped(run, reason),))

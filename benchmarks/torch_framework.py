@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,9 @@ class TorchFramework:
     def matmul(self, seconds: float) -> Timing:
         with torch.no_grad():
             return measure(lambda: self.hidden @ self.head.T, self.wait, seconds=seconds)
+
+    def ahead(self, runs: Iterable[Run]) -> None:
+        """Nothing: compilation here is part of the first call."""
 
     def prepare(self, run: Run) -> Prepared:
         implementation = LOSSES[run.implementation]

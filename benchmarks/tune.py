@@ -47,31 +47,35 @@ AGREEMENT = 0.01
 # What to try
 
 
-def passes(stage: Stage, d: int) -> tuple[tuple[Axis, ...], ...]:
-    """The directions that each pass of a stage combines, for a hidden size."""
-    cluster = _axis("cluster", 1, 2)
+def passes(stage: Stage, start: Tiles, d: int) -> tuple[tuple[Axis, ...], ...]:
+    """The directions that each pass of a stage combines, for a hidden size.
+
+    They lead back to the values of `start`: those of a heuristic are like no table's.
+    """
+    part = getattr(start, stage)
+
+    def axis(name: str, *values: int) -> Axis:
+        return [{name: value} for value in sorted({*values, getattr(part, name)})]
+
+    cluster = axis("cluster", 1, 2)
     if stage == "forward":
         return (
-            (
-                _axis("tile_n", 64, 128),
-                _axis("tile_v", 128, 256),
-                _axis("steps", 3, 4, 6),
-                cluster,
-            ),
-            (_axis("tile_d", 32, 64), _axis("steps", 3, 4, 6, 8)),
+            (axis("tile_n", 64, 128), axis("tile_v", 128, 256), axis("steps", 3, 4, 6), cluster),
+            (axis("tile_d", 32, 64), axis("steps", 3, 4, 6, 8)),
         )
     covering = _covering(d)
-    products = (
-        _axis("tile_c", 128, 256),
-        _axis("hidden_d", *covering),
-        _axis("head_d", *covering),
-    )
-    ring = (_axis("steps", 3, 4, 6), cluster)
+    head = axis("tile_c", 128, 256), axis("head_c", 128, 256), axis("head_d", *covering)
+    hidden = axis("hidden_d", *covering), axis("hidden_splits", 1, 2)
+    ring = axis("steps", 3, 4, 6), cluster
     if stage == "sparse":
         # Both sizes of P's buffer, of which the larger counts: they meet at 8,192 tokens.
-        slots = [{"slots": 64 * k, "slots_per_block": k} for k in (10, 20, 40)]
-        return products, (_axis("width", 4096, 8192, 16384), slots), ring
-    return products, (_axis("slots_per_block", 16, 32, 64),), ring
+        here = part.slots, part.slots_per_block
+        slots = [
+            {"slots": slots, "slots_per_block": per_block}
+            for slots, per_block in sorted({*((64 * k, k) for k in (10, 20, 40)), here})
+        ]
+        return head, hidden, (axis("width", 4096, 8192, 16384), slots), ring
+    return head, hidden, (axis("slots_per_block", 16, 32, 44, 58),), ring
 
 
 def candidates[T: (ForwardTiles, BackwardTiles)](base: T, axes: Iterable[Axis]) -> list[T]:
@@ -84,10 +88,6 @@ def candidates[T: (ForwardTiles, BackwardTiles)](base: T, axes: Iterable[Axis]) 
         except ValueError:
             continue  # it does not fit the registers or the shared memory
     return list(found)
-
-
-def _axis(name: str, *values: int) -> Axis:
-    return [{name: value} for value in values]
 
 
 def _covering(d: int) -> list[int]:
@@ -136,7 +136,7 @@ def tune(
     best, trials = start, []
     for stage in stages:
         seen: dict[Tiles, Trial] = {}
-        for axes in passes(stage, d):
+        for axes in passes(stage, start, d):
             for part in candidates(getattr(best, stage), axes):
                 candidate = dataclasses.replace(best, **{stage: part})
                 if candidate not in seen:
@@ -253,7 +253,7 @@ def show(case: cases.Case, trials: list[Trial], console: Console | None = None) 
         group = [trial for trial in trials if trial.stage == stage]
         if not group:
             continue
-        axes = itertools.chain.from_iterable(passes(stage, case.d))
+        axes = itertools.chain.from_iterable(passes(stage, group[0].tiles, case.d))
         fields = list(dict.fromkeys(name for axis in axes for change in axis for name in change))
         table = Table(box=None, header_style="bold", title=f"{case}: {stage}", title_justify="left")
         for column in (*fields, "p50 ms", "× matmul", "temporary MB"):

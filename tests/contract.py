@@ -36,6 +36,7 @@ class Candidate:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     shapes: tuple[Shape, ...] = ((127, 72, 257), (64, 16, 128), (3, 5, 2))
     patch: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None
+    marks: tuple[pytest.MarkDecorator, ...] = ()
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.implementation, self.variant)))
@@ -46,6 +47,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "tile_size", lambda problem: chunked.Tile(64, 100))
 
 
+def in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's kernels on a CPU."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    monkeypatch.setattr(hopper, "_interpreter", (plgpu.InterpretGPUParams(), hopper.small_tiles()))
+
+
 CANDIDATES = (
     Candidate("reference"),
     Candidate("chunked"),
@@ -53,6 +61,16 @@ CANDIDATES = (
 )
 if hopper.tiles.family(jax.devices()[0].device_kind):
     CANDIDATES += (Candidate("hopper", dtypes=("bfloat16",)),)
+else:
+    CANDIDATES += (
+        Candidate(
+            "hopper",
+            "interpreted",
+            ("bfloat16",),
+            patch=in_interpreter,
+            marks=(pytest.mark.slow,),
+        ),
+    )
 
 
 class Inputs(NamedTuple):

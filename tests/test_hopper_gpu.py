@@ -300,7 +300,7 @@ def test_the_gradients_need_little_beyond_their_own_size(gradient_filter, most):
 
 
 def test_logits_would_be_seen_in_these_figures():
-    n, _, v = shape = (1024, 64, 16384)
+    n, _, v = shape = (8192, 64, 32_768)
     logits = n * v * 4 / MB
     assert sum(memory_of(loss("reference"), shape)) >= logits
     assert sum(memory_of(loss("chunked"), shape)) < logits

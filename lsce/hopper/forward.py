@@ -44,7 +44,7 @@ class Sums(NamedTuple):
 
 
 def _cost(blocks: Any, splits: Any, units: int) -> Any:
-    """Waves of a cut in ten thousandths of the whole vocabulary's, and a little for each stretch."""
+    """Waves of a cut, in ten thousandths of the whole, and a little for each stretch."""
     waves = (splits * blocks + units - 1) // units
     return waves * 10_000 // splits + waves * 40
 

@@ -198,11 +198,11 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
             kept = kept + loop.mass(chunk, per_chunk)
         return dhead, dbias, kept
 
-    shape = *active.shape, slots
-    static = tiles.static_chunks(*shape, d)
+    column_tiles = active.shape[0]
+    static = tiles.static_chunks(column_tiles, blocks, slots, d)
     carry = dhead, jnp.zeros(v if wanted.bias else 0), jnp.zeros_like(c.a)
     carry = lax.fori_loop(0, static, body, carry)
-    if static < tiles.most_chunks(*shape):
+    if static < tiles.most_chunks(column_tiles, blocks, slots):
         carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
     dhead, dbias, kept = carry
     return Products(loop.dhidden(), dhead, dbias, kept)
