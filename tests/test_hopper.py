@@ -16,8 +16,9 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 import lsce
 from lsce import hopper
 from lsce.hopper import fused, marks, plan, tiles
+from lsce.hopper.forward import Sums
 from lsce.hopper.gradients import Call
-from lsce.hopper.loss import token_losses
+from lsce.hopper.loss import most_frequent, places, token_losses
 from lsce.problem import Problem
 
 CANDIDATE = Candidate("hopper", "interpreted", ("bfloat16",))
@@ -331,3 +332,27 @@ def test_columns_are_permuted_so_that_tiles_are_shared():
     np.testing.assert_array_equal(pairs, padded.reshape(40, 8, 128).any(2).T)
     natural = np.pad(hit, ((0, 0), (0, 24))).reshape(40, 8, 128).any(2).sum()
     assert pairs.sum() < 0.6 * natural
+
+
+def test_tokens_that_need_the_same_columns_are_neighbours():
+    labels = np.array([3, -1, 4, 5, -1, 6, 7, 8], np.int32)
+    extra = {
+        "entropy": np.array([2.9, 0.0, 0.3, 2.1, np.nan, 0.9, np.nan, 99.0], np.float32),
+        "prediction": np.array([7, 0, 9, 7, 0, 2, 1, 0], np.int32),
+    }
+    zeros = jnp.zeros(8)
+    hot = Sums(zeros, zeros, jax.tree.map(jnp.asarray, extra), None)
+    place = np.asarray(places(jnp.asarray(labels), hot))
+    assert np.argsort(place).tolist() == [5, 2, 0, 3, 7, 6, 1, 4]
+    assert np.argsort(np.asarray(places(jnp.asarray(labels)))).tolist() == [0, 2, 3, 5, 6, 7, 1, 4]
+
+
+@pytest.mark.parametrize("v", [2, 1000, 262144])
+def test_hot_columns_are_the_most_frequent_labels(v):
+    rng = np.random.default_rng(0)
+    labels = np.where(rng.random(500) < 0.2, -1, (rng.zipf(1.3, 500) - 1) % v).astype(np.int32)
+    ids, count = most_frequent(jnp.asarray(labels), v, 64)
+    values, counts = np.unique(labels[labels >= 0], return_counts=True)
+    expected = values[np.lexsort((values, -counts))][:64]
+    assert count == len(expected)
+    np.testing.assert_array_equal(ids[: len(expected)], expected)

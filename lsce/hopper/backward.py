@@ -198,7 +198,9 @@ def probabilities(
             scratch={"p_smem": store_stage(HALF, tile_c, dtype)},
         )
 
-    bias_in = jnp.zeros((8,), jnp.float32) if bias is None else bias
+    # What stands in for an absent array is one that is there: a constant would be filled anew in
+    # every step of the loop over chunks.
+    bias_in = vectors.lse if bias is None else bias
     launch(
         body,
         (),
@@ -374,8 +376,8 @@ def head_gradient(
     `carry` = (low_ref, add, split) sums over calls in more than bfloat16: with `add` the result so
     far, dc_ref + low_ref, is added; with `split` low_ref receives what rounding cuts off dc_ref.
     """
-    low_ref, add, split = carry or (jnp.zeros((16, 64), hidden.dtype), False, False)
-    after = jnp.zeros((8,), jnp.float32) if after is None else after
+    low_ref, add, split = carry or (constant, False, False)
+    after = constant if after is None else after
     d_tiles = pl.cdiv(hidden.shape[1], tiles.head_d)
     parts = tiles.tile_c // tiles.head_c
     half_c = tiles.head_c // 2
@@ -457,16 +459,17 @@ def head_gradient(
                 out = acc + lax.broadcast_in_dim(row, acc.shape, [1])
                 first = (t - first_tile if gathered else t) * tiles.tile_c
                 first = first + part * tiles.head_c + wg * half_c
-                high, low = (x.at[pl.ds(first, half_c), columns] for x in (dc_gmem, low_gmem))
+                here = pl.ds(first, half_c), columns
                 if add:
-                    for so_far in (high, low):
+                    for so_far in (dc_gmem, low_gmem):
+                        so_far = so_far.at[here]
                         old = plgpu.load(so_far, layout=plgpu.Layout.WGMMA, optimized=False)
                         out = out + old.astype(jnp.float32)
                 rounded = out.astype(dtype)
-                store_tile(rounded, out_smem.at[wg], high)
+                store_tile(rounded, out_smem.at[wg], dc_gmem.at[here])
                 if split:
                     rest = (out - rounded.astype(jnp.float32)).astype(dtype)
-                    store_tile(rest, out_smem.at[wg], low)
+                    store_tile(rest, out_smem.at[wg], low_gmem.at[here])
                 return ring
 
             every_tile(visit, i32(0))

@@ -25,7 +25,7 @@ from lsce import formula
 from lsce.hopper import backward, plan
 from lsce.hopper.forward import LOG2E
 from lsce.hopper.gradients import Call
-from lsce.hopper.loss import lse_bound, results, run_forward, target_logit
+from lsce.hopper.loss import hot_sums, results, run_forward, target_logit
 from lsce.hopper.tiles import BLOCK, fused_groups
 
 SHIFT = 16.0
@@ -70,8 +70,7 @@ def _fwd(call: Call, hidden, head, labels, weights):
     w = jnp.pad(jnp.where(is_live, weights, 0.0), pad[0])
     poison = jnp.where(is_live, 0.0, weights * 0.0).sum()
     target = target_logit(call, e, head, None, y)
-    live = jnp.int32(rows)
-    r = jnp.maximum(lse_bound(call, e, head, None, y, live), target) + SHIFT
+    r = jnp.maximum(hot_sums(call, e, head, None, y, stats=False).lse, target) + SHIFT
     center = jnp.mean(head, axis=0, dtype=jnp.float32)
     mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
