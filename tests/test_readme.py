@@ -120,10 +120,14 @@ def test_every_name_exists():
 
 
 def test_every_command_parses():
-    from benchmarks import loss, table
+    from benchmarks import everywhere, loss, table
 
     (commands,) = re.findall(r"```sh\n(python -m benchmarks.*?)```", README, re.DOTALL)
-    parsers = {"benchmarks.loss": loss.parse, "benchmarks.table": table.parse}
+    parsers = {
+        "benchmarks.loss": loss.parse,
+        "benchmarks.table": table.parse,
+        "benchmarks.everywhere": everywhere.parse,
+    }
     for line in commands.splitlines():
         module, *flags = line.partition("#")[0].split()[2:]
         options = parsers[module](flags)
