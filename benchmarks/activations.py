@@ -77,9 +77,9 @@ PRESETS = {
 class Activations(NamedTuple):
     """One call's inputs."""
 
-    hidden: Float[Array, "N D"]
-    head: Float[Array, "V D"]
-    labels: Int[Array, " N"]
+    hidden: Float[Array | np.ndarray, "N D"]
+    head: Float[Array | np.ndarray, "V D"]
+    labels: Int[Array | np.ndarray, " N"]
 
 
 def generate(
@@ -163,7 +163,7 @@ def _orthonormal(key: Array, rows: int, d: int) -> Float[Array, "rows D"]:
     return jnp.linalg.qr(jax.random.normal(key, (d, rows)))[0].T
 
 
-def lift(x: Float[Array, "rows D"], d: int, *, seed: int = 0) -> Float[Array, "rows d"]:
+def lift(x: Float[np.ndarray, "rows D"], d: int, *, seed: int = 0) -> Float[np.ndarray, "rows d"]:
     """x times one random [D, d] matrix with orthonormal rows, in x's dtype.
 
     Lifting hidden and head with the same seed leaves every logit what it was, up to rounding, and
@@ -171,13 +171,12 @@ def lift(x: Float[Array, "rows D"], d: int, *, seed: int = 0) -> Float[Array, "r
     """
     if d < x.shape[1]:
         raise ValueError(f"{d=} must be at least D={x.shape[1]}")
-    basis = _orthonormal(jax.random.key(seed), x.shape[1], d)
-    product = jnp.matmul(x.astype(jnp.float32), basis, precision=jax.lax.Precision.HIGHEST)
-    return product.astype(x.dtype)
+    basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((d, x.shape[1])))[0].T
+    return (x.astype(np.float32) @ basis.astype(np.float32)).astype(x.dtype)
 
 
 def read(folder: pathlib.Path, *, n: int | None = None, v: int | None = None) -> Activations:
-    """A real model's activations, bfloat16, from a folder of .npy pieces.
+    """A real model's activations on the host, bfloat16, from a folder of .npy pieces.
 
     `hidden.npy` [N, D] uint16 holds bfloat16's bits, `labels.npy` [N] int32 the next tokens, and
     the head is Q8_0, what GGUF files store: `head_q0.npy`, `head_q1.npy`, … [rows, D] int8, in
@@ -210,7 +209,7 @@ def read(folder: pathlib.Path, *, n: int | None = None, v: int | None = None) ->
     inside = np.flatnonzero((labels >= 0) & (labels < len(head)))[:n]
     if n is not None and len(inside) < n:
         raise ValueError(f"{folder} has {len(inside)} tokens with labels < {len(head)}, not {n=}")
-    return Activations(*map(jnp.asarray, (hidden[inside], head, labels[inside])))
+    return Activations(hidden[inside], head, labels[inside])
 
 
 class ColumnStatistics(NamedTuple):
@@ -229,7 +228,10 @@ class ColumnStatistics(NamedTuple):
 
 
 def column_statistics(
-    hidden: Float[Array, "N D"], head: Float[Array, "V D"], *, eps: float = 2.0**-12
+    hidden: Float[Array | np.ndarray, "N D"],
+    head: Float[Array | np.ndarray, "V D"],
+    *,
+    eps: float = 2.0**-12,
 ) -> ColumnStatistics:
     """Measures where p > eps, a block of tokens at a time; a ragged last block is left out.
 

@@ -127,7 +127,9 @@ def draw(case: cases.Case, folder: pathlib.Path | None) -> Inputs:
     """A case's inputs, made on JAX's device and left there."""
     arrays: Any
     if folder is not None:
-        kind, arrays = "real", activations.read(folder, v=case.v)
+        import jax
+
+        kind, arrays = "real", jax.device_put(activations.read(folder, v=case.v))
     else:
         # Each preset at the vocabularies nearest to its own.
         preset = "gemma" if case.v > 100_000 else "smollm"

@@ -45,7 +45,7 @@ class Inputs:
 def make(kind: str, case: Case, dtype: str, seed: int = 0) -> Inputs:
     """Random inputs of a kind, one of `KINDS`, the same for the same seed."""
     if kind not in KINDS:
-        raise ValueError(f"no inputs {kind!r}; must be one of {', '.join(KINDS)}, or an .npz file")
+        raise ValueError(f"no inputs {kind!r}; must be {CHOICES}")
     hidden, head, labels = KINDS[kind](case, np.random.default_rng(seed))
     return _cast(kind, hidden, head, labels, dtype)
 
@@ -71,6 +71,8 @@ def peaked(case: Case, rng: np.random.Generator) -> Arrays:
 
 
 KINDS: dict[str, Callable[[Case, np.random.Generator], Arrays]] = {"flat": flat, "peaked": peaked}
+CHOICES = f"one of {', '.join(KINDS)}, an .npz file or a folder of activations"
+"""What `of` takes."""
 
 
 def save(inputs: Inputs, path: pathlib.Path) -> None:
@@ -111,13 +113,24 @@ def _cast(
 
 
 def of(name: str, case: Case, dtype: str, seed: int = 0) -> Inputs:
-    """Inputs by name for a case: a kind, or the path of an .npz file, cut to the case's N tokens.
+    """Inputs by name for a case: a kind, or the path of real ones, cut to the case's N tokens.
 
-    ValueError for a name that is neither, and for a file of another D or V or with fewer tokens.
+    That is an .npz file, or a folder for `benchmarks.activations.read`, whose activations are
+    lifted to the case's D. ValueError for a name that is neither, and for a file of another D or V
+    or with fewer tokens.
     """
-    if not name.endswith(".npz"):
+    path = pathlib.Path(name)
+    if path.is_dir():
+        from benchmarks import activations  # only here, as it imports JAX
+
+        hidden, head, labels = activations.read(path, n=case.n, v=case.v)
+        if hidden.shape[1] != case.d:
+            hidden, head = (activations.lift(np.asarray(x), case.d) for x in (hidden, head))
+        inputs = _cast("real", *map(np.asarray, (hidden, head, labels)), dtype)
+    elif path.suffix == ".npz":
+        inputs = load(path, dtype)
+    else:
         return make(name, case, dtype, seed)
-    inputs = load(pathlib.Path(name), dtype)
     cut = dataclasses.replace(
         inputs, hidden=inputs.hidden[: case.n], labels=inputs.labels[: case.n]
     )

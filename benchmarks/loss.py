@@ -112,8 +112,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--inputs",
         default="peaked",
-        help=f"{', '.join(inputs.KINDS)}, or an .npz file with hidden, head and labels; "
-        "default %(default)s",
+        help=f"{inputs.CHOICES}; default %(default)s",
     )
     add("--dtype", help="bfloat16 or float32; bfloat16 unless on a CPU")
     add("--seed", type=int, default=0, help="of the random inputs; default 0")

@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--inputs",
         default="peaked",
-        help=f"{', '.join(inputs.KINDS)}, or an .npz file; default %(default)s",
+        help=f"{inputs.CHOICES}; default %(default)s",
     )
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     add("--seed", type=int, default=0, help="of the random inputs; default 0")

@@ -359,8 +359,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--inputs",
         default="peaked",
-        help=f"{', '.join(inputs.KINDS)}, or an .npz file with hidden, head and labels; "
-        "default %(default)s",
+        help=f"{inputs.CHOICES}; default %(default)s",
     )
     add("--seconds", type=float, default=0.5, help="about how long to time each; default 0.5")
     add(

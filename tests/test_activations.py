@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import activations
+from benchmarks import activations, cases, inputs
 from benchmarks.activations import PRESETS, Statistics, column_statistics, generate, lift, read
 
 EPS = 2.0**-12
@@ -133,11 +133,11 @@ def test_no_class_is_drawn_twice_as_often_where_chunks_overlap(monkeypatch):
 
 def test_lift_keeps_every_logit():
     rng = np.random.default_rng(0)
-    hidden, head = (jnp.asarray(rng.standard_normal((m, 30), np.float32)) for m in (20, 100))
+    hidden, head = (rng.standard_normal((m, 30), np.float32) for m in (20, 100))
     lifted = lift(hidden, 80), lift(head, 80)
     assert [x.shape for x in lifted] == [(20, 80), (100, 80)]
     np.testing.assert_allclose(lifted[0] @ lifted[1].T, hidden @ head.T, rtol=1e-4, atol=1e-4)
-    assert lift(hidden.astype(jnp.bfloat16), 80).dtype == jnp.bfloat16
+    assert lift(hidden.astype(ml_dtypes.bfloat16), 80).dtype == ml_dtypes.bfloat16
     with pytest.raises(ValueError, match="d=29 must be at least D=30"):
         lift(hidden, 29)
 
@@ -208,3 +208,17 @@ def test_the_paper_shapes_trace_without_an_array_of_n_times_v():
     n, v = 32_768, 262_144
     traced = jax.make_jaxpr(lambda: generate("gemma", n, 4096, v))()
     assert max(sizes(traced.jaxpr)) <= v * 4096
+
+
+def test_pieces_are_inputs_of_a_case(pieces):
+    folder, hidden, head, labels = pieces
+    same = inputs.of(str(folder), cases.Case("same", 5, 64, 25), "bfloat16")
+    np.testing.assert_array_equal(same.hidden, hidden[:5])
+    hidden, head = hidden.astype(np.float32), head.astype(np.float32)
+    wide = inputs.of(str(folder), cases.Case("wide", 5, 128, 25), "bfloat16")
+    logits = hidden[:5] @ head.T
+    got = wide.hidden.astype(np.float32) @ wide.head.astype(np.float32).T
+    assert np.linalg.norm(got - logits) < 0.02 * np.linalg.norm(logits)
+    np.testing.assert_array_equal(wide.labels, labels[:5])
+    with pytest.raises(ValueError, match="not of"):
+        inputs.of(str(folder), cases.Case("more classes", 5, 64, 26), "bfloat16")
