@@ -100,7 +100,7 @@ def test_a_plain_file_is_cast_cut_and_named_after_itself(tmp_path: pathlib.Path)
 
 
 def test_wrong_inputs_are_refused_with_what_would_be_right(tmp_path: pathlib.Path):
-    with pytest.raises(ValueError, match="'spiky'; must be one of flat, peaked, an .npz file"):
+    with pytest.raises(ValueError, match=r"'spiky'; must be one of flat, peaked, an \.npz file"):
         inputs.of("spiky", SMALL, "float32")
     with pytest.raises(ValueError, match="'int8'; must be one of bfloat16, float32"):
         inputs.make("flat", SMALL, "int8")
