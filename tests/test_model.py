@@ -21,7 +21,15 @@ SHAPE = ModelConfig(
 
 @functools.cache
 def weights() -> nnx.State:
-    create = jax.jit(lambda key: nnx.state(Llama(SHAPE, rngs=nnx.Rngs(params=key))))
+    """Random in every leaf: a new model's blocks add nothing, and would hide what they do."""
+
+    @jax.jit
+    def create(key):
+        leaves, tree = jax.tree.flatten(nnx.state(Llama(SHAPE, rngs=nnx.Rngs(params=key))))
+        keys = jax.random.split(key, len(leaves))
+        noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(tree, [x + y for x, y in zip(leaves, noise, strict=True)])
+
     return create(jax.random.key(1))
 
 
@@ -228,3 +236,13 @@ def test_an_impossible_shape_is_refused(changes, message):
 
 def size(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def test_a_new_model_passes_its_embedding_on_and_its_logits_have_unit_variance():
+    model = Llama(SHAPE, rngs=nnx.Rngs(params=0))
+    batch = packed([[20]], length=20)
+    hidden = np.asarray(hidden_states(model, batch))
+    embedded = np.asarray(model.embedding.embedding[...])[batch["tokens"]]
+    norm = np.sqrt(np.mean(embedded**2, axis=-1, keepdims=True) + SHAPE.norm_epsilon)
+    np.testing.assert_allclose(hidden, embedded / norm, rtol=1e-4)
+    assert 0.7 < np.std(hidden @ np.asarray(model.head).T) < 1.4
