@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,10 +67,12 @@ def data(tokenizer) -> Data:
 
 @pytest.fixture(scope="module")
 def model(tokenizer) -> Llama:
-    """A model whose logits spread like those of a trained one: about 3, not 0.02."""
+    """A model whose blocks do something, and whose logits spread like those of a trained one."""
     shape = ModelConfig(tokenizer.vocab_size, 24, 1, 2, 1, 12, 32, dropout=0.5)
     model = Llama(shape, rngs=nnx.Rngs(params=0))
-    model.embedding.embedding[...] = model.embedding.embedding[...] * 30
+    model.embedding.embedding[...] = model.embedding.embedding[...] * 6
+    for linear in (model.blocks.attention.out, model.blocks.mlp.down):
+        linear.kernel[...] = jax.random.normal(jax.random.key(1), linear.kernel.shape) / 5
     return model
 
 

@@ -238,11 +238,11 @@ def size(state: nnx.State) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def test_a_new_model_passes_its_embedding_on_and_its_logits_have_unit_variance():
+def test_a_new_model_passes_its_embedding_on_and_its_logits_are_small():
     model = Llama(SHAPE, rngs=nnx.Rngs(params=0))
     batch = packed([[20]], length=20)
     hidden = np.asarray(hidden_states(model, batch))
     embedded = np.asarray(model.embedding.embedding[...])[batch["tokens"]]
     norm = np.sqrt(np.mean(embedded**2, axis=-1, keepdims=True) + SHAPE.norm_epsilon)
     np.testing.assert_allclose(hidden, embedded / norm, rtol=1e-4)
-    assert 0.7 < np.std(hidden @ np.asarray(model.head).T) < 1.4
+    assert 0.4 < np.std(hidden @ np.asarray(model.head).T) < 0.8

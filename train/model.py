@@ -195,8 +195,9 @@ def apply_rope(
 
 
 def _table_init(config: ModelConfig) -> jax.nn.initializers.Initializer:
-    # The last norm leaves hidden states of size √D, so that logits begin with variance 1.
-    return jax.nn.initializers.normal(config.hidden_size**-0.5)
+    # The last norm leaves hidden states of size √D, so that logits begin with deviation 1/2, and a
+    # tied head, whose first guess is the token that it sees, with no more than √D/2 nats for it.
+    return jax.nn.initializers.normal(0.5 * config.hidden_size**-0.5)
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
