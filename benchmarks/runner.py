@@ -13,7 +13,7 @@ from benchmarks.inputs import Inputs
 from benchmarks.memory import ExtraMemory
 from benchmarks.report import Report, Row, Skipped, options
 from benchmarks.settings import PRODUCTS, Implementation, Run, Settings
-from benchmarks.timing import Timing, measure, tflops
+from benchmarks.timing import beside, tflops
 
 
 class Prepared(NamedTuple):
@@ -42,8 +42,8 @@ class Framework(Protocol):
     def wait(self, result: Any) -> None:
         """Blocks until the result of a call is there."""
 
-    def matmul(self, seconds: float) -> Timing:
-        """Times the bare product of the inputs."""
+    def product(self) -> Any:
+        """Starts the bare product of the inputs; `wait` waits for it."""
         ...
 
     def ahead(self, runs: Iterable[Run]) -> None:
@@ -88,9 +88,9 @@ def measure_runs(
             continue
         announce(f"{run.implementation} {run.mode} {options(run)}")
         try:
-            bare = framework.matmul(seconds / 4)  # beside each run, as clocks drift
             prepared = framework.prepare(run)
-            timing = measure(prepared.call, framework.wait, seconds=seconds)
+            both = prepared.call, framework.product
+            timing, bare = beside(both, framework.wait, seconds=seconds)
             result = prepared.call()
             loss = prepared.loss(result)
             errors = {}

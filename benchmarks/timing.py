@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,16 +41,32 @@ def measure(
       warmup: untimed calls first, at least one.
       seconds: about how long to measure; at least 5 samples are taken, and at most 20.
     """
+    return beside([call], wait, warmup=warmup, seconds=seconds)[0]
+
+
+def beside(
+    calls: Sequence[Callable[[], Any]],
+    wait: Callable[[Any], Any] | None = None,
+    *,
+    warmup: int = 3,
+    seconds: float = 2.0,
+) -> list[Timing]:
+    """Times calls in turn, a sample of each, so that all see the same clocks.
+
+    An accelerator at its power limit slows down within a tenth of a second of work: a call timed
+    after a pause looks faster than it is beside one timed under load. `seconds` is for each.
+    """
     if warmup < 1:
         raise ValueError(f"{warmup=}; at least one call must compile and fill the caches")
     if wait is None:
         import jax
 
         wait = jax.block_until_ready
-    for _ in range(warmup):
-        wait(call())
+    for call in calls:
+        for _ in range(warmup):
+            wait(call())
 
-    def sample(launches: int) -> float:
+    def sample(call: Callable[[], Any], launches: int) -> float:
         start = time.perf_counter()
         result = None
         for _ in range(launches):
@@ -58,17 +74,26 @@ def measure(
         wait(result)
         return (time.perf_counter() - start) / launches
 
-    once = sample(1)
-    launches = round(min(max(min(SAMPLE_SECONDS, seconds / 5) / once, 1), 1000))
-    samples = round(min(max(seconds / (launches * once), 5), 20))
-    p20, p50, p80 = np.percentile([sample(launches) for _ in range(samples)], (20, 50, 80)) * 1e3
-    return Timing(float(p20), float(p50), float(p80), samples, launches)
+    once = [sample(call, 1) for call in calls]
+    longest = min(SAMPLE_SECONDS, seconds / 5)
+    launches = [round(min(max(longest / each, 1), 1000)) for each in once]
+    slowest = max(each * count for each, count in zip(once, launches, strict=True))
+    samples = round(min(max(seconds / slowest, 5), 20))
+    times = [
+        [sample(call, count) for call, count in zip(calls, launches, strict=True)]
+        for _ in range(samples)
+    ]
+    percentiles = np.percentile(times, (20, 50, 80), axis=0).T * 1e3
+    return [
+        Timing(float(p20), float(p50), float(p80), samples, count)
+        for (p20, p50, p80), count in zip(percentiles, launches, strict=True)
+    ]
 
 
-def matmul(hidden: Any, head: Any, *, seconds: float = 2.0) -> Timing:
-    """Times the bare product E·Cᵀ of JAX arrays [N, D] and [V, D], written out in their dtype."""
-    product = _product()
-    return measure(lambda: product(hidden, head), seconds=seconds)
+def product(hidden: Any, head: Any) -> Callable[[], Any]:
+    """The bare product E·Cᵀ of JAX arrays [N, D] and [V, D], written out in their dtype."""
+    compiled = _product()
+    return lambda: compiled(hidden, head)
 
 
 @functools.cache

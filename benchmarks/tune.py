@@ -202,9 +202,9 @@ class Bench:
     def __call__(self, stage: Stage, chosen: Tiles) -> Trial:
         try:
             compiled = jax.jit(program(stage, self.problem, chosen)).lower(*self.arrays).compile()
-            bare = timing.matmul(*self.arrays[:2], seconds=self.seconds / 4)
             call = functools.partial(compiled, *self.arrays)
-            time = timing.measure(call, seconds=self.seconds)
+            both = call, timing.product(*self.arrays[:2])
+            time, bare = timing.beside(both, seconds=self.seconds)
             results = tuple(float(_norm(x)) for x in jax.tree.leaves(call()))
         except Exception as error:
             # Tracing, Mosaic GPU, ptxas and the driver each refuse in their own way.

@@ -164,8 +164,26 @@ def test_the_timer_wants_a_warm_up():
         timing.measure(lambda: None, lambda result: None, warmup=0)
 
 
-def test_the_matmul_is_timed_and_counted():
-    measured = timing.matmul(jnp.ones((8, 4)), jnp.ones((16, 4)), seconds=0.01)
+def test_calls_beside_each_other_take_turns(monkeypatch: pytest.MonkeyPatch):
+    clock, turns = 0.0, []
+
+    def call(name: str, duration: float) -> None:
+        nonlocal clock
+        clock += duration
+        turns.append(name)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    calls = functools.partial(call, "a", 0.02), functools.partial(call, "b", 0.05)
+    a, b = timing.beside(calls, lambda result: None, warmup=1, seconds=0.5)
+    assert (a.launches, a.samples, b.launches, b.samples) == (5, 5, 2, 5)
+    assert (a.p50_ms, b.p50_ms) == pytest.approx((20, 50))
+    assert "".join(turns) == "ab" + "ab" + 5 * "aaaaabb"
+
+
+def test_the_product_is_timed_and_counted():
+    product = timing.product(jnp.ones((8, 4)), jnp.ones((16, 4)))
+    np.testing.assert_array_equal(product(), np.full((8, 16), 4.0))
+    measured = timing.measure(product, seconds=0.01)
     assert 0 < measured.p20_ms <= measured.p50_ms <= measured.p80_ms
     # Two operations for each of N·D·V multiplications.
     assert timing.tflops(1000, 1000, 1000, 1.0) == pytest.approx(2.0)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce.hopper import marks
+from lsce.hopper import marks, prediction
 from lsce.hopper.engine import COLUMN, ROW, Stream, i32, launch, run, share
 from lsce.hopper.tiles import ForwardTiles
 
@@ -217,8 +217,9 @@ def forward(
                 if squares:
                     new["squares"] = old["squares"] + (counted * counted).sum(axis=1)
                 if stats:
-                    at = jnp.where(x == wide(top), column(), tiles.tile_v).min(axis=1) + col0
-                    new["best"] = jnp.where(top > old["m"], at, old["best"])
+                    new["best"] = prediction.update(
+                        old["best"], x, top, old["m"], col0, interpret=interpret is not None
+                    )
                     carried = old["w"] + (old["m"] - new["m"]) * k * old["l"]
                     new["w"] = carried * shrink + (p * offset).sum(axis=1)
                     new["q"] = old["q"] * shrink * shrink + (p * p).sum(axis=1)
