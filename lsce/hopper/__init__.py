@@ -150,9 +150,16 @@ def interpreted(*, detect_races: bool = False, tiles: tiles.Tiles | None = None)
 def small_tiles() -> tiles.Tiles:
     """The smallest tiles: several of each even in a tiny problem."""
     sparse = tiles.BackwardTiles(
-        width=256, slots=8, slots_per_block=2, hidden_d=64, head_d=64, steps=2, cluster=1
+        width=256,
+        slots=8,
+        slots_per_block=2,
+        hidden_d=64,
+        hidden_splits=2,
+        head_d=64,
+        steps=2,
+        cluster=1,
     )
-    exact = dataclasses.replace(sparse, slots_per_block=2, tile_c=256, hidden_splits=2)
+    exact = dataclasses.replace(sparse, slots_per_block=2, tile_c=256)
     return tiles.Tiles(
         forward=tiles.ForwardTiles(tile_v=128, steps=2, cluster=1),
         sparse=sparse,

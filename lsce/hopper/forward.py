@@ -208,6 +208,11 @@ def forward(
                     x = jnp.where(inside, x, LOWEST)
                 new = {}
                 top = x.max(axis=1)
+                if stats:
+                    # Here, where no more than x is alive across its branches.
+                    new["best"] = prediction.update(
+                        old["best"], x, top, old["m"], col0, interpret=interpret is not None
+                    )
                 new["m"] = jnp.maximum(old["m"], top)
                 shrink = jnp.exp2((old["m"] - new["m"]) * k)
                 offset = x * k - wide(new["m"] * k)
@@ -217,9 +222,6 @@ def forward(
                 if squares:
                     new["squares"] = old["squares"] + (counted * counted).sum(axis=1)
                 if stats:
-                    new["best"] = prediction.update(
-                        old["best"], x, top, old["m"], col0, interpret=interpret is not None
-                    )
                     carried = old["w"] + (old["m"] - new["m"]) * k * old["l"]
                     new["w"] = carried * shrink + (p * offset).sum(axis=1)
                     new["q"] = old["q"] * shrink * shrink + (p * p).sum(axis=1)

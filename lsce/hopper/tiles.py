@@ -190,8 +190,10 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     group, at_once = -(-n // fused_groups(n, v)), range(column_tiles, column_tiles + 1)
     # Gathered rows of the head: about 38 MB, but never more than a quarter of it.
     width = max(min(19_000_000 // d, v // 4) // 512, 4) * 512
+    # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
+    splits = min(max(ctas // (-(-n // BLOCK) * -(-d // wide) or 1), 1), 4)
     return Tiles(
-        sparse=BackwardTiles(width=width, hidden_d=wide, head_d=wide),
+        sparse=BackwardTiles(width=width, hidden_d=wide, head_d=wide, hidden_splits=splits),
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas),
     )
