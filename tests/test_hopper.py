@@ -225,6 +225,14 @@ def words_of(hit: np.ndarray) -> np.ndarray:
     return words.view(np.int32)
 
 
+@pytest.mark.parametrize(
+    ("n", "d", "splits"), [(2048, 576, 2), (8192, 576, 1), (2048, 4096, 1), (1, 64, 4), (0, 64, 4)]
+)
+def test_few_tokens_have_their_gradient_cut_into_sums(n, d, splits):
+    """16 blocks of 3 tiles leave room for a second sum on 132 SMs; 256 tiles need none."""
+    assert tiles.heuristic(n, d, 49152, 132).sparse.hidden_splits == splits
+
+
 def test_marks_unpack_to_the_columns_they_mean():
     hit = np.random.default_rng(0).random((3, 384)) < 0.05
     np.testing.assert_array_equal(marks.unpack(jnp.asarray(words_of(hit)), 380), hit[:, :380])

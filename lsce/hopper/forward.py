@@ -10,7 +10,6 @@ afterwards by the log-sum-exp rule, which is a few kilobytes of work.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -189,9 +188,6 @@ def forward(
             def update(acc, vt, row0, thr, old):
                 wide = lambda row: lax.broadcast_in_dim(row, acc.shape, [0])
                 col0 = vt * tiles.tile_v
-                column = functools.partial(
-                    plgpu.broadcasted_iota, jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
-                )
                 x = acc if plain else acc * (scale * LOG2E)
                 if bias is not None:
                     part = bias_gmem.at[pl.ds(col0, tiles.tile_v)]
@@ -203,7 +199,10 @@ def forward(
                     x = root * root * (-2.0 * LOG2E * softcap) + LOG2E * softcap
                 counted = x
                 if masked:
-                    inside = column() < (v if limit is None else plan_gmem[2]) - col0
+                    column = plgpu.broadcasted_iota(
+                        jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
+                    )
+                    inside = column < (v if limit is None else plan_gmem[2]) - col0
                     counted = jnp.where(inside, x, 0.0)
                     x = jnp.where(inside, x, LOWEST)
                 new = {}

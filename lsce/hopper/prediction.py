@@ -1,9 +1,9 @@
 """The class of the highest logit, looked for only where a tile holds a new maximum.
 
 Over a stretch of T tiles a row's maximum moves about ln T times. To compare every element with it
-in every tile would cost as much as the exponentials, so a warp looks only if one of its 16 rows has
-a new one; in the WGMMA layout (see `marks`) that takes nothing from other threads but a minimum
-over the four lanes that share a row.
+in every tile would cost as much as the exponentials, so a warp looks only if one of 8 rows has a
+new one; in the WGMMA layout (see `marks`) that takes nothing from other threads but a minimum over
+the four lanes that share a row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf, vector
 
-ROW = plgpu.Layout.WGMMA.reduce(1)
+from lsce.hopper.engine import ROW
 
 
 def update(best, x, top, before, column0, *, interpret: bool) -> Any:
@@ -41,18 +41,15 @@ def update(best, x, top, before, column0, *, interpret: bool) -> Any:
     def device_update(_, best, x, top, before, column0):
         i32 = ir.IntegerType.get_signless(32)
         const = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value))
-        only = lambda reg: vector.extract(
-            reg, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0])
-        )
-        at = lambda reg, i: vector.extract(
+        at = lambda reg, i=0: vector.extract(
             reg, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
         )
         out = best.registers.copy()
         lane = arith.andi(mgpu_utils.thread_idx(), const(3))
         first = arith.addi(arith.shli(lane, const(1)), column0.registers.item())
         for row in [(i, 0, h, 0, 0) for i in range(rows // 64) for h in range(2)]:
-            highest = only(top.registers[row])
-            new = arith.cmpf(arith.CmpFPredicate.OGT, highest, only(before.registers[row]))
+            highest = at(top.registers[row])
+            new = arith.cmpf(arith.CmpFPredicate.OGT, highest, at(before.registers[row]))
             # The same for the four lanes of a row; a warp passes by if it is so for none.
             found: Any = scf.IfOp(new, [i32], has_else=True)
             with ir.InsertionPoint(found.then_block):
@@ -68,7 +65,7 @@ def update(best, x, top, before, column0, *, interpret: bool) -> Any:
             place = found.result
             for distance in (1, 2):
                 place = arith.minsi(place, mgpu_utils.shfl_bfly(place, distance))
-            kept = only(best.registers[row])
+            kept = at(best.registers[row])
             out[row] = vector.broadcast(best.registers[row].type, arith.select(new, place, kept))
         return FragmentedArray(_registers=out, _layout=best.layout, _is_signed=best.is_signed)
 
