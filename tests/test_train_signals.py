@@ -21,6 +21,15 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back(signum):
     assert [signal.getsignal(s) for s in SIGNALS] == before
 
 
+@pytest.fixture
+def interrupt_raises():
+    """A shell starts what it puts into the background with SIGINT ignored, these tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupt_raises")
 def test_a_second_signal_does_not_wait():
     with stop_requests() as stop:
         signal.raise_signal(signal.SIGTERM)
