@@ -5,6 +5,12 @@ themselves (`lsce.api` with `lsce.problem`, `lsce.order`, `lsce.calibration`) ch
 by hand, with messages for users, and the tests must see those.
 """
 
+import os
+
+# The kernels' interpreter blocks a thread of XLA's pool for every warpgroup that waits: with no
+# more threads than a small machine's cores it stands still for ever. Read when XLA starts.
+os.environ.setdefault("NPROC", "16")
+
 import jax
 import jaxtyping
 import pytest

@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
 from lsce import hopper
-from lsce.hopper import fused, marks, plan, tiles
+from lsce.hopper import fused, marks, plan, stretches, tiles
 from lsce.hopper.forward import Sums
 from lsce.hopper.gradients import Call
 from lsce.hopper.loss import most_frequent, places, token_losses
@@ -233,6 +233,33 @@ def test_few_tokens_have_their_gradient_cut_into_sums(n, d, splits):
     assert tiles.heuristic(n, d, 49152, 132).sparse.hidden_splits == splits
 
 
+@pytest.mark.parametrize("tiles_", [1, 7, 192, 1000])
+@pytest.mark.parametrize("blocks", [0, 1, 5, 8, 32, 40, 65, 66, 67, 130])
+@pytest.mark.parametrize("units", [2, 66])
+def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units):
+    most = stretches.most_splits(blocks, tiles_, units)
+    cut = stretches.cut(blocks, tiles_, units, most)
+    at_most = blocks // units + blocks + 2
+    unit, i = np.meshgrid(np.arange(units), np.arange(at_most), indexing="ij")
+    unit, i = jnp.asarray(unit, jnp.int32), jnp.asarray(i, jnp.int32)
+    count, item = stretches.items(cut, tiles_, unit, units)
+    slot, block, first, after = (np.asarray(x)[np.asarray(i < count)] for x in item(i))
+    assert np.asarray(count).max() <= at_most
+
+    covered = np.zeros((blocks, tiles_), int)
+    for b, f, a in zip(block, first, after, strict=True):
+        covered[b, f:a] += 1
+    np.testing.assert_array_equal(covered, 1)
+    parts = np.asarray(stretches.parts(cut, jnp.arange(blocks, dtype=jnp.int32), units))
+    for b in range(blocks):
+        assert sorted(slot[block == b]) == list(range(parts[b]))
+    assert parts.max(initial=0) <= stretches.slots(most)
+    load = np.zeros(units, int)
+    np.add.at(load, np.asarray(unit)[np.asarray(i < count)], after - first)
+    if cut.rest == 0 or cut.splits == units // cut.rest:
+        assert load.max() <= blocks * tiles_ / units + 2
+
+
 def test_marks_unpack_to_the_columns_they_mean():
     hit = np.random.default_rng(0).random((3, 384)) < 0.05
     np.testing.assert_array_equal(marks.unpack(jnp.asarray(words_of(hit)), 380), hit[:, :380])
@@ -307,7 +334,7 @@ def test_chunks_stay_within_their_bound(density, width, slots):
     most = sizes.most_chunks(40, 8, slots)
     assert work.chunks == most if density == 1 else work.chunks <= most
     assert work.first_tile.shape[0] > most
-    assert 1 <= sizes.static_chunks(40, 8, slots, 64) <= most
+    assert 1 <= sizes.static_chunks(40, 8, slots) <= most
 
 
 @pytest.mark.parametrize("live", [0, 1, 4, 5, 8])

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce.hopper import marks, prediction
-from lsce.hopper.engine import COLUMN, ROW, Stream, i32, launch, run, share
+from lsce.hopper import marks, prediction, stretches
+from lsce.hopper.engine import COLUMN, ROW, Stream, i32, launch, run
 from lsce.hopper.tiles import ForwardTiles
 
 LOG2E = math.log2(math.e)
@@ -40,26 +40,6 @@ class Sums(NamedTuple):
     marks `kept`, the mass of the elements above the filter; with squares `mean_square_logit`."""
     marks: Int[Array, "blocks 4 words"] | None
     """`marks.unpack` says what they mean; one block is `tile_n` tokens."""
-
-
-def _cost(blocks: Any, splits: Any, units: int) -> Any:
-    """Waves of a cut, in ten thousandths of the whole, and a little for each stretch."""
-    waves = (splits * blocks + units - 1) // units
-    return waves * 10_000 // splits + waves * 40
-
-
-def splits_for(blocks: int, units: int, most: int) -> int:
-    """Into how many stretches to cut the vocabulary so that `units` CTAs or clusters stay busy.
-
-    The fewest whose last wave is nearly full.
-    """
-    return min(range(1, most + 1), key=lambda splits: _cost(max(blocks, 1), splits, units))
-
-
-def traced_splits(blocks: Int[Array, ""], units: int, most: int) -> Int[Array, ""]:
-    """`splits_for` of a number of blocks that is known on the device only."""
-    candidates = jnp.arange(1, most + 1, dtype=jnp.int32)
-    return candidates[jnp.argmin(_cost(jnp.maximum(blocks, 1), candidates, units))]
 
 
 def forward(
@@ -92,10 +72,9 @@ def forward(
     units = max(ctas // tiles.cluster, 1)
     blocks = pl.cdiv(n, unit)
     v_tiles = pl.cdiv(v, tiles.tile_v)
-    # Tokens without a loss make fewer blocks and longer cuts, within memory for a few kilobytes.
-    most = min(units, v_tiles, max(8, splits_for(blocks, units, units)))
-    live_blocks = (live + unit - 1) // unit
-    splits = traced_splits(live_blocks, units, most)
+    most = stretches.most_splits(blocks, v_tiles, units)
+    slots = stretches.slots(most)
+    cut = stretches.cut((live + unit - 1) // unit, v_tiles, units, most)
     marking = threshold is not None
     names = ["m", "l", "s"]
     names += ["best", "w", "q"] if stats else []
@@ -113,18 +92,17 @@ def forward(
         marks_gmem = outputs[-1] if marking else None
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
         member = lax.axis_index("member") if tiles.cluster > 1 else i32(0)
-        live_blocks, splits = plan_gmem[0], plan_gmem[1]
+        cut = stretches.Stretches(*(plan_gmem[i] for i in range(4)))
 
         def items(visit, carry):
-            def item(i, carry):
-                at = cta + i * num
-                split = lax.div(at, live_blocks)
-                first = lax.div(split * v_tiles, splits)
-                last = lax.div((split + 1) * v_tiles, splits)
-                row0 = (lax.rem(at, live_blocks) * tiles.cluster + member) * tiles.block
-                return visit((split, row0, first, last), carry)
+            count, of = stretches.items(cut, v_tiles, cta, num)
 
-            return lax.fori_loop(0, share(live_blocks * splits, num, cta), item, carry)
+            def item(i, carry):
+                slot, block, first, last = of(i)
+                row0 = (block * tiles.cluster + member) * tiles.block
+                return visit((slot, row0, first, last), carry)
+
+            return lax.fori_loop(0, count, item, carry)
 
         def every_tile(visit, carry):
             def of_item(item, carry):
@@ -163,7 +141,7 @@ def forward(
             )
 
             def of_item(item, ring):
-                split, row0, first, last = item
+                slot, row0, first, last = item
                 row0 = row0 + wg * tiles.tile_n
                 thr = None
                 if marking:
@@ -182,7 +160,7 @@ def forward(
                     start["best"] = fill(0, jnp.int32)
                 ring, sums = lax.fori_loop(first, last, of_tile, (ring, start))
                 for name in names:
-                    partial[name][split, pl.ds(row0, tiles.tile_n)] = sums[name]
+                    partial[name][slot, pl.ds(row0, tiles.tile_n)] = sums[name]
                 return ring
 
             def update(acc, vt, row0, thr, old):
@@ -202,7 +180,7 @@ def forward(
                     column = plgpu.broadcasted_iota(
                         jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
                     )
-                    inside = column < (v if limit is None else plan_gmem[2]) - col0
+                    inside = column < (v if limit is None else plan_gmem[4]) - col0
                     counted = jnp.where(inside, x, 0.0)
                     x = jnp.where(inside, x, LOWEST)
                 new = {}
@@ -238,7 +216,7 @@ def forward(
 
     padded = blocks * unit
     out_type = [
-        jax.ShapeDtypeStruct((most, padded), jnp.int32 if x == "best" else jnp.float32)
+        jax.ShapeDtypeStruct((slots, padded), jnp.int32 if x == "best" else jnp.float32)
         for x in names
     ]
     if marking:
@@ -259,11 +237,13 @@ def forward(
         head,
         bias_in,
         thr_in,
-        jnp.stack([live_blocks.astype(jnp.int32), splits, i32(v if limit is None else limit)]),
+        jnp.stack([*cut, i32(v if limit is None else limit)]),
     )
 
     part = {name: x[:, :n] for name, x in zip(names, outputs, strict=False)}
-    valid = jnp.arange(most)[:, None] < splits
+    parts = stretches.parts(cut, jnp.arange(blocks, dtype=jnp.int32), units)
+    parts = jnp.broadcast_to(parts[:, None], (blocks, unit)).reshape(padded)[:n]
+    valid = jnp.arange(slots)[:, None] < parts[None, :]
     m = jnp.where(valid, part["m"] * k, LOWEST)
     top = m.max(0)
     share_of = jnp.where(valid, jnp.exp2(m - top[None, :]), 0.0)

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula
-from lsce.hopper import backward, plan
+from lsce.hopper import backward, plan, transfer
 from lsce.hopper.forward import LOG2E, LOWEST, Sums
 from lsce.hopper.tiles import BLOCK, BackwardTiles, Tiles
 from lsce.problem import Problem
@@ -175,37 +175,39 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     order = jnp.pad(columns.order, (0, tiles.width), constant_values=head_rows)
     loop = Loop(call, saved, c, wanted, tiles, slots, work, target, gathered=True)
     bias = _bias(saved)
-    dhead = ()
+    shared: dict[str, Any] = {"ctas": call.ctas, "interpret": call.interpret}
+    part_ref = jax.new_ref(lax.empty((tiles.width, d), saved.head.dtype))
+    dhead_ref = jax.new_ref(
+        lax.empty(saved.head.shape if wanted.head else (16, d), saved.head.dtype)
+    )
     if wanted.head:
-        row = loop.constant[:d].astype(saved.head.dtype)
-        dhead = jnp.broadcast_to(row[None, :], saved.head.shape)
+        transfer.fill(loop.constant[:d].astype(saved.head.dtype), dhead_ref, **shared)
 
     def body(chunk, carry):
-        dhead, dbias, kept = carry
-        first = work.first_tile[chunk] * tiles.tile_c
-        count = work.first_tile[chunk + 1] * tiles.tile_c - first
-        ids = lax.dynamic_slice(order, (first,), (tiles.width,))
-        part_ref = jax.new_ref(saved.head.at[ids].get(mode="clip"))
+        dbias, kept = carry
+        at: dict[str, Any] = {"tile": tiles.tile_c} | shared
+        transfer.gather(saved.head, order, work, chunk, part_ref, **at)
+        ids, mine = transfer.ids(order, work, chunk, tiles.width, tiles.tile_c)
         part_bias = None if bias is None else bias.at[ids].get(mode="clip")
         # The gathered rows of the head have done their work when dC takes their place.
         loop.products(chunk, part_ref, part_bias, part_ref)
-        ids = jnp.where(jnp.arange(tiles.width) < count, ids, head_rows)
         if wanted.head:
-            dhead = dhead.at[ids].set(part_ref[...], mode="drop", unique_indices=True)
+            transfer.scatter(part_ref, order, work, chunk, dhead_ref, **at)
         if wanted.bias:
+            ids = jnp.where(mine, ids, head_rows)
             dbias = dbias.at[ids].set(loop.column_sums(chunk, per_chunk), mode="drop")
         if wanted.hidden:
             kept = kept + loop.mass(chunk, per_chunk)
-        return dhead, dbias, kept
+        return dbias, kept
 
     column_tiles = active.shape[0]
-    static = tiles.static_chunks(column_tiles, blocks, slots, d)
-    carry = dhead, jnp.zeros(v if wanted.bias else 0), jnp.zeros_like(c.a)
+    static = tiles.static_chunks(column_tiles, blocks, slots)
+    carry = jnp.zeros(v if wanted.bias else 0), jnp.zeros_like(c.a)
     carry = lax.fori_loop(0, static, body, carry)
     if static < tiles.most_chunks(column_tiles, blocks, slots):
         carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
-    dhead, dbias, kept = carry
-    return Products(loop.dhidden(), dhead, dbias, kept)
+    dbias, kept = carry
+    return Products(loop.dhidden(), dhead_ref[...] if wanted.head else (), dbias, kept)
 
 
 class Loop:

@@ -124,11 +124,12 @@ class BackwardTiles:
         spare, most = slots - blocks, self.width // self.tile_c - 1
         return (column_tiles - 1) * max(blocks * most, spare) // (spare * most) + 1
 
-    def static_chunks(self, column_tiles: int, blocks: int, slots: int, d: int) -> int:
+    def static_chunks(self, column_tiles: int, blocks: int, slots: int) -> int:
         """How many steps the loop over chunks takes without looking whether there are any left.
 
         A look costs the host's waiting for the GPU, and then the GPU's waiting for the host: about
-        0.3 ms. An empty step gathers and drops `width` rows. So these are all chunks there can be
+        0.3 ms. An empty step
+        is seven kernels with nothing to do. So these are all chunks there can be
         where the empty ones are cheap; else as many as real text needs at the default filter,
         fitted to Gemma 3 270M's activations (V = 256,000: 14% of the columns for 8,192 tokens, and
         6% of the pairs) and SmolLM2 135M's (V = 49,152: 40% and 20%).
@@ -138,8 +139,7 @@ class BackwardTiles:
         by_pairs = 0.06 * column_tiles * blocks / (slots - blocks)
         usual = math.ceil(0.8 * share * (by_columns + by_pairs))
         most = self.most_chunks(column_tiles, blocks, slots)
-        empty = 15e-6 + 4 * self.width * d / 2.5e12
-        return most if (most - usual) * empty < 3e-4 else min(usual, most)
+        return most if (most - usual) * 16e-6 < 3e-4 else min(usual, most)
 
     def fitting(self, rows: int, staged: tuple[int, int] = (0, 64)) -> int:
         """How many of `steps` stages of `rows` rows fit beside tiles of `staged` outputs."""

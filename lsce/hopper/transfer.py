@@ -1,0 +1,148 @@
+"""Rows from here to there: the head's rows of a chunk, dC's rows back, and one row everywhere.
+
+XLA has all three, but its gather and scatter move a chunk of the greatest size where the device
+knows that there is a smaller one, or none, to move, and its broadcast writes at half the memory's
+speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref, scf, vector
+from jaxtyping import Array, BFloat16, Int
+
+from lsce.hopper.engine import launch
+from lsce.hopper.plan import Work
+
+WARPGROUPS = 4
+TOGETHER = 4
+"""Pieces that a thread has on their way at a time."""
+PIECE = 8
+"""Entries of a row that a thread moves at a time: 16 bytes."""
+
+
+def gather(
+    head: BFloat16[Array, "rows D"],
+    order: Int[Array, " ids"],
+    work: Work,
+    chunk: Int[Array, ""],
+    chunk_ref,
+    *,
+    tile: int,
+    ctas: int,
+    interpret: Any,
+) -> None:
+    """chunk_ref[i] = head[order[first + i]] for the columns of a chunk, `tile` to a tile of it.
+
+    An id behind the last row stands for that row.
+    """
+    if interpret is not None:
+        clipped, _ = ids(order, work, chunk, chunk_ref.shape[0], tile)
+        chunk_ref[...] = head.at[clipped].get(mode="clip")
+        return
+    _move(head, order, _span(work, chunk, tile), chunk_ref, "gather", ctas)
+
+
+def scatter(
+    chunk_ref,
+    order: Int[Array, " ids"],
+    work: Work,
+    chunk: Int[Array, ""],
+    head_ref,
+    *,
+    tile: int,
+    ctas: int,
+    interpret: Any,
+) -> None:
+    """head_ref[order[first + i]] = chunk_ref[i]; an id behind the last row is passed over."""
+    if interpret is not None:
+        to, mine = ids(order, work, chunk, chunk_ref.shape[0], tile)
+        to = jnp.where(mine, to, head_ref.shape[0])
+        head_ref[...] = head_ref[...].at[to].set(chunk_ref[...], mode="drop", unique_indices=True)
+        return
+    _move(chunk_ref, order, _span(work, chunk, tile), head_ref, "scatter", ctas)
+
+
+def fill(row: BFloat16[Array, " D"], head_ref, *, ctas: int, interpret: Any) -> None:
+    """head_ref[i] = row for every i."""
+    if interpret is not None:
+        head_ref[...] = jnp.broadcast_to(row[None, :], head_ref.shape)
+        return
+    span = jnp.array([0, head_ref.shape[0]], jnp.int32)
+    _move(row[None, :], span, span, head_ref, "fill", ctas)
+
+
+def ids(order, work: Work, chunk, most: int, tile: int) -> tuple[Array, Array]:
+    """A chunk's ids, filled up with those that follow, and which of them are its own."""
+    first, count = _span(work, chunk, tile)
+    return lax.dynamic_slice(order, (first,), (most,)), jnp.arange(most) < count
+
+
+def _span(work: Work, chunk, tile: int) -> Int[Array, " 2"]:
+    """A chunk's first column and how many there are."""
+    first, after = work.first_tile[chunk], work.first_tile[chunk + 1]
+    return jnp.stack([first, after - first]) * tile
+
+
+def _move(source, order, span, destination_ref, kind: str, ctas: int) -> None:
+    """Where `span` (first, count) says which ids of `order` are meant, `count` rows from 0 on."""
+    rows, d = destination_ref.shape
+    last = source.shape[0] - 1
+    pieces, step = d // PIECE, ctas * WARPGROUPS * 128
+
+    def body(source_gmem, order_gmem, span_gmem, destination_gmem):
+        inline: Any = plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(),) * 3 + (plgpu.Layout.WG_SPLAT,) * 3
+        )
+
+        @inline
+        def device_move(_, source, order, destination, first, count, cta):
+            i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+            const = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value))
+            as_index = lambda value: arith.index_cast(index, value)
+            piece = ir.VectorType.get((PIECE,), ir.BF16Type.get())
+            first, count, cta = (x.registers.item() for x in (first, count, cta))
+            here = arith.muli(cta, const(WARPGROUPS * 128))
+            here = arith.addi(here, mgpu_utils.thread_idx())
+            total = arith.muli(count, const(pieces))
+            loop = scf.ForOp(here, total, const(step * TOGETHER))
+            with ir.InsertionPoint(loop.body):
+                moves = []
+                # All loads before the first store, so that they wait together.
+                for i in range(TOGETHER):
+                    at = arith.addi(loop.induction_variable, const(i * step))
+                    inside = arith.cmpi(arith.CmpIPredicate.slt, at, total)
+                    at = arith.minsi(at, arith.subi(total, const(1)))
+                    row = arith.divui(at, const(pieces))
+                    column = as_index(arith.muli(arith.remui(at, const(pieces)), const(PIECE)))
+                    from_ = to = row
+                    if kind == "fill":
+                        from_ = const(0)
+                    else:
+                        id_ = memref.load(order, [as_index(arith.addi(first, row))])
+                        if kind == "gather":
+                            from_ = arith.minsi(id_, const(last))
+                        else:
+                            to = id_
+                            known = arith.cmpi(arith.CmpIPredicate.slt, id_, const(rows))
+                            inside = arith.andi(inside, known)
+                    value = vector.load(piece, source, [as_index(from_), column])
+                    moves.append((inside, value, as_index(to), column))
+                for inside, value, to, column in moves:
+                    with ir.InsertionPoint(scf.IfOp(inside).then_block):
+                        vector.store(value, destination, [to, column])
+                        scf.yield_([])
+                scf.yield_([])
+
+        cta = lax.axis_index("cta")
+        device_move(source_gmem, order_gmem, destination_gmem, span_gmem[0], span_gmem[1], cta)
+
+    launch(body, (), ctas=ctas, threads=WARPGROUPS, interpret=None, name=f"lsce_{kind}_rows")(
+        source, order, span, destination_ref
+    )
