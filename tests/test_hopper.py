@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import Candidate, assert_no_worse, assert_stats, case, ours
+from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
@@ -76,6 +77,16 @@ def test_filtered(options):
     epsilon = 2.0**-7 if options["spread"] < 1 else 2.0**-12
     with hopper.interpreted():
         got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
+    assert_no_worse(got, this, slack=3.0)
+
+
+@pytest.mark.slow
+def test_filtered_in_tiles_of_two_blocks():
+    this = case((300, 64, 600), "bfloat16", label_smoothing=0.1, spread=5.0)
+    small = hopper.small_tiles()
+    small = dataclasses.replace(small, sparse=dataclasses.replace(small.sparse, blocks=2))
+    with hopper.interpreted(tiles=small):
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=2.0**-12)
     assert_no_worse(got, this, slack=3.0)
 
 
@@ -316,7 +327,7 @@ def check_work(work: plan.Work, active: np.ndarray, tiles: int, slots: int, grou
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", [1, 2, 4])
 def test_work_covers_the_active_pairs(density, group):
     active = np.random.default_rng(0).random((40, 8)) < density
     active = active[np.argsort(~active.any(1), kind="stable")]
@@ -351,6 +362,19 @@ def test_a_given_order_is_that_of_the_active_columns():
     bits = hit[None].astype(np.uint32)
     columns, _ = plan.columns(jnp.asarray(bits), jnp.asarray(given), 1, 128)
     np.testing.assert_array_equal(np.asarray(columns.order)[: hit.sum()], given[hit[given]])
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 16])
+def test_few_blocks_sort_by_short_keys_in_the_same_order(blocks):
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**blocks, (2, 4000)).min(0).astype(np.uint32)
+    count = lax.population_count(jnp.asarray(bits))
+    long = np.asarray(plan._sharing_key(jnp.asarray(bits)[None], count, blocks))
+    long = np.where(bits == 0, 2**32 - 1, long.astype(np.int64))
+    short = plan._sharing_ranks(blocks)[bits]
+    assert short.dtype == np.uint16
+    by_long, by_short = (bits[np.argsort(key, kind="stable")] for key in (long, short))
+    np.testing.assert_array_equal(by_long, by_short)
 
 
 def test_columns_are_permuted_so_that_tiles_are_shared():

@@ -86,6 +86,7 @@ def probabilities(
     blocks = hidden.shape[0] // BLOCK
     k_iters = pl.cdiv(d, tiles.stage)
     tile_c = tiles.tile_c
+    per_cta, part_rows = tiles.blocks, tiles.blocks * HALF
     dtype = hidden.dtype
 
     def body(
@@ -116,8 +117,8 @@ def probabilities(
         def every_tile(visit, carry):
             def item(i, carry):
                 code = item_gmem[first_item + cta + i * num]
-                t, rank = lax.div(code, i32(blocks)), lax.rem(code, i32(blocks)) + member
-                return visit((t, of_tile_gmem[t, rank], slot_gmem[t] + rank), carry)
+                rank = lax.rem(code, i32(blocks)) + member * per_cta
+                return visit((lax.div(code, i32(blocks)), rank), carry)
 
             mine = share(first_item_gmem[chunk + 1] - first_item, num, cta)
             return lax.fori_loop(0, mine, item, carry)
@@ -126,9 +127,12 @@ def probabilities(
             return (t - first_tile if gathered else t) * tile_c
 
         def copy(tile, k, a_stage, b_stage, barrier):
-            t, block, _ = tile
+            t, rank = tile
             ks = pl.ds(k * tiles.stage, tiles.stage)
-            plgpu.copy_gmem_to_smem(e_gmem.at[pl.ds(block * BLOCK, BLOCK), ks], a_stage, barrier)
+            for i in range(per_cta):
+                rows = pl.ds(of_tile_gmem[t, rank + i] * BLOCK, BLOCK)
+                to = a_stage.at[pl.ds(i * BLOCK, BLOCK)]
+                plgpu.copy_gmem_to_smem(e_gmem.at[rows, ks], to, barrier)
             plgpu.copy_gmem_to_smem(
                 c_gmem.at[pl.ds(first_column(t), tile_c), ks],
                 b_stage,
@@ -137,28 +141,31 @@ def probabilities(
             )
 
         stream = Stream(
-            steps=tiles.fitting(BLOCK + tile_c, (HALF, tile_c)),
-            a=(BLOCK, tiles.stage),
+            steps=tiles.fitting(per_cta * BLOCK + tile_c, (part_rows, tile_c)),
+            a=(per_cta * BLOCK, tiles.stage),
             b=(tile_c, tiles.stage),
-            accumulator=(HALF, tile_c),
+            accumulator=(part_rows, tile_c),
             length=lambda _: i32(k_iters),
             copy=copy,
-            operands=lambda a, b, wg: (a.at[pl.ds(wg * HALF, HALF)], b.transpose((1, 0))),
+            operands=lambda a, b, wg: (a.at[pl.ds(wg * part_rows, part_rows)], b.transpose((1, 0))),
+            copies=per_cta + 1,
         )
 
         def consume(multiply, wg, p_smem):
             def visit(tile, ring):
-                t, block, slot = tile
-                rows = pl.ds(block * BLOCK + wg * HALF, HALF)
+                t, rank = tile
+                begin = wg * part_rows
+                block = of_tile_gmem[t, rank + lax.div(begin, i32(BLOCK))]
+                rows = pl.ds(block * BLOCK + lax.rem(begin, i32(BLOCK)), part_rows)
                 of_row = lambda ref: plgpu.load(ref.at[rows], layout=ROW, optimized=False)
                 # Loaded before the product, which hides the time that takes.
                 lse, a, b = of_row(lse_gmem), of_row(a_gmem), of_row(b_gmem)
                 y = of_row(y_gmem) - t * tile_c
                 acc, ring = multiply(tile, ring)
-                to = pl.ds(slot * BLOCK + wg * HALF, HALF)
+                to = pl.ds((slot_gmem[t] + rank) * BLOCK + begin, part_rows)
                 kept = None
                 # One piece is on its way while the next one is made.
-                for part in pieces(tile_c):
+                for part in pieces(part_rows, tile_c):
                     z = acc[:, part] * scale if scale != 1.0 else acc[:, part]
                     wide = lambda row, z=z: lax.broadcast_in_dim(row, z.shape, [0])
                     if bias is not None:
@@ -195,7 +202,7 @@ def probabilities(
             tiles=every_tile,
             consume=consume,
             cluster=tiles.cluster > 1,
-            scratch={"p_smem": store_stage(HALF, tile_c, dtype)},
+            scratch={"p_smem": store_stage(part_rows, tile_c, dtype)},
         )
 
     # What stands in for an absent array is one that is there: a constant would be filled anew in

@@ -58,9 +58,11 @@ class Stream:
     length: Callable[[Any], Any]
     """tile → number of ring steps (the inner dimension in stages)."""
     copy: Callable[[Any, Any, Any, Any, Any], None]
-    """(tile, step, a_stage, b_stage, barrier): issue both copies, each arriving on the barrier."""
+    """(tile, step, a_stage, b_stage, barrier): issue the copies, each arriving on the barrier."""
     operands: Callable[[Any, Any, Any], tuple[Any, Any]]
     """(a_stage, b_stage, consumer) → the references that this consumer multiplies."""
+    copies: int = 2
+    """How many copies fill a stage."""
 
 
 def run(
@@ -90,7 +92,7 @@ def run(
         pl.run_scoped,
         a_smem=smem_tile(stream.a, dtype, stream.steps),
         b_smem=smem_tile(stream.b, dtype, stream.steps),
-        ready=plgpu.Barrier(num_arrivals=2, num_barriers=stream.steps),
+        ready=plgpu.Barrier(num_arrivals=stream.copies, num_barriers=stream.steps),
         consumed=barrier(num_arrivals=CONSUMERS, num_barriers=stream.steps),
         scratch=scratch or {},
         collective_axes="wg",
@@ -161,7 +163,7 @@ def run(
 
 def store_stage(rows: int, columns: int, dtype):
     """Staging for `store`, one piece for each consumer."""
-    return smem_tile((CONSUMERS, rows, store_piece(columns)), dtype)
+    return smem_tile((CONSUMERS, rows, store_piece(rows, columns)), dtype)
 
 
 def store(value, stage, destination) -> None:
@@ -178,13 +180,13 @@ def store(value, stage, destination) -> None:
 
 def store_tile(value, stage, destination) -> None:
     """`store` of a whole tile, piece by piece."""
-    for part in pieces(value.shape[1]):
+    for part in pieces(*value.shape):
         store(value[:, part], stage, destination.at[:, part])
 
 
-def pieces(columns: int) -> list[slice]:
-    """The columns of a tile in pieces that `store` takes."""
-    width = store_piece(columns)
+def pieces(rows: int, columns: int) -> list[slice]:
+    """The columns of a consumer's tile in pieces that `store` takes."""
+    width = store_piece(rows, columns)
     return [slice(start, start + width) for start in range(0, columns, width)]
 
 

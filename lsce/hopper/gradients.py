@@ -136,7 +136,7 @@ def exact(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products
     blocks = saved.hidden.shape[0] // BLOCK
     column_tiles = -(-v // tiles.tile_c)
     slots = tiles.slots_for(blocks, column_tiles)
-    work = plan.whole(blocks, _live_blocks(saved), column_tiles, slots=slots, group=tiles.cluster)
+    work = plan.whole(blocks, _live_blocks(saved), column_tiles, slots=slots, group=tiles.group)
     chunks, per_chunk = work.first_tile.shape[0] - 1, slots // blocks
     loop = Loop(call, saved, c, wanted, tiles, slots, work, saved.labels, gathered=False)
     bias = _bias(saved)
@@ -169,10 +169,10 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     columns, active = plan.columns(bits, saved.vocab_order, blocks, tiles.tile_c)
     slots = tiles.slots_for(blocks, active.shape[0])
     per_chunk = tiles.width // tiles.tile_c
-    work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.cluster)
+    work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.group)
     target = jnp.where(saved.labels >= 0, columns.position[saved.labels], -1)
-    # Where a chunk ends early the rest of its ids is out of bounds, and dropped.
-    order = jnp.pad(columns.order, (0, tiles.width), constant_values=head_rows)
+    # What the last tile lacks is out of bounds, and dropped.
+    order = jnp.pad(columns.order, (0, -v % tiles.tile_c), constant_values=head_rows)
     loop = Loop(call, saved, c, wanted, tiles, slots, work, target, gathered=True)
     bias = _bias(saved)
     shared: dict[str, Any] = {"ctas": call.ctas, "interpret": call.interpret}
@@ -230,7 +230,9 @@ class Loop:
         rows, d = saved.hidden.shape
         self.call, self.saved, self.wanted = call, saved, wanted
         self.tiles, self.slots, self.work, self.gathered = tiles, slots, work, gathered
-        self.vectors = backward.Vectors(c.lse * LOG2E, c.a, c.b, c.s, c.kappa, target)
+        # Nobody reads κ where smoothing is of rank 1; as a constant it would be filled every chunk.
+        kappa = c.kappa if call.dense_smoothing else c.s
+        self.vectors = backward.Vectors(c.lse * LOG2E, c.a, c.b, c.s, kappa, target)
         self.options: dict[str, Any] = {
             "tiles": tiles,
             "ctas": call.ctas,

@@ -36,11 +36,11 @@ def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
     bias = None if bias is None else bias.value
     threshold = None
     if call.epsilon is None:
-        rows = arrange(hidden, labels, places(labels))
+        rows = arrange(call, hidden, labels, places(labels))
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
     else:
         hot = hot_sums(call, hidden, head, bias, labels, stats=True)
-        rows = arrange(hidden, labels, places(labels, hot))
+        rows = arrange(call, hidden, labels, places(labels, hot))
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
         bound = jnp.zeros_like(target).at[rows.place].set(hot.lse, unique_indices=True)
         bound = jnp.maximum(bound, target) + math.log(call.epsilon)
@@ -65,7 +65,7 @@ token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 
 class Rows(NamedTuple):
-    """The tokens with a loss first, padded to whole pairs of blocks.
+    """The tokens with a loss first, padded to whole groups of blocks.
 
     Blocks of tokens without a loss are never visited, and a NaN in their hidden state goes nowhere.
     """
@@ -99,9 +99,13 @@ def places(labels: Int[Array, " N"], hot: Sums | None = None) -> Int[Array, " N"
     return jnp.zeros_like(index).at[order].set(index, unique_indices=True)
 
 
-def arrange(hidden: Float[Array, "N D"], labels: Int[Array, " N"], place: Int[Array, " N"]) -> Rows:
+def arrange(
+    call: Call, hidden: Float[Array, "N D"], labels: Int[Array, " N"], place: Int[Array, " N"]
+) -> Rows:
     n = labels.shape[0]
-    rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
+    # A cluster of the products' kernels takes two blocks.
+    unit = max(2, call.tiles.sparse.group) * BLOCK
+    rows = -(-n // unit) * unit
     live = (labels >= 0).sum(dtype=jnp.int32)
     index = jnp.arange(n, dtype=jnp.int32)
     at = jnp.full(rows, n, jnp.int32).at[place].set(index, unique_indices=True)

@@ -7,6 +7,7 @@ here has a capacity that could overflow: every list is as long as if all tiles w
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -197,12 +198,14 @@ def columns(
     """
     groups, v = bits.shape
     count = lax.population_count(bits).sum(0, dtype=jnp.uint32)
-    if vocab_order is None:
-        key = _sharing_key(bits, count, blocks)
+    if vocab_order is None and blocks <= 16:
+        key = jnp.asarray(_sharing_ranks(blocks))[bits[0]]
+    elif vocab_order is None:
+        key = jnp.where(count == 0, jnp.uint32(0xFFFFFFFF), _sharing_key(bits, count, blocks))
     else:
         rank = jnp.arange(v, dtype=jnp.uint32)
         key = jnp.zeros(v, jnp.uint32).at[vocab_order].set(rank, unique_indices=True)
-    key = jnp.where(count == 0, jnp.uint32(0xFFFFFFFF), key)
+        key = jnp.where(count == 0, jnp.uint32(0xFFFFFFFF), key)
     order = lax.sort((key, jnp.arange(v, dtype=jnp.int32)), num_keys=1)[1]
     position = jnp.zeros(v, jnp.int32).at[order].set(jnp.arange(v, dtype=jnp.int32))
     tiles = -(-v // tile_c)
@@ -213,6 +216,27 @@ def columns(
     pairs = (tile_bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
     pairs = pairs.astype(jnp.bool_).transpose(1, 0, 2).reshape(tiles, groups * 32)
     return Columns(order, position), pairs[:, :blocks]
+
+
+@functools.cache
+def _sharing_ranks(blocks: int) -> np.ndarray:
+    """`_sharing_key`'s order of all sets of at most 16 blocks, the empty one last: [2^blocks].
+
+    16 bits sort in half the time, which is a thirtieth of a call with 2,048 tokens.
+    """
+    sets = np.arange(2**blocks, dtype=np.uint32)
+    members = (sets[:, None] >> np.arange(blocks, dtype=np.uint32)) & 1
+    parts = np.zeros(len(sets), np.uint32)
+    for block in range(blocks):
+        parts |= members[:, block] << np.uint32(15 - block * 16 // blocks)
+    for shift in (8, 4, 2, 1):
+        parts ^= parts >> np.uint32(shift)
+    # The more blocks the earlier, by powers of two.
+    size = np.floor(np.log2(np.maximum(members.sum(1), 1))).astype(int)
+    order = np.lexsort((parts, -size, sets == 0))
+    ranks = np.zeros(len(sets), np.uint16)
+    ranks[order] = np.arange(len(sets))
+    return ranks
 
 
 def _sharing_key(

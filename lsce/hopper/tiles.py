@@ -21,9 +21,9 @@ CONSUMERS = 2
 """Warpgroups that multiply; each has half of a tile."""
 
 
-def store_piece(columns: int) -> int:
-    """The most columns up to 128 of a tile that are staged at a time, in rows of 64."""
-    return 128 if columns % 128 == 0 else 64
+def store_piece(rows: int, columns: int) -> int:
+    """How many columns of a consumer's tile are staged at a time on their way out: 16 KB."""
+    return 128 if rows <= 64 and columns % 128 == 0 else 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,8 @@ class BackwardTiles:
     """The same for each block of tokens, where the vocabulary has many tiles."""
     tile_c: int = 128
     """Columns of a tile of P."""
+    blocks: int = 1
+    """Blocks of tokens in a tile of P."""
     hidden_d: int = 256
     """Hidden entries of a tile of dE."""
     hidden_splits: int = 1
@@ -95,6 +97,8 @@ class BackwardTiles:
     def __post_init__(self) -> None:
         if self.tile_c not in (128, 256):
             raise ValueError(f"{self.tile_c=} must be 128 or 256")
+        if self.blocks not in (1, 2) or self.blocks * self.tile_c > 256:
+            raise ValueError(f"{self.blocks=} × {self.tile_c=} does not fit the registers")
         if self.width % self.tile_c:
             raise ValueError(f"{self.width=} must be a multiple of {self.tile_c=}")
         if self.hidden_d % 64 or not 0 < self.hidden_d <= 256:
@@ -109,6 +113,11 @@ class BackwardTiles:
             raise ValueError(f"{self.cluster=} must be 1 or 2")
         if self.fitting(self.head_c + self.head_d, (self.head_c // 2, self.head_d)) < 2:
             raise ValueError(f"{self} leaves no room for two stages in shared memory")
+
+    @property
+    def group(self) -> int:
+        """Blocks of tokens whose tiles of P are made together, from one tile of the head."""
+        return self.cluster * self.blocks
 
     def slots_for(self, blocks: int, column_tiles: int) -> int:
         """Tiles of P in the buffer for so many token blocks and column tiles.
@@ -143,7 +152,7 @@ class BackwardTiles:
 
     def fitting(self, rows: int, staged: tuple[int, int] = (0, 64)) -> int:
         """How many of `steps` stages of `rows` rows fit beside tiles of `staged` outputs."""
-        free = SHARED_MEMORY - 2 * CONSUMERS * staged[0] * store_piece(staged[1])
+        free = SHARED_MEMORY - 2 * CONSUMERS * staged[0] * store_piece(*staged)
         return min(self.steps, free // (2 * rows * self.stage))
 
 
@@ -188,12 +197,15 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     column_tiles = -(-v // tile_c)
     most = max(2, min(60, column_tiles // 8))
     group, at_once = -(-n // fused_groups(n, v)), range(column_tiles, column_tiles + 1)
-    # Gathered rows of the head: about 38 MB, but never more than a quarter of it.
-    width = max(min(19_000_000 // d, v // 4) // 512, 4) * 512
+    # Gathered rows of the head: about 38 MB, but never more than a fifth of it.
+    width = max(min(19_000_000 // d, v // 5) // 512, 4) * 512
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
     splits = min(max(ctas // (-(-n // BLOCK) * -(-d // wide) or 1), 1), 4)
+    sparse = BackwardTiles(width=width, hidden_d=wide, head_d=wide, hidden_splits=splits)
+    # Where columns have many blocks a tile of two needs less of the L2, which is P's bound.
+    sparse = dataclasses.replace(sparse, blocks=2 if n >= 128 * BLOCK else 1)
     return Tiles(
-        sparse=BackwardTiles(width=width, hidden_d=wide, head_d=wide, hidden_splits=splits),
+        sparse=sparse,
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas),
     )

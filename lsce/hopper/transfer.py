@@ -15,7 +15,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
-from jaxtyping import Array, BFloat16, Int
+from jaxtyping import Array, BFloat16, Bool, Int
 
 from lsce.hopper.engine import launch
 from lsce.hopper.plan import Work
@@ -46,7 +46,7 @@ def gather(
         clipped, _ = ids(order, work, chunk, chunk_ref.shape[0], tile)
         chunk_ref[...] = head.at[clipped].get(mode="clip")
         return
-    _move(head, order, _span(work, chunk, tile), chunk_ref, "gather", ctas)
+    _move("gather", head, chunk_ref, (order, work, chunk, tile), ctas)
 
 
 def scatter(
@@ -66,7 +66,7 @@ def scatter(
         to = jnp.where(mine, to, head_ref.shape[0])
         head_ref[...] = head_ref[...].at[to].set(chunk_ref[...], mode="drop", unique_indices=True)
         return
-    _move(chunk_ref, order, _span(work, chunk, tile), head_ref, "scatter", ctas)
+    _move("scatter", chunk_ref, head_ref, (order, work, chunk, tile), ctas)
 
 
 def fill(row: BFloat16[Array, " D"], head_ref, *, ctas: int, interpret: Any) -> None:
@@ -74,29 +74,35 @@ def fill(row: BFloat16[Array, " D"], head_ref, *, ctas: int, interpret: Any) -> 
     if interpret is not None:
         head_ref[...] = jnp.broadcast_to(row[None, :], head_ref.shape)
         return
-    span = jnp.array([0, head_ref.shape[0]], jnp.int32)
-    _move(row[None, :], span, span, head_ref, "fill", ctas)
+    _move("fill", row[None, :], head_ref, None, ctas)
 
 
-def ids(order, work: Work, chunk, most: int, tile: int) -> tuple[Array, Array]:
-    """A chunk's ids, filled up with those that follow, and which of them are its own."""
-    first, count = _span(work, chunk, tile)
-    return lax.dynamic_slice(order, (first,), (most,)), jnp.arange(most) < count
+def ids(
+    order: Int[Array, " ids"], work: Work, chunk: Int[Array, ""], most: int, tile: int
+) -> tuple[Int[Array, " most"], Bool[Array, " most"]]:
+    """A chunk's ids and some that follow, and which of them are its own."""
+    first, after = work.first_tile[chunk] * tile, work.first_tile[chunk + 1] * tile
+    place = jnp.arange(most, dtype=jnp.int32)
+    return order.at[first + place].get(mode="clip"), place < after - first
 
 
-def _span(work: Work, chunk, tile: int) -> Int[Array, " 2"]:
-    """A chunk's first column and how many there are."""
-    first, after = work.first_tile[chunk], work.first_tile[chunk + 1]
-    return jnp.stack([first, after - first]) * tile
-
-
-def _move(source, order, span, destination_ref, kind: str, ctas: int) -> None:
-    """Where `span` (first, count) says which ids of `order` are meant, `count` rows from 0 on."""
+def _move(kind: str, source, destination_ref, columns: tuple | None, ctas: int) -> None:
+    """Moves rows of a chunk's `columns` (order, work, chunk, tile), or one row everywhere."""
     rows, d = destination_ref.shape
     last = source.shape[0] - 1
     pieces, step = d // PIECE, ctas * WARPGROUPS * 128
+    lists, tile = (), 0
+    if columns is not None:
+        order, work, chunk, tile = columns
+        lists = order, work.first_tile, jnp.asarray(chunk, jnp.int32).reshape(1)
 
-    def body(source_gmem, order_gmem, span_gmem, destination_gmem):
+    def body(source_gmem, *refs):
+        *lists, destination_gmem = refs
+        first, count, order_gmem = jnp.int32(0), jnp.int32(rows), source_gmem
+        if lists:
+            order_gmem, first_tile_gmem, chunk_gmem = lists
+            first = first_tile_gmem[chunk_gmem[0]] * tile
+            count = first_tile_gmem[chunk_gmem[0] + 1] * tile - first
         inline: Any = plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(),) * 3 + (plgpu.Layout.WG_SPLAT,) * 3
         )
@@ -141,8 +147,8 @@ def _move(source, order, span, destination_ref, kind: str, ctas: int) -> None:
                 scf.yield_([])
 
         cta = lax.axis_index("cta")
-        device_move(source_gmem, order_gmem, destination_gmem, span_gmem[0], span_gmem[1], cta)
+        device_move(source_gmem, order_gmem, destination_gmem, first, count, cta)
 
     launch(body, (), ctas=ctas, threads=WARPGROUPS, interpret=None, name=f"lsce_{kind}_rows")(
-        source, order, span, destination_ref
+        source, *lists, destination_ref
     )
