@@ -74,7 +74,12 @@ def passes(stage: Stage, start: Tiles, d: int) -> tuple[tuple[Axis, ...], ...]:
             {"slots": slots, "slots_per_block": per_block}
             for slots, per_block in sorted({*((64 * k, k) for k in (10, 20, 40)), here})
         ]
-        return head, hidden, (axis("width", 4096, 8192, 16384), slots), ring
+        return (
+            head,
+            hidden,
+            (axis("width", 4096, 8192, 16384), slots),
+            (*ring, axis("blocks", 1, 2)),
+        )
     return head, hidden, (axis("slots_per_block", 16, 32, 44, 58),), ring
 
 
@@ -175,7 +180,7 @@ def program(stage: Stage, problem: Problem, chosen: Tiles) -> Callable[..., Any]
     from lsce.hopper.gradients import Call
     from lsce.hopper.loss import token_losses
 
-    epsilon = None if stage == "exact" else hopper.EPSILON
+    epsilon = None if stage == "exact" else "auto"
     call = Call(problem, epsilon, chosen, hopper.streaming_multiprocessors())
 
     def loss(hidden: Any, head: Any, labels: Any) -> Any:

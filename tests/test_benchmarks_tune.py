@@ -60,7 +60,7 @@ def test_every_field_of_the_kernels_is_searched():
         axes = [axis for some in tune.passes(stage, START, CASE.d) for axis in some]
         tried = {name for axis in axes for change in axis for name in change}
         fields = {field.name for field in dataclasses.fields(getattr(START, stage))}
-        kept = {"sparse": {"stage"}, "exact": {"stage", "width", "slots"}}
+        kept = {"sparse": {"stage"}, "exact": {"stage", "width", "slots", "blocks"}}
         assert tried == fields - kept.get(stage, set())
 
 

@@ -16,7 +16,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
 from lsce import hopper
-from lsce.hopper import fused, marks, plan, stretches, tiles
+from lsce.hopper import filtering, fused, marks, plan, stretches, tiles
 from lsce.hopper.forward import Sums
 from lsce.hopper.gradients import Call
 from lsce.hopper.loss import most_frequent, places, token_losses
@@ -81,13 +81,26 @@ def test_filtered(options):
 
 
 @pytest.mark.slow
-def test_filtered_in_tiles_of_two_blocks():
-    this = case((300, 64, 600), "bfloat16", label_smoothing=0.1, spread=5.0)
+def test_filtered_by_default_in_tiles_of_two_blocks(monkeypatch):
+    this = case((300, 64, 600), "bfloat16", label_smoothing=0.1, spread=8.0)
     small = hopper.small_tiles()
     small = dataclasses.replace(small, sparse=dataclasses.replace(small.sparse, blocks=2))
+    monkeypatch.setattr(filtering, "worthwhile", lambda problem: True)
     with hopper.interpreted(tiles=small):
-        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=2.0**-12)
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter="auto")
     assert_no_worse(got, this, slack=3.0)
+
+
+def test_the_default_filter_follows_tokens_and_classes():
+    def epsilon(live: int, v: int) -> float:
+        return float(jnp.exp(filtering.log_epsilon("auto", jnp.int32(live), v)))
+
+    assert epsilon(8192, 256_000) == pytest.approx(2.0**-10, rel=1e-5)
+    assert epsilon(2048, 256_000) == pytest.approx(2.0**-11, rel=1e-5)
+    assert epsilon(8192, 16_000) == pytest.approx(2.0**-7.5, rel=1e-5)
+    assert epsilon(0, 10**6) == pytest.approx(filtering.LEAST, rel=1e-5)
+    assert epsilon(10**6, 1000) == pytest.approx(filtering.MOST, rel=1e-5)
+    assert filtering.log_epsilon(2.0**-9, jnp.int32(1), 7) == pytest.approx(np.log(2.0**-9))
 
 
 @pytest.mark.slow
@@ -161,7 +174,7 @@ def test_no_races(gradient_filter):
     assert not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.parametrize("epsilon", [None, hopper.EPSILON], ids=["exact", "filtered"])
+@pytest.mark.parametrize("epsilon", [None, "auto"], ids=["exact", "filtered"])
 @pytest.mark.parametrize(
     "options",
     [

@@ -25,6 +25,7 @@ from contract import (
 
 import lsce
 from lsce import hopper
+from lsce.hopper import filtering
 from lsce.problem import Problem
 
 BF16 = np.dtype(jnp.bfloat16)
@@ -35,8 +36,8 @@ REFUSAL = hopper.BACKEND.refuses(
 GPU = (pytest.mark.gpu, pytest.mark.skipif(REFUSAL is not None, reason=f"hopper {REFUSAL}"))
 
 MB = 2**20
-EPSILON = hopper.EPSILON
-"""What "auto" takes for a large problem; as a number it holds for small ones too."""
+EPSILON = filtering.EPSILON
+"""What "auto" takes for 8,192 tokens of Gemma's; as a number it holds for small problems too."""
 
 
 class Subject(NamedTuple):

@@ -3,7 +3,7 @@
 `engine.py` is the loop that all kernels share, `forward.py` the kernel over the vocabulary with
 `marks.py` in its epilogue, `plan.py` the lists of tiles that the kernels in `backward.py` work off.
 `loss.py` and `gradients.py` put them together, `fused.py` in another order; `tiles.py` has the
-sizes.
+sizes and `filtering.py` the default filter.
 """
 
 from __future__ import annotations
@@ -17,19 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lsce.hopper import tiles
+from lsce.hopper import filtering, tiles
 from lsce.problem import Problem
 from lsce.stats import TokenStats
 
 if TYPE_CHECKING:
     from lsce.hopper.gradients import Call
-
-EPSILON = 2.0**-10
-"""The filter of gradient_filter="auto". On Gemma 3 270M's activations the error of dE is 0.014 and
-that of dC 0.0045 (‖·‖/‖ref‖), beside 0.012 and 0.0061 of naive bfloat16; benchmarks/NOTES.md."""
-
-MATMUL_RATE = 7e14
-"""Operations a second of a large bfloat16 matmul on an H100, as measured beside these kernels."""
 
 _interpreter: tuple[Any, tiles.Tiles] | None = None
 
@@ -96,15 +89,6 @@ class Hopper:
 BACKEND = Hopper()
 
 
-def worth_filtering(problem: Problem) -> bool:
-    """Whether the products that a filter saves take longer than the work of planning without them.
-
-    Exact gradients cost about 3.4 more matmuls of 2·N·D·V operations; a filter leaves about 0.5 of
-    them and adds about 0.3 milliseconds of small kernels, whatever the size.
-    """
-    return 2.9 * 2 * problem.n * problem.d * problem.v > 3e-4 * MATMUL_RATE
-
-
 def _prepare(
     problem: Problem, hidden: Array, head: Array, labels: Array
 ) -> tuple[Call, Array, Array, Array]:
@@ -112,9 +96,8 @@ def _prepare(
     from lsce.hopper.gradients import Call
 
     epsilon = problem.gradient_filter
-    if epsilon == "auto":
-        epsilon = EPSILON if worth_filtering(problem) else None
-    elif epsilon in ("fused", 0.0):
+    pointless = epsilon == "auto" and not filtering.worthwhile(problem)
+    if pointless or epsilon in ("fused", 0.0):
         epsilon = None
     ctas = streaming_multiprocessors()
     call = Call(problem, epsilon, tiles.choose(problem, ctas), ctas)

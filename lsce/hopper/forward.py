@@ -52,7 +52,7 @@ def forward(
     tiles: ForwardTiles,
     scale: float,
     softcap: float | None,
-    drop: float = 0.0,
+    drop: float | Float[Array, ""] = 0.0,
     stats: bool = False,
     squares: bool = False,
     v: int | None = None,
@@ -87,7 +87,7 @@ def forward(
     plain = bias is None and softcap is None and scale > 0.0 and not masked
     k = scale * LOG2E if plain else 1.0
 
-    def body(e_gmem, c_gmem, bias_gmem, thr_gmem, plan_gmem, *outputs):
+    def body(e_gmem, c_gmem, bias_gmem, thr_gmem, drop_gmem, plan_gmem, *outputs):
         partial = dict(zip(names, outputs, strict=False))
         marks_gmem = outputs[-1] if marking else None
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
@@ -140,6 +140,8 @@ def forward(
                 jnp.full((tiles.tile_n,), x, dtype), ROW
             )
 
+            below = drop_gmem[0] if marking else None
+
             def of_item(item, ring):
                 slot, row0, first, last = item
                 row0 = row0 + wg * tiles.tile_n
@@ -151,7 +153,7 @@ def forward(
                 def of_tile(vt, carry):
                     ring, old = carry
                     acc, ring = multiply((row0, vt), ring)
-                    return ring, update(acc, vt, row0, thr, old)
+                    return ring, update(acc, vt, row0, thr, below, old)
 
                 start = dict.fromkeys(names)
                 for name in names:
@@ -163,7 +165,7 @@ def forward(
                     partial[name][slot, pl.ds(row0, tiles.tile_n)] = sums[name]
                 return ring
 
-            def update(acc, vt, row0, thr, old):
+            def update(acc, vt, row0, thr, below, old):
                 wide = lambda row: lax.broadcast_in_dim(row, acc.shape, [0])
                 col0 = vt * tiles.tile_v
                 x = acc if plain else acc * (scale * LOG2E)
@@ -203,7 +205,7 @@ def forward(
                     new["w"] = carried * shrink + (p * offset).sum(axis=1)
                     new["q"] = old["q"] * shrink * shrink + (p * p).sum(axis=1)
                 if marking:
-                    bound = jnp.maximum(thr, new["m"] + drop * LOG2E / k)
+                    bound = jnp.maximum(thr, new["m"] + below)
                     above = jnp.where(x > wide(bound), p, 0.0).sum(axis=1)
                     new["kept"] = old["kept"] * shrink + above
                     block = lax.div(row0, i32(tiles.tile_n))
@@ -230,6 +232,7 @@ def forward(
     if marking:
         # An infinite threshold keeps rows without a loss from marking anything.
         thr_in = jnp.pad(threshold, (0, padded - n), constant_values=jnp.inf)
+    drop_in = jnp.full(8, drop, jnp.float32) * (LOG2E / k)
     outputs = launch(
         body, out_type, ctas=units, cluster=tiles.cluster, interpret=interpret, name="lsce_forward"
     )(
@@ -237,6 +240,7 @@ def forward(
         head,
         bias_in,
         thr_in,
+        drop_in,
         jnp.stack([*cut, i32(v if limit is None else limit)]),
     )
 

@@ -9,7 +9,7 @@ The softmax and the target's term are in P, made tile by tile; the smoothing is 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula
-from lsce.hopper import backward, plan, transfer
+from lsce.hopper import backward, filtering, plan, transfer
 from lsce.hopper.forward import LOG2E, LOWEST, Sums
 from lsce.hopper.tiles import BLOCK, BackwardTiles, Tiles
 from lsce.problem import Problem
 from lsce.wanted import Wanted
-
-FLAT = 0.25
-"""A block of tokens that would lose more than this part of its mass to the filter is kept whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +29,8 @@ class Call:
     """What is static in one call; arrays are padded as `lsce.hopper` says."""
 
     problem: Problem
-    epsilon: float | None
-    """The filter; None is exact."""
+    epsilon: float | Literal["auto"] | None
+    """The filter; "auto" is `filtering`'s and None exact."""
     tiles: Tiles
     ctas: int
     interpret: Any = None
@@ -336,10 +333,10 @@ def _live_blocks(saved: Saved) -> Int[Array, ""]:
 
 
 def _flat_blocks(saved: Saved) -> Bool[Array, " blocks"]:
-    """The blocks whose tokens spread more than `FLAT` of their mass over what the filter drops."""
+    """The blocks whose tokens spread more of their mass below ε than a filter may take."""
     in_use = jnp.arange(saved.hidden.shape[0]) < saved.live
     kept = jnp.where(in_use, saved.sums.extra["kept"], 1.0).reshape(-1, BLOCK)
-    return 1.0 - kept.mean(1) > FLAT
+    return 1.0 - kept.mean(1) > filtering.FLAT
 
 
 def _bias(saved: Saved) -> Float[Array, " V"] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from lsce import formula
-from lsce.hopper import gradients
+from lsce.hopper import filtering, gradients
 from lsce.hopper.forward import Sums, forward
 from lsce.hopper.gradients import Call, Saved
 from lsce.hopper.tiles import BLOCK
@@ -34,7 +33,7 @@ def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
     hidden, head, labels = hidden.value, head.value, labels.value
     vocab_order = None if vocab_order is None else vocab_order.value
     bias = None if bias is None else bias.value
-    threshold = None
+    threshold, drop = None, 0.0
     if call.epsilon is None:
         rows = arrange(call, hidden, labels, places(labels))
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
@@ -43,10 +42,11 @@ def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
         rows = arrange(call, hidden, labels, places(labels, hot))
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
         bound = jnp.zeros_like(target).at[rows.place].set(hot.lse, unique_indices=True)
-        bound = jnp.maximum(bound, target) + math.log(call.epsilon)
+        drop = filtering.log_epsilon(call.epsilon, rows.live, call.problem.v)
+        bound = jnp.maximum(bound, target) + drop
         # An infinite threshold keeps rows without a loss from marking anything.
         threshold = jnp.where(rows.in_use, bound, jnp.inf)
-    sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live)
+    sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live, drop=drop)
     of_token = jax.tree.map(lambda x: x[rows.place], sums._replace(marks=None))
     out = results(call, of_token, target[rows.place], labels, labels >= 0)
     saved = Saved(
@@ -122,7 +122,6 @@ def run_forward(call: Call, hidden, head, bias, threshold, live, **changes: Any)
         "tiles": call.tiles.forward,
         "scale": p.logit_scale,
         "softcap": p.softcap,
-        "drop": 0.0 if call.epsilon is None else math.log(call.epsilon),
         "stats": p.return_stats,
         "squares": threshold is not None and call.dense_smoothing,
         "v": p.v,
