@@ -257,6 +257,22 @@ def test_few_tokens_have_their_gradient_cut_into_sums(n, d, splits):
     assert tiles.heuristic(n, d, 49152, 132).sparse.hidden_splits == splits
 
 
+@pytest.mark.parametrize(
+    ("n", "d", "v", "fewer"),
+    [(32768, 4096, 32000, True), (8192, 4096, 32000, False), (32768, 576, 49152, False)],
+)
+def test_chunks_shrink_where_that_keeps_a_quarter_of_the_memory(n, d, v, fewer):
+    """Not where they fit as they are, nor where the gradients alone are more."""
+    usual = tiles.BackwardTiles()
+    sparse = tiles.heuristic(n, d, v, 132).sparse
+    assert (sparse.slots_per_block < usual.slots_per_block) == fewer
+    slots = sparse.slots_for(n // 128, -(-v // 128))
+    temporary = 2 * 128 * 128 * slots + 2 * sparse.width * d + 4 * n * d
+    gradients = 2 * (n + v) * d
+    quarter = (4 * n * v + gradients) / 4
+    assert (temporary + gradients < quarter) == (n > 8192)
+
+
 @pytest.mark.parametrize("tiles_", [1, 7, 192, 1000])
 @pytest.mark.parametrize("blocks", [0, 1, 5, 8, 32, 40, 65, 66, 67, 130])
 @pytest.mark.parametrize("units", [2, 66])

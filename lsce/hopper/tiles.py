@@ -137,15 +137,14 @@ class BackwardTiles:
         """How many steps the loop over chunks takes without looking whether there are any left.
 
         A look costs the host's waiting for the GPU, and then the GPU's waiting for the host: about
-        0.3 ms. An empty step
-        is seven kernels with nothing to do. So these are all chunks there can be
-        where the empty ones are cheap; else as many as real text needs at the default filter,
-        fitted to Gemma 3 270M's activations (V = 256,000: 14% of the columns for 8,192 tokens, and
-        6% of the pairs) and SmolLM2 135M's (V = 49,152: 40% and 20%).
+        0.3 ms. An empty step is a dozen kernels with nothing to do. So these are all chunks there
+        can be where that is cheaper; else as many as real text needs at the default filter, fitted
+        to Gemma 3 270M's activations (8,192 tokens, V = 256,000: 12.5% of the columns, 4% of the
+        pairs) and SmolLM2 135M's (V = 49,152: 37% and 11.5%), each also with 2,048 and 32,768.
         """
-        share = (2000 / column_tiles) ** 0.7 * (blocks / 64) ** 0.5
-        by_columns = 0.14 * column_tiles / (self.width // self.tile_c - 1)
-        by_pairs = 0.06 * column_tiles * blocks / (slots - blocks)
+        share = (2000 / column_tiles) ** 0.65 * (blocks / 64) ** 0.2
+        by_columns = 0.125 * column_tiles / (self.width // self.tile_c - 1)
+        by_pairs = 0.04 * column_tiles * blocks / (slots - blocks)
         usual = math.ceil(0.8 * share * (by_columns + by_pairs))
         most = self.most_chunks(column_tiles, blocks, slots)
         return most if (most - usual) * 16e-6 < 3e-4 else min(usual, most)
@@ -201,14 +200,35 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     width = max(min(19_000_000 // d, v // 5) // 512, 4) * 512
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
     splits = min(max(ctas // (-(-n // BLOCK) * -(-d // wide) or 1), 1), 4)
-    sparse = BackwardTiles(width=width, hidden_d=wide, head_d=wide, hidden_splits=splits)
-    # Where columns have many blocks a tile of two needs less of the L2, which is P's bound.
-    sparse = dataclasses.replace(sparse, blocks=2 if n >= 128 * BLOCK else 1)
+    width, slots = within_a_quarter(n, d, v, width, BackwardTiles().slots_per_block)
     return Tiles(
-        sparse=sparse,
+        sparse=BackwardTiles(
+            width=width,
+            slots_per_block=slots,
+            # Where columns have many blocks a tile of two needs less of the L2, P's bound.
+            blocks=2 if n >= 128 * BLOCK else 1,
+            hidden_d=wide,
+            head_d=wide,
+            hidden_splits=splits,
+        ),
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas),
     )
+
+
+def within_a_quarter(n: int, d: int, v: int, width: int, slots: int) -> tuple[int, int]:
+    """A chunk's columns and P's slots a block, fewer where that keeps a promise.
+
+    The promise is a quarter of naive optax's memory, which is 4NV bytes and the gradients. Where
+    the float32 sums of dE and the gradients leave something of it, P and the gathered rows must fit
+    there, at the price of more chunks; where they leave nothing, nothing is to be won.
+    """
+    blocks, slot = -(-n // BLOCK), 2 * BLOCK * BLOCK
+    left = n * v - 4 * n * d - 3 * (n + v) * d // 2 - 20_000_000
+    if left <= 0 or 2 * width * d + slots * blocks * slot <= left:
+        return width, slots
+    width = max(width // 1024, 4) * 512
+    return width, min(max((left - 2 * width * d) // (blocks * slot), 4), slots)
 
 
 FUSED_BYTES = 2_200_000_000
