@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,34 +11,38 @@ from benchmarks.settings import Settings
 
 
 class Gradients(NamedTuple):
-    """dE [N, D] and dC [V, D] of the mean loss, on the host."""
+    """dE [N, D] and dC [V, D] of the mean loss: NumPy's arrays, or JAX's on its device."""
 
-    hidden: np.ndarray
-    head: np.ndarray
+    hidden: Any
+    head: Any
 
 
-def relative_error(gradient: np.ndarray, reference: np.ndarray) -> float:
-    """‖gradient − reference‖ / ‖reference‖ in Frobenius norms, by blocks of rows in float32."""
+def relative_error(gradient: Any, reference: Any) -> float:
+    """‖gradient − reference‖ / ‖reference‖ in Frobenius norms.
+
+    By blocks of rows in float32, wherever the arrays are.
+    """
     difference = norm = 0.0
     for start in range(0, len(reference), 4096):
         block = reference[start : start + 4096].astype(np.float32)
         rows = gradient[start : start + 4096].astype(np.float32)
-        difference += float(np.sum(np.square(rows - block), dtype=np.float64))
-        norm += float(np.sum(np.square(block), dtype=np.float64))
+        difference += float(((rows - block) ** 2).sum())
+        norm += float((block**2).sum())
     return float(np.sqrt(difference / norm))
 
 
 class Reference:
     """Gradients of the same (already rounded) inputs in full float32, without any filter.
 
-    They are computed in JAX where `compute` allows it, once for each β and softcap, and kept in a
-    folder for the processes that come after.
+    They are computed in JAX where `compute` allows it, once for each β and softcap, and with `keep`
+    left in the folder for the processes that come after.
     """
 
-    def __init__(self, folder: pathlib.Path, inputs: Inputs, *, compute: bool):
+    def __init__(self, folder: pathlib.Path, inputs: Inputs, *, compute: bool, keep: bool = True):
         self.folder = folder
         self.inputs = inputs
         self.compute = compute
+        self.keep = keep
 
     def __call__(self, settings: Settings) -> Gradients | None:
         """The gradients under a β and softcap; None where nobody has computed them."""
@@ -53,7 +57,8 @@ class Reference:
         if not self.compute:
             return None
         gradients = exact_gradients(self.inputs, label_smoothing, softcap)
-        np.savez(path, **gradients._asdict())
+        if self.keep:
+            np.savez(path, **gradients._asdict())
         return gradients
 
 
@@ -77,4 +82,4 @@ def exact_gradients(inputs: Inputs, label_smoothing: float, softcap: float | Non
     arrays = [array.astype(np.float32) for array in (inputs.hidden, inputs.head)]
     with jax.default_matmul_precision("highest"):
         gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays, inputs.labels)
-    return Gradients(*map(np.asarray, gradients))
+    return Gradients(*gradients)

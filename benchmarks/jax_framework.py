@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import lsce
 from benchmarks import timing
@@ -71,7 +70,7 @@ class JaxFramework:
             call=lambda: compiled(*arrays),
             # The loss comes first, whatever statistics or gradients follow it.
             loss=lambda result: float(jax.tree.leaves(result)[0]),
-            gradients=lambda result: Gradients(*map(np.asarray, result[1])),
+            gradients=lambda result: Gradients(*result[1]),
             backend=backend,
             memory=extra_memory(compiled),
         )

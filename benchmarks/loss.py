@@ -50,7 +50,9 @@ def measure(case: cases.Case, runs: list[Run], options: argparse.Namespace) -> r
             runs,
             seconds=options.seconds,
             commit=options.commit,
-            reference=errors.Reference(pathlib.Path(folder), data, compute=options.errors),
+            reference=errors.Reference(
+                pathlib.Path(folder), data, compute=options.errors, keep=False
+            ),
             announce=lambda line: print(f"  {line} …", file=sys.stderr, flush=True),
         )
 

@@ -62,12 +62,14 @@ def measure_runs(
     commit: str | None = None,
     reference: Callable[[Settings], Gradients | None] = lambda settings: None,
     announce: Callable[[str], None] = lambda line: None,
+    save: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """One row a run, or the reason why there is none; a run that fails does not stop the others.
 
     `seconds` is about how long each is timed; `commit` stands in for git's where there is no git;
     `reference` gives the exact gradients to compare with, or None; `announce` is told what is about
-    to run. ValueError for an unknown implementation, before anything runs.
+    to run, and `save` gets the report so far after each. ValueError for an unknown implementation,
+    before anything runs.
     """
     runs = list(runs)
     for run in runs:
@@ -140,6 +142,7 @@ def measure_runs(
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
         report += Report(rows=(row,))
+        save(report)
     return report
 
 

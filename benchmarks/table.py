@@ -8,10 +8,11 @@ memory and time of the loss, of its gradient, and of both. `--from FILE` renders
 import argparse
 import dataclasses
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks import cases, inputs, report, runner, worker
@@ -60,14 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             case = cases.find(options.case, options.n)
             data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
+            # A time limit ends a process with SIGTERM: what is measured by then is not lost.
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
             measured = measure(
-                data, case.name, options.seconds, options.commit, options.frameworks, options.lines
+                data,
+                case.name,
+                options.seconds,
+                options.commit,
+                options.frameworks,
+                options.lines,
+                options.json,
             )
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks.table: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        report.write(measured, options.json)
     print(markdown(measured))
     return 0 if measured.rows else 1
 
@@ -125,8 +132,12 @@ def measure(
     commit: str | None = None,
     frameworks: Sequence[str] = worker.FRAMEWORKS,
     titles: Sequence[str] = ("",),
+    json: pathlib.Path | None = None,
 ) -> Report:
-    """Measures every line, one process a framework; a process that dies skips its lines."""
+    """Measures every line, one process a framework; a process that dies skips its other lines.
+
+    Writes the rows to `json` after each process, and when the whole is interrupted.
+    """
     commit = commit or runner.current_commit()
     total = Report()
     with tempfile.TemporaryDirectory() as name:
@@ -134,16 +145,26 @@ def measure(
         inputs.save(data, folder / "inputs.npz")
         for framework in frameworks:
             runs = tuple(runs_of(framework, titles))
-            worker.write_plan(worker.Plan(case, runs, seconds, commit), framework, folder)
+            last = framework == frameworks[-1]
+            worker.write_plan(worker.Plan(case, runs, seconds, commit, last), framework, folder)
             command = [sys.executable, "-m", "benchmarks.worker", framework, name]
-            code = subprocess.run(command, check=False).returncode
-            path = worker.report_path(framework, folder)
-            if path.exists():
-                total += report.read(path)
-            else:
+            reason = "interrupted"
+            try:
+                code = subprocess.run(command, check=False).returncode
                 reason = f"the {framework} process ended with code {code}"
-                total += Report(skipped=tuple(report.Skipped(run, reason) for run in runs))
+            finally:
+                total += finished(worker.report_path(framework, folder), runs, reason)
+                if json:
+                    report.write(total, json)
     return total
+
+
+def finished(path: pathlib.Path, runs: Iterable[Run], reason: str) -> Report:
+    """What a process has written, the rest of its runs skipped for the reason it ended."""
+    written = report.read(path) if path.exists() else Report()
+    known = {row.run for row in written.rows} | {skipped.run for skipped in written.skipped}
+    left = tuple(report.Skipped(run, reason) for run in runs if run not in known)
+    return written + Report(skipped=left)
 
 
 def runs_of(framework: str, titles: Sequence[str] = ("",)) -> Iterator[Run]:

@@ -2,7 +2,7 @@
 
 `benchmarks.table` starts one such process a framework, so that JAX and PyTorch never share a GPU's
 memory. The folder holds `inputs.npz`, the same for all, and `jax-plan.json`; it receives
-`jax-report.json` and the exact gradients that the first process makes for all.
+`jax-report.json`, after each row, and the exact gradients that the first process makes for all.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ class Plan:
     runs: tuple[Run, ...]
     seconds: float
     commit: str
+    last: bool = True
+    """Whether no other process follows that would need the exact gradients."""
 
 
 def write_plan(plan: Plan, framework: str, folder: pathlib.Path) -> None:
@@ -60,8 +62,11 @@ def work(framework: str, folder: pathlib.Path) -> None:
             plan.runs,
             seconds=plan.seconds,
             commit=plan.commit,
-            reference=errors.Reference(folder, data, compute=framework == "jax"),
+            reference=errors.Reference(
+                folder, data, compute=framework == "jax", keep=not plan.last
+            ),
             announce=lambda line: print(f"  {line} …", file=sys.stderr, flush=True),
+            save=lambda measured: report.write(measured, report_path(framework, folder)),
         )
     report.write(measured, report_path(framework, folder))
 

@@ -78,6 +78,28 @@ def row(run: Run, **changes: object) -> Row:
     return Row(**(blank | numbers | {"run": run} | changes))  # pyright: ignore[reportArgumentType]
 
 
+def test_an_interrupted_table_keeps_its_rows(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    runs = tuple(table.runs_of("jax"))
+
+    def interrupted(command: list[str], check: bool) -> None:
+        folder = pathlib.Path(command[-1])
+        report.write(Report(rows=(row(runs[0]),)), worker.report_path("jax", folder))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(table.subprocess, "run", interrupted)
+    tiny = inputs_module.make("flat", cases.CASES["tiny"], "bfloat16")
+    path = tmp_path / "table.json"
+    with pytest.raises(SystemExit):
+        table.measure(tiny, "tiny", 0.01, "abc", ("jax",), json=path)
+    measured = report.read(path)
+    assert [found.run for found in measured.rows] == [runs[0]]
+    assert {(skipped.run, skipped.reason) for skipped in measured.skipped} == {
+        (run, "interrupted") for run in runs[1:]
+    }
+
+
 def test_a_line_holds_loss_gradient_and_both():
     ours = table.LINES[0]
     measured = Report(
