@@ -1,0 +1,94 @@
+"""The errors of a filter worked out on a CPU: against NumPy on the tiles that the plan names."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import activations, filter_error
+from lsce.hopper import filtering, plan
+
+N, D, V = 256, 16, 500
+
+
+@pytest.fixture(scope="module")
+def arrays() -> activations.Activations:
+    drawn = activations.generate("smollm", N, D, V)
+    return activations.Activations(*map(np.asarray, drawn))
+
+
+def softmax(hidden: np.ndarray, head: np.ndarray) -> np.ndarray:
+    z = hidden @ head.T
+    p = np.exp(z - z.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def test_errors_are_those_of_leaving_the_inactive_tiles_out(
+    arrays: activations.Activations, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+
+    def columns(*given):
+        seen.append(plan_columns(*given))
+        return seen[-1]
+
+    plan_columns = plan.columns
+    monkeypatch.setattr(filter_error.plan, "columns", columns)
+    row = filter_error.measure("drawn", arrays, 0.05, "abc", tile_c=128)
+
+    head = arrays.head.astype(np.float64)
+    ordered, labels, bound = filter_error.ordered(
+        jnp.asarray(arrays.hidden, jnp.float32),
+        jnp.asarray(arrays.head, jnp.float32),
+        arrays.labels,
+    )
+    hidden = np.asarray(ordered, np.float64)
+    p = softmax(hidden, head)
+    assert (np.asarray(bound) < np.log(np.exp(hidden @ head.T).sum(1)) + 1e-4).all()
+    found, active = seen[0]
+    tile = np.asarray(found.position) // 128
+    kept = np.asarray(active)[tile][:, np.arange(N) // 128].T
+    lost = np.where(kept, 0.0, p)
+    assert 0 < lost.sum() < 0.5 * N
+    wrong = p - lost
+    target = np.eye(V)[np.asarray(labels)] * 0.9 + 0.1 / V
+    back = lost.sum(1, keepdims=True) * head.mean(0)
+    error = (wrong - target) @ head + back - (p - target) @ head
+    exact = np.linalg.norm((p - target) @ head)
+    assert row.hidden_error == pytest.approx(np.linalg.norm(error) / exact, rel=1e-3)
+    error, exact = lost.T @ hidden, (p - target).T @ hidden
+    assert row.head_error == pytest.approx(np.linalg.norm(error) / np.linalg.norm(exact), rel=1e-3)
+    assert row.dropped == pytest.approx(lost.sum() / N, rel=1e-3)
+    assert row.pairs == pytest.approx(np.asarray(active).mean())
+    assert (row.n, row.d, row.v, row.epsilon) == (N, D, V, pytest.approx(0.05))
+
+
+def test_no_filter_to_speak_of_makes_no_error(arrays: activations.Activations):
+    row = filter_error.measure("drawn", arrays, 1e-30, "abc")
+    assert row.hidden_error < 1e-6
+    assert row.head_error < 1e-6
+    assert row.pairs == 1
+
+
+def test_a_flat_distribution_is_kept_whole(arrays: activations.Activations):
+    flat = arrays._replace(hidden=arrays.hidden * np.asarray(1e-3, arrays.hidden.dtype))
+    row = filter_error.measure("flat", flat, 0.05, "abc")
+    assert row.whole_blocks == N // 128
+    assert row.hidden_error < 1e-6
+
+
+def test_the_default_filter_is_the_backends(arrays: activations.Activations):
+    row = filter_error.measure("drawn", arrays, "auto", "abc")
+    expected = jnp.exp(filtering.log_epsilon("auto", jnp.int32(N), V))
+    assert row.epsilon == pytest.approx(float(expected))
+
+
+def test_tokens_that_make_no_blocks_are_refused(
+    arrays: activations.Activations, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+):
+    cut = arrays._replace(hidden=arrays.hidden[:100], labels=arrays.labels[:100])
+    with pytest.raises(ValueError, match="100 tokens"):
+        filter_error.measure("drawn", cut, "auto")
+    assert filter_error.main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
