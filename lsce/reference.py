@@ -58,6 +58,7 @@ class Reference:
             correct=prediction == labels,
             entropy=-jnp.sum(jnp.where(p > 0.0, p * log_p, 0.0), axis=1),
             sum_p_squared=jnp.sum(jnp.square(p), axis=1),
+            below_filter=jnp.zeros_like(loss),
         )
         return loss, jax.lax.stop_gradient(stats.only(live))
 

@@ -35,6 +35,9 @@ class TokenStats(NamedTuple):
     """−Σ_v p_v log p_v."""
     sum_p_squared: Float[Array, "*tokens"]
     """Σ_v p_v²."""
+    below_filter: Float[Array, "*tokens"]
+    """Σ_v p_v over the classes that the gradient's filter allows to leave out, the most that it
+    does leave out: 0 without a filter, and where no gradient is taken."""
 
     def only(self, live: Bool[Array, "*tokens"]) -> "TokenStats":
         """These statistics with zeros where `live` is False."""
@@ -143,6 +146,7 @@ class LogitSums(NamedTuple):
             correct=self.argmax == labels,
             entropy=log_exp - self.shifted_exp / self.exp,
             sum_p_squared=self.exp_squared / jnp.square(self.exp),
+            below_filter=jnp.zeros_like(loss),
         )
         return loss, lse, stats.only(live)
 

@@ -275,6 +275,7 @@ def truth(
         correct=prediction == y,
         entropy=-(p * log_p).sum(axis=1),
         sum_p_squared=(p**2).sum(axis=1),
+        below_filter=np.zeros_like(lse),
     )
     return Result(
         value,
@@ -303,13 +304,19 @@ def assert_no_worse(got: Result, this: Case, *, slack: float = 2.0) -> None:
         _assert_near(name, *(np.take(head, some, axis) for head in heads), slack)
 
 
-def assert_stats(got: Result, this: Case) -> None:
-    """The statistics are float32 sums of exact logits, whatever the dtype of the inputs."""
+def assert_stats(got: Result, this: Case, *, filtered: bool = False) -> None:
+    """The statistics are float32 sums of exact logits, whatever the dtype of the inputs.
+
+    How much lies below the filter is for the backend to say.
+    """
     assert got.stats is not None
     assert this.truth.stats is not None
-    for name, values, true in zip(
-        lsce.TokenStats._fields, got.stats, this.truth.stats, strict=True
-    ):
+    stats = got.stats
+    if filtered:
+        assert ((stats.below_filter >= 0) & (stats.below_filter <= 1)).all()
+        assert not stats.below_filter[this.inputs.labels.reshape(stats.loss.shape) < 0].any()
+        stats = stats._replace(below_filter=np.zeros_like(stats.below_filter))
+    for name, values, true in zip(lsce.TokenStats._fields, stats, this.truth.stats, strict=True):
         if values.dtype == np.float32:
             np.testing.assert_allclose(values, true, rtol=2e-5, atol=2e-5, err_msg=name)
         else:

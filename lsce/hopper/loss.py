@@ -199,5 +199,6 @@ def results(
         correct=extra["prediction"] == labels,
         entropy=jnp.maximum(extra["entropy"], 0.0),
         sum_p_squared=extra["sum_p_squared"],
+        below_filter=jnp.maximum(1.0 - extra["kept"], 0.0) if "kept" in extra else 0.0 * lse,
     )
     return loss, stats.only(live)
