@@ -35,10 +35,12 @@ class Reference:
     """Gradients of the same (already rounded) inputs in full float32, without any filter.
 
     They are computed in JAX where `compute` allows it, once for each β and softcap, and with `keep`
-    left in the folder for the processes that come after.
+    left in the folder, if there is one, for the processes that come after.
     """
 
-    def __init__(self, folder: pathlib.Path, inputs: Inputs, *, compute: bool, keep: bool = True):
+    def __init__(
+        self, folder: pathlib.Path | None, inputs: Inputs, *, compute: bool, keep: bool = True
+    ):
         self.folder = folder
         self.inputs = inputs
         self.compute = compute
@@ -50,14 +52,14 @@ class Reference:
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - one reference lives as long as its process
     def _load(self, label_smoothing: float, softcap: float | None) -> Gradients | None:
-        path = self.folder / f"reference-{label_smoothing}-{softcap}.npz"
-        if path.exists():
+        path = self.folder and self.folder / f"reference-{label_smoothing}-{softcap}.npz"
+        if path and path.exists():
             with np.load(path) as file:
                 return Gradients(file["hidden"], file["head"])
         if not self.compute:
             return None
         gradients = exact_gradients(self.inputs, label_smoothing, softcap)
-        if self.keep:
+        if path and self.keep:
             np.savez(path, **gradients._asdict())
         return gradients
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks import activations, cases, report, runner
+from benchmarks.errors import Reference
 from benchmarks.inputs import Inputs
 from benchmarks.report import Report, Row
 from benchmarks.settings import Run, Settings
@@ -32,8 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             measured = Report()
             for name in options.case:
-                folder = options.real.get(name)
-                measured += measure(name, options.n, options.seconds, options.commit, folder)
+                measured += measure(
+                    name,
+                    options.n,
+                    options.seconds,
+                    options.commit,
+                    options.real.get(name),
+                    errors=options.errors,
+                )
                 if options.json:  # after each case, so that an interrupted run leaves what it has
                     report.write(measured, options.json)
     except (ValueError, FileNotFoundError) as error:
@@ -68,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="activations that benchmarks.activations can read, and the case they are for",
     )
     add("--seconds", type=float, default=1.0, help="about how long to time each; default 1")
+    add("--errors", action="store_true", help="also compare the gradients with exact ones")
     add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
     add(
         "--from",
@@ -96,6 +104,8 @@ def measure(
     seconds: float,
     commit: str | None = None,
     folder: pathlib.Path | None = None,
+    *,
+    errors: bool = False,
 ) -> Report:
     """Both runs of a case at each N, smallest first, on the first N of the same tokens."""
     # Imported here: to render a table nothing of JAX need load.
@@ -118,7 +128,13 @@ def measure(
     for framework, part in zip(frameworks, parts, strict=True):
         print(f"  {part.case(name)} …", file=sys.stderr, flush=True)
         measured += runner.measure_runs(
-            framework, part, name, (OURS, NAIVE), seconds=seconds, commit=commit
+            framework,
+            part,
+            name,
+            (OURS, NAIVE),
+            seconds=seconds,
+            commit=commit,
+            reference=Reference(None, part, compute=errors),
         )
     return measured
 
@@ -145,25 +161,35 @@ def markdown(measured: Report) -> str:
     commits = ", ".join(dict.fromkeys(row.commit for row in measured.rows))
     # Of a case that was measured more than once the last counts.
     found = {(row.case, row.n, row.inputs, row.run.implementation): row for row in measured.rows}
+    errors = any(row.hidden_error is not None for row in measured.rows)
     lines = [
         f"Loss and gradients, β = {SETTINGS.label_smoothing:g}, {first.dtype}; {first.device}, "
         f"{first.framework}, commit {commits}, {first.time[:10]}. M is the bare product E·Cᵀ; "
-        "MB of 2²⁰ bytes beyond the arguments: temporary, and in all with the gradients.",
+        "MB of 2²⁰ bytes beyond the arguments: temporary, and in all with the gradients."
+        + " Errors of dE and dC are ‖g − exact‖ / ‖exact‖."
+        * errors,
         "",
-        "| case | N | D, V | inputs | M ms | optax × M | lsce × M | faster | optax MB | lsce MB |",
-        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| case | N | D, V | inputs | M ms | optax × M | lsce × M | faster | optax MB | lsce MB |"
+        + " optax dE, dC | lsce dE, dC |" * errors,
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+        + " --- | --- |" * errors,
     ]
     for (case, n, kind, name), row in found.items():
         if name == OURS.implementation and (
             other := found.get((case, n, kind, NAIVE.implementation))
         ):
-            lines.append(_line(row, other))
+            lines.append(_line(row, other, errors))
     return "\n".join(lines) + "\n\n" + _skipped(measured.skipped)
 
 
-def _line(ours: Row, naive: Row) -> str:
+def _line(ours: Row, naive: Row, errors: bool) -> str:
     def memory(row: Row) -> str:
         return f"{row.temporary_mb or 0:,.0f}, {row.extra_mb or 0:,.0f}"
+
+    def error(row: Row) -> str:
+        if row.hidden_error is None or row.head_error is None:
+            return "–"
+        return f"{row.hidden_error:.4f}, {row.head_error:.4f}"
 
     cells = [
         ours.case,
@@ -177,6 +203,8 @@ def _line(ours: Row, naive: Row) -> str:
         memory(naive),
         memory(ours),
     ]
+    if errors:
+        cells += [error(naive), error(ours)]
     return f"| {' | '.join(cells)} |"
 
 

@@ -34,6 +34,22 @@ def test_the_table_has_a_line_for_each_n(measured: Report):
     assert f"| {naive.p50_ms / ours.p50_ms:.2f} × |" in text
 
 
+def test_errors_are_measured_and_shown_where_they_are_asked_for(measured: Report):
+    assert all(row.hidden_error is None for row in measured.rows)
+    assert "dE" not in everywhere.markdown(measured)
+    with_errors = everywhere.measure("tiny", (32,), seconds=0.01, commit="abc", errors=True)
+    for row in with_errors.rows:
+        assert row.hidden_error is not None
+        assert row.head_error is not None
+        assert 1e-6 < row.hidden_error < 0.05
+        assert 1e-6 < row.head_error < 0.05
+    ours, naive = with_errors.rows
+    both = f"| {naive.hidden_error:.4f}, {naive.head_error:.4f} | {ours.hidden_error:.4f}, "
+    text = everywhere.markdown(measured + with_errors)
+    assert both in text
+    assert "–" in text
+
+
 def test_the_last_measurement_counts(measured: Report):
     again = dataclasses.replace(measured.rows[0], matmul_ratio=12.34, commit="def")
     text = everywhere.markdown(measured + Report(rows=(again,)))
