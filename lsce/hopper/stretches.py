@@ -45,7 +45,7 @@ def slots(most: int) -> int:
 
 
 def cut(blocks, tiles: int, units: int, most: int) -> Stretches:
-    """The cut of `blocks`, which may be traced, into at most `most` stretches a block and a rest."""
+    """The cut of `blocks`, which may be traced, each into at most `most` stretches and a rest."""
     blocks = i32(blocks)
     rounds, rest = lax.div(blocks, i32(units)), lax.rem(blocks, i32(units))
     full = lax.div(i32(units), jnp.maximum(rest, 1))
