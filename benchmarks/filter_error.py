@@ -111,8 +111,10 @@ def measure(
     """The errors of a filter on hidden [N, D], head [V, D] and labels [N], N in whole blocks."""
     n, d = arrays.hidden.shape
     v = arrays.head.shape[0]
-    if n % BLOCK:
-        raise ValueError(f"{n} tokens are no whole number of blocks of {BLOCK}")
+    if n < 1 or n % BLOCK:
+        raise ValueError(f"{n} tokens make no whole blocks of {BLOCK}; take a multiple")
+    if not isinstance(epsilon, str) and not 0 < epsilon < 1:
+        raise ValueError(f"ε = {epsilon:g} must be above 0 and below 1, as 2^-10 is")
     log_epsilon = filtering.log_epsilon(epsilon, jnp.int32(n), v)
     head = jnp.asarray(arrays.head, jnp.float32)
     hidden, labels, bound = ordered(jnp.asarray(arrays.hidden, jnp.float32), head, arrays.labels)

@@ -61,8 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             case = cases.find(options.case, options.n)
             data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
-            # A time limit ends a process with SIGTERM: what is measured by then is not lost.
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
             measured = measure(
                 data,
                 case.name,
@@ -246,4 +244,6 @@ def _skipped(measured: Report) -> str:
 
 
 if __name__ == "__main__":
+    # A time limit ends a process with SIGTERM: what is measured by then is not to be lost.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

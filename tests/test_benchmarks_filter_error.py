@@ -84,11 +84,20 @@ def test_the_default_filter_is_the_backends(arrays: activations.Activations):
     assert row.epsilon == pytest.approx(float(expected))
 
 
+def test_a_filter_that_is_no_probability_is_refused(arrays: activations.Activations):
+    with pytest.raises(ValueError, match="ε = 32 must be above 0 and below 1"):
+        filter_error.measure("drawn", arrays, 32.0)
+
+
+@pytest.mark.parametrize("n", [0, 100])
 def test_tokens_that_make_no_blocks_are_refused(
-    arrays: activations.Activations, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+    n: int,
+    arrays: activations.Activations,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
 ):
-    cut = arrays._replace(hidden=arrays.hidden[:100], labels=arrays.labels[:100])
-    with pytest.raises(ValueError, match="100 tokens"):
+    cut = arrays._replace(hidden=arrays.hidden[:n], labels=arrays.labels[:n])
+    with pytest.raises(ValueError, match=f"{n} tokens"):
         filter_error.measure("drawn", cut, "auto")
     assert filter_error.main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err

@@ -174,27 +174,26 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     bias = _bias(saved)
     shared: dict[str, Any] = {"ctas": call.ctas, "interpret": call.interpret}
     part_ref = jax.new_ref(lax.empty((tiles.width, d), saved.head.dtype))
-    dhead_ref = jax.new_ref(
-        lax.empty(saved.head.shape if wanted.head else (16, d), saved.head.dtype)
-    )
+    dhead_ref = None
     if wanted.head:
+        dhead_ref = jax.new_ref(lax.empty(saved.head.shape, saved.head.dtype))
         transfer.fill(loop.constant[:d].astype(saved.head.dtype), dhead_ref, **shared)
 
-    def body(chunk, carry):
+    def body(number, carry):
         dbias, kept = carry
-        at: dict[str, Any] = {"tile": tiles.tile_c} | shared
-        transfer.gather(saved.head, order, work, chunk, part_ref, **at)
-        ids, mine = transfer.ids(order, work, chunk, tiles.width, tiles.tile_c)
+        chunk = transfer.Chunk(order, work.first_tile, number, tiles.tile_c)
+        transfer.gather(saved.head, chunk, part_ref, **shared)
+        ids, mine = chunk.ids(tiles.width)
         part_bias = None if bias is None else bias.at[ids].get(mode="clip")
         # The gathered rows of the head have done their work when dC takes their place.
-        loop.products(chunk, part_ref, part_bias, part_ref)
+        loop.products(number, part_ref, part_bias, part_ref)
         if wanted.head:
-            transfer.scatter(part_ref, order, work, chunk, dhead_ref, **at)
+            transfer.scatter(part_ref, chunk, dhead_ref, **shared)
         if wanted.bias:
             ids = jnp.where(mine, ids, head_rows)
-            dbias = dbias.at[ids].set(loop.column_sums(chunk, per_chunk), mode="drop")
+            dbias = dbias.at[ids].set(loop.column_sums(number, per_chunk), mode="drop")
         if wanted.hidden:
-            kept = kept + loop.mass(chunk, per_chunk)
+            kept = kept + loop.mass(number, per_chunk)
         return dbias, kept
 
     column_tiles = active.shape[0]
@@ -204,7 +203,8 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     if static < tiles.most_chunks(column_tiles, blocks, slots):
         carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
     dbias, kept = carry
-    return Products(loop.dhidden(), dhead_ref[...] if wanted.head else (), dbias, kept)
+    dhead = () if dhead_ref is None else dhead_ref[...]
+    return Products(loop.dhidden(), dhead, dbias, kept)
 
 
 class Loop:

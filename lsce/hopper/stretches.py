@@ -33,10 +33,12 @@ class Stretches(NamedTuple):
 def most_splits(blocks: int, tiles: int, units: int) -> int:
     """A bound of `splits`, whatever the number of blocks that turn out to have a loss.
 
-    Fewer blocks make more stretches, within memory for a few kilobytes.
+    Partial results take memory for each stretch of every block, so there are no more than 16 where
+    whole blocks come first, after which a few stretches are all the less of the whole.
     """
     rest = blocks % units
-    return min(max(units // rest if rest else 1, 6), tiles)
+    full = units // rest if rest else 1
+    return min(max(full if blocks < units else min(full, 16), 6), tiles)
 
 
 def slots(most: int) -> int:

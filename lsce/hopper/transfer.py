@@ -7,7 +7,7 @@ speed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +18,6 @@ from jax.extend.mlir.dialects import arith, memref, scf, vector
 from jaxtyping import Array, BFloat16, Bool, Int
 
 from lsce.hopper.engine import launch
-from lsce.hopper.plan import Work
 
 WARPGROUPS = 4
 TOGETHER = 4
@@ -27,46 +26,46 @@ PIECE = 8
 """Entries of a row that a thread moves at a time: 16 bytes."""
 
 
-def gather(
-    head: BFloat16[Array, "rows D"],
-    order: Int[Array, " ids"],
-    work: Work,
-    chunk: Int[Array, ""],
-    chunk_ref,
-    *,
-    tile: int,
-    ctas: int,
-    interpret: Any,
-) -> None:
-    """chunk_ref[i] = head[order[first + i]] for the columns of a chunk, `tile` to a tile of it.
+class Chunk(NamedTuple):
+    """A chunk's columns: a run of whole tiles of an order."""
 
-    An id behind the last row stands for that row.
+    order: Int[Array, " ids"]
+    """Column ids."""
+    first_tile: Int[Array, " chunks"]
+    """Where each chunk begins; one more entry than chunks."""
+    number: Int[Array, ""]
+    tile: int
+    """Columns of a tile."""
+
+    def ids(self, most: int) -> tuple[Int[Array, " most"], Bool[Array, " most"]]:
+        """Its ids and some that follow, `most` in all, and which of them are its own."""
+        first, after = (self.first_tile[self.number + i] * self.tile for i in (0, 1))
+        place = jnp.arange(most, dtype=jnp.int32)
+        return self.order.at[first + place].get(mode="clip"), place < after - first
+
+
+def gather(
+    head: BFloat16[Array, "rows D"], chunk: Chunk, chunk_ref, *, ctas: int, interpret: Any
+) -> None:
+    """chunk_ref[i] = head[id of the chunk's column i]; an id behind the last row stands for that.
+
+    Rows behind the chunk's last stay as they are.
     """
     if interpret is not None:
-        clipped, _ = ids(order, work, chunk, chunk_ref.shape[0], tile)
-        chunk_ref[...] = head.at[clipped].get(mode="clip")
+        ids, _ = chunk.ids(chunk_ref.shape[0])
+        chunk_ref[...] = head.at[ids].get(mode="clip")
         return
-    _move("gather", head, chunk_ref, (order, work, chunk, tile), ctas)
+    _move("gather", head, chunk_ref, chunk, ctas)
 
 
-def scatter(
-    chunk_ref,
-    order: Int[Array, " ids"],
-    work: Work,
-    chunk: Int[Array, ""],
-    head_ref,
-    *,
-    tile: int,
-    ctas: int,
-    interpret: Any,
-) -> None:
-    """head_ref[order[first + i]] = chunk_ref[i]; an id behind the last row is passed over."""
+def scatter(chunk_ref, chunk: Chunk, head_ref, *, ctas: int, interpret: Any) -> None:
+    """head_ref[id of the chunk's column i] = chunk_ref[i]; passes over ids behind the last row."""
     if interpret is not None:
-        to, mine = ids(order, work, chunk, chunk_ref.shape[0], tile)
-        to = jnp.where(mine, to, head_ref.shape[0])
+        ids, mine = chunk.ids(chunk_ref.shape[0])
+        to = jnp.where(mine, ids, head_ref.shape[0])
         head_ref[...] = head_ref[...].at[to].set(chunk_ref[...], mode="drop", unique_indices=True)
         return
-    _move("scatter", chunk_ref, head_ref, (order, work, chunk, tile), ctas)
+    _move("scatter", chunk_ref, head_ref, chunk, ctas)
 
 
 def fill(row: BFloat16[Array, " D"], head_ref, *, ctas: int, interpret: Any) -> None:
@@ -77,24 +76,15 @@ def fill(row: BFloat16[Array, " D"], head_ref, *, ctas: int, interpret: Any) -> 
     _move("fill", row[None, :], head_ref, None, ctas)
 
 
-def ids(
-    order: Int[Array, " ids"], work: Work, chunk: Int[Array, ""], most: int, tile: int
-) -> tuple[Int[Array, " most"], Bool[Array, " most"]]:
-    """A chunk's ids and some that follow, and which of them are its own."""
-    first, after = work.first_tile[chunk] * tile, work.first_tile[chunk + 1] * tile
-    place = jnp.arange(most, dtype=jnp.int32)
-    return order.at[first + place].get(mode="clip"), place < after - first
-
-
-def _move(kind: str, source, destination_ref, columns: tuple | None, ctas: int) -> None:
-    """Moves rows of a chunk's `columns` (order, work, chunk, tile), or one row everywhere."""
+def _move(kind: str, source, destination_ref, chunk: Chunk | None, ctas: int) -> None:
+    """Moves a chunk's rows, or without one a row to everywhere."""
     rows, d = destination_ref.shape
     last = source.shape[0] - 1
     pieces, step = d // PIECE, ctas * WARPGROUPS * 128
     lists, tile = (), 0
-    if columns is not None:
-        order, work, chunk, tile = columns
-        lists = order, work.first_tile, jnp.asarray(chunk, jnp.int32).reshape(1)
+    if chunk is not None:
+        tile = chunk.tile
+        lists = chunk.order, chunk.first_tile, jnp.asarray(chunk.number, jnp.int32).reshape(1)
 
     def body(source_gmem, *refs):
         *lists, destination_gmem = refs
