@@ -118,7 +118,8 @@ def _prepare(
 def interpreted(*, detect_races: bool = False, tiles: tiles.Tiles | None = None) -> Iterator[None]:
     """Runs the kernels on a CPU, in Mosaic GPU's interpreter, for tests. Slow.
 
-    The interpreter knows no multicast, so the tiles must have clusters of one CTA.
+    The interpreter knows no multicast, so the tiles must have clusters of one CTA. A warpgroup that
+    waits holds a thread of XLA's pool: with few cores set NPROC=16 before jax starts.
     """
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
