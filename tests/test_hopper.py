@@ -105,9 +105,9 @@ def test_the_default_filter_follows_tokens_and_classes():
     def epsilon(live: int, v: int) -> float:
         return float(jnp.exp(filtering.log_epsilon("auto", jnp.int32(live), v)))
 
-    assert epsilon(8192, 256_000) == pytest.approx(2.0**-10, rel=1e-5)
-    assert epsilon(2048, 256_000) == pytest.approx(2.0**-11, rel=1e-5)
-    assert epsilon(8192, 16_000) == pytest.approx(2.0**-7.5, rel=1e-5)
+    assert epsilon(8192, 256_000) == pytest.approx(filtering.EPSILON, rel=1e-5)
+    assert epsilon(2048, 256_000) == pytest.approx(filtering.EPSILON / 2, rel=1e-5)
+    assert epsilon(8192, 16_000) == pytest.approx(filtering.EPSILON * 2**2.5, rel=1e-5)
     assert epsilon(0, 10**6) == pytest.approx(filtering.LEAST, rel=1e-5)
     assert epsilon(10**6, 1000) == pytest.approx(filtering.MOST, rel=1e-5)
     assert filtering.log_epsilon(2.0**-9, jnp.int32(1), 7) == pytest.approx(np.log(2.0**-9))
@@ -115,11 +115,17 @@ def test_the_default_filter_follows_tokens_and_classes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 4.0, "z_loss": 1e-2}])
-def test_fused(options, monkeypatch):
-    # Two groups of tokens, so that dC is carried from one to the next.
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    # Two groups of tokens, so that dC is carried from one to the next; P of the last columns in dC.
+    [((400, 64, 256), (2, 1)), ((200, 512, 1024), (1, 2))],
+    ids=["groups", "P within dC"],
+)
+def test_fused(shape, layout, options, monkeypatch):
     monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
-    this = case((400, 64, 256), "bfloat16", **options)
+    this = case(shape, "bfloat16", **options)
     with hopper.interpreted():
+        assert tiles.fused_layout(*shape, hopper.small_tiles().fused.tile_c) == layout
         got = ours(
             CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
         )
@@ -134,7 +140,18 @@ def test_fused_says_why_not():
     assert "bias" in fused.refuses(call, hidden, head, np.zeros(p.v))
     capped = dataclasses.replace(call, problem=problem(softcap=30.0, label_smoothing=0.1))
     assert "softcap" in fused.refuses(capped, hidden, head, None)
-    assert tiles.fused_groups(8192, 256000) == 2
+
+
+def test_fused_layouts():
+    assert tiles.fused_layout(8192, 4096, 32_000, 256) == (1, 125)
+    # P of the last columns fits into dC of the others, and of one tile more it would not.
+    groups, own = tiles.fused_layout(8192, 2304, 256_000, 256)
+    assert groups == 1
+    needed = lambda own: -(-(1000 - own) * 64 // 9) * 128
+    assert needed(own) <= own * 256
+    assert needed(own - 1) > (own - 1) * 256
+    assert tiles.fused_layout(32768, 2304, 256_000, 256) == (8, 1000)
+    assert tiles.fused_layout(16384, 128, 256_000, 256) == (4, 1000)
 
 
 @pytest.mark.slow

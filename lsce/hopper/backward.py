@@ -6,8 +6,8 @@ For a chunk of `width` columns, gathered or in place:
     dE += P·C                                   float32, over each block's active column tiles
     dC  = Pᵀ·E + constant                       float32 sums, over each tile's active blocks
 
-P is bfloat16 in one buffer that every chunk reuses; what is not active there is never read. Each
-output tile has one owner that adds in a fixed order: the same inputs give the same bits.
+P is bfloat16 in one buffer that every chunk reuses; what is not active there is never read. Its tiles
+lie one below the other, or `panels` of them side by side in a wider array. Each output tile has one owner that adds in a fixed order: the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -59,6 +59,13 @@ class Vectors(NamedTuple):
     """Position of the target among the columns, −1 for none."""
 
 
+def _place(slot, panels: int, tile_c: int):
+    """Row and column at which a slot begins in P's buffer."""
+    if panels == 1:
+        return slot * BLOCK, i32(0)
+    return lax.div(slot, i32(panels)) * BLOCK, lax.rem(slot, i32(panels)) * tile_c
+
+
 def probabilities(
     hidden,
     head,
@@ -75,12 +82,14 @@ def probabilities(
     softcap: float | None,
     smooth: bool,
     v: int,
+    panels: int = 1,
     ctas: int,
     interpret: Any,
 ) -> None:
     """Writes P of a chunk's active pairs into their slots of p_ref [slots · BLOCK, tile_c].
 
-    kept_ref [slots · BLOCK] receives each row's probability mass in the tile.
+    kept_ref [slots · BLOCK] receives each row's probability mass in the tile. With `panels` p_ref is
+    [⌈slots / panels⌉ · BLOCK, panels · tile_c] or larger.
     """
     d = hidden.shape[1]
     blocks = hidden.shape[0] // BLOCK
@@ -154,15 +163,17 @@ def probabilities(
         def consume(multiply, wg, p_smem):
             def visit(tile, ring):
                 t, rank = tile
-                begin = wg * part_rows
-                block = of_tile_gmem[t, rank + lax.div(begin, i32(BLOCK))]
-                rows = pl.ds(block * BLOCK + lax.rem(begin, i32(BLOCK)), part_rows)
+                begin = lax.rem(wg * part_rows, i32(BLOCK))
+                rank = rank + lax.div(wg * part_rows, i32(BLOCK))
+                rows = pl.ds(of_tile_gmem[t, rank] * BLOCK + begin, part_rows)
                 of_row = lambda ref: plgpu.load(ref.at[rows], layout=ROW, optimized=False)
                 # Loaded before the product, which hides the time that takes.
                 lse, a, b = of_row(lse_gmem), of_row(a_gmem), of_row(b_gmem)
                 y = of_row(y_gmem) - t * tile_c
                 acc, ring = multiply(tile, ring)
-                to = pl.ds((slot_gmem[t] + rank) * BLOCK + begin, part_rows)
+                slot = slot_gmem[t] + rank
+                first_row, left = _place(slot, panels, tile_c)
+                to = pl.ds(first_row + begin, part_rows)
                 kept = None
                 # One piece is on its way while the next one is made.
                 for part in pieces(part_rows, tile_c):
@@ -189,8 +200,9 @@ def probabilities(
                         out = out * slope
                         if smooth:
                             out = out - wide(of_row(s_gmem)) * (slope - wide(of_row(kappa_gmem)))
-                    store(out.astype(dtype), p_smem.at[wg], p_gmem.at[to, part])
-                kept_gmem[to] = kept
+                    there = pl.ds(left + part.start, z.shape[1])
+                    store(out.astype(dtype), p_smem.at[wg], p_gmem.at[to, there])
+                kept_gmem[pl.ds(slot * BLOCK + begin, part_rows)] = kept
                 return ring
 
             every_tile(visit, i32(0))
@@ -264,6 +276,7 @@ def accumulate_hidden(
     tiles: BackwardTiles,
     gathered: bool,
     dense: bool,
+    panels: int = 1,
     ctas: int,
     interpret: Any,
 ) -> None:
@@ -304,8 +317,9 @@ def accumulate_hidden(
             _, block, dt, first, _ = tile
             at = first + lax.div(k, i32(per_tile))
             inner = lax.rem(k, i32(per_tile)) * tiles.stage
-            p_rows = pl.ds(slot_gmem[block, at] * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(p_gmem.at[p_rows, pl.ds(inner, tiles.stage)], a_stage, barrier)
+            row, column = _place(slot_gmem[block, at], panels, tiles.tile_c)
+            p_part = p_gmem.at[pl.ds(row, BLOCK), pl.ds(column + inner, tiles.stage)]
+            plgpu.copy_gmem_to_smem(p_part, a_stage, barrier)
             t = of_block_gmem[block, at]
             c_rows = pl.ds((t - first_tile if gathered else t) * tiles.tile_c + inner, tiles.stage)
             c_part = c_gmem.at[c_rows, pl.ds(dt * tiles.hidden_d, tiles.hidden_d)]
@@ -372,10 +386,13 @@ def head_gradient(
     gathered: bool,
     carry: tuple[Any, bool, bool] | None = None,
     after: Any = None,
+    panels: int = 1,
     ctas: int,
     interpret: Any,
 ) -> None:
     """dc_ref [width or V, D] = Pᵀ·E + constant [D] for the columns of a chunk.
+
+    p_ref may be dc_ref, if P lies in rows of other columns.
 
     `after` is only there to be waited for: where dc_ref replaces something, XLA copies that first
     if it cannot know that its other readers are done.
@@ -384,6 +401,7 @@ def head_gradient(
     far, dc_ref + low_ref, is added; with `split` low_ref receives what rounding cuts off dc_ref.
     """
     low_ref, add, split = carry or (constant, False, False)
+    within = p_ref is dc_ref
     after = constant if after is None else after
     d_tiles = pl.cdiv(hidden.shape[1], tiles.head_d)
     parts = tiles.tile_c // tiles.head_c
@@ -432,9 +450,11 @@ def head_gradient(
             t, part, dt, slot, _ = tile
             rank = lax.div(k, i32(per_block))
             inner = lax.rem(k, i32(per_block)) * tiles.stage
-            p_rows = pl.ds((slot + rank) * BLOCK + inner, tiles.stage)
+            row, column = _place(slot + rank, panels, tiles.tile_c)
+            p_rows = pl.ds(row + inner, tiles.stage)
+            p_columns = pl.ds(column + part * tiles.head_c, tiles.head_c)
             plgpu.copy_gmem_to_smem(
-                p_gmem.at[p_rows, pl.ds(part * tiles.head_c, tiles.head_c)],
+                (dc_gmem if within else p_gmem).at[p_rows, p_columns],
                 a_stage,
                 barrier,
                 collective_axes=None if share_hidden else shared,
@@ -499,7 +519,7 @@ def head_gradient(
         interpret=interpret,
         name="lsce_head_gradient",
     )(
-        p_ref,
+        constant if within else p_ref,
         hidden,
         constant,
         work.first_tile,

@@ -6,15 +6,17 @@
     dC_v = Σ_n P̃_nv · (a_n / l_n)·E_n
 
 so that nothing of P has to be touched again once l is known. The target enters as one changed entry
-a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1. Where the tokens come in
-several groups (P is bfloat16, N·V of it), dC is carried from one to the next as a sum of two
-bfloat16 arrays, 16 bits of mantissa, and rounded to one at the end.
+a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1.
+
+P is bfloat16, N·V of it. Up to a size all of it is kept: of the last columns where dC of the others
+will be, which are written last. Beyond that the tokens come in groups, and dC is carried from one to
+the next as a sum of two bfloat16 arrays, 16 bits of mantissa, and rounded to one at the end.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ from lsce.hopper import backward, plan
 from lsce.hopper.forward import LOG2E
 from lsce.hopper.gradients import Call
 from lsce.hopper.loss import hot_sums, results, run_forward, target_logit
-from lsce.hopper.tiles import BLOCK, fused_groups
+from lsce.hopper.tiles import BLOCK, fused_layout
 
 SHIFT = 16.0
 """Nats above the bound at which P̃ is 1: leaves 104 for a token whose probability the bound missed,
@@ -45,6 +47,28 @@ def refuses(call: Call, hidden: Any, head: Any, bias: Any) -> str | None:
     if p.v % tiles.tile_c or head.shape[0] != p.v or hidden.shape[1] % tiles.head_d:
         return f"V and D are no multiples of the tiles {tiles.tile_c} and {tiles.head_d}"
     return None
+
+
+class Part(NamedTuple):
+    """Some of the column tiles, and where their P is."""
+
+    chunk: int
+    tiles: int
+    p_ref: Any
+    panels: int
+    kept_ref: Any
+
+    def entries(
+        self, labels: Int[Array, " N"], own: int, blocks: int, tile_c: int
+    ) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
+        """Row and column of each token's target in p_ref, −1 where it is in another part."""
+        token = jnp.arange(labels.shape[0], dtype=jnp.int32)
+        tile = labels // tile_c - self.chunk * own
+        here = (labels >= 0) & (tile >= 0) & (tile < self.tiles)
+        slot = tile * blocks + token // BLOCK
+        row = slot // self.panels * BLOCK + token % BLOCK
+        column = slot % self.panels * tile_c + labels % tile_c
+        return jnp.where(here, row, -1), column
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,88 +98,98 @@ def _fwd(call: Call, hidden, head, labels, weights):
     center = jnp.mean(head, axis=0, dtype=jnp.float32)
     mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
-    count = fused_groups(rows, v)
-    pairs = rows // (2 * BLOCK)
     column_tiles = v // tiles.tile_c
-    most = -(-pairs // count) * 2 * BLOCK
-    p_ref = jax.new_ref(lax.empty((column_tiles * most, tiles.tile_c), hidden.dtype))
-    kept_ref = jax.new_ref(lax.empty((column_tiles * most,), jnp.float32))
-    hi_ref = jax.new_ref(lax.empty(head.shape, head.dtype))
-    lo_ref = jax.new_ref(lax.empty(head.shape if count > 1 else (16, 64), head.dtype))
+    count, own = fused_layout(rows, d, v, tiles.tile_c)
+    most = -(-rows // (2 * BLOCK) // count) * 2 * BLOCK
+    dhead_ref = jax.new_ref(lax.empty(head.shape, head.dtype))
+    low_ref = jax.new_ref(lax.empty(head.shape if count > 1 else (16, 64), head.dtype))
+    own_ref = jax.new_ref(lax.empty((own * most, tiles.tile_c), hidden.dtype))
+    parts = [Part(0, own, own_ref, 1, jax.new_ref(lax.empty((own * most,), jnp.float32)))]
+    if others := column_tiles - own:
+        kept_ref = jax.new_ref(lax.empty((others * most,), jnp.float32))
+        parts.append(Part(1, others, dhead_ref, d // tiles.tile_c, kept_ref))
     options = {"tiles": tiles, "ctas": call.ctas, "interpret": call.interpret}
     padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
     zero = jnp.int32(0).reshape(1)
     lse, dhidden = [], []
     for g in range(count):
-        part = slice(g * most, min((g + 1) * most, rows))
-        eg, yg, wg, rg = e[part], y[part], w[part], r[part]
+        group = slice(g * most, min((g + 1) * most, rows))
+        eg, yg, wg, rg = e[group], y[group], w[group], r[group]
         some = eg.shape[0]
         blocks = some // BLOCK
         work = plan.whole(
-            blocks,
-            jnp.int32(blocks),
-            column_tiles,
-            slots=column_tiles * blocks,
-            group=tiles.cluster,
+            blocks, jnp.int32(blocks), column_tiles, slots=own * blocks, group=tiles.cluster
         )
         ones, none = jnp.ones(some), jnp.zeros(some)
         vectors = backward.Vectors(rg * LOG2E, ones, none, none, ones, jnp.full(some, -1))
-        backward.probabilities(
-            eg,
-            head,
-            None,
-            vectors,
-            work,
-            zero,
-            p_ref,
-            kept_ref,
-            gathered=False,
-            scale=p.logit_scale,
-            softcap=p.softcap,
-            smooth=False,
-            v=v,
-            **options,
-        )
-        # Slots are column tile · blocks + block.
-        l = kept_ref[: column_tiles * some].reshape(column_tiles, some).sum(0)
+        l = none
+        for part in parts:
+            backward.probabilities(
+                eg,
+                head,
+                None,
+                vectors,
+                work,
+                zero + part.chunk,
+                part.p_ref,
+                part.kept_ref,
+                gathered=False,
+                scale=p.logit_scale,
+                softcap=p.softcap,
+                smooth=False,
+                v=v,
+                panels=part.panels,
+                **options,
+            )
+            # Slots are column tile · blocks + block.
+            l = l + part.kept_ref[: part.tiles * some].reshape(part.tiles, some).sum(0)
         lse_g = rg + jnp.log(l)
         factor = formula.softmax_weight(p, lse_g) * p.logit_scale
         scale = wg * factor / l
-        slope = 1.0 if p.softcap is None else 1.0 - (target[part] / p.softcap) ** 2
-        hit = jnp.exp(target[part] - rg) * slope
+        slope = 1.0 if p.softcap is None else 1.0 - (target[group] / p.softcap) ** 2
+        hit = jnp.exp(target[group] - rg) * slope
         hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
-        yc = jnp.maximum(yg, 0)
-        row = (yc // tiles.tile_c * blocks) * BLOCK + jnp.arange(some)
-        backward.change_entries(
-            p_ref,
-            jnp.where(yg >= 0, row, -1),
-            yc % tiles.tile_c,
-            hit,
-            ctas=call.ctas,
-            interpret=call.interpret,
-        )
         dh_ref = jax.new_ref(jnp.zeros((tiles.hidden_splits, some, padded_d), jnp.float32))
-        backward.accumulate_hidden(
-            p_ref, head, work, zero, dh_ref, gathered=False, dense=True, **options
-        )
+        for part in parts:
+            backward.change_entries(
+                part.p_ref,
+                *part.entries(yg, own, blocks, tiles.tile_c),
+                hit,
+                ctas=call.ctas,
+                interpret=call.interpret,
+            )
+            backward.accumulate_hidden(
+                part.p_ref,
+                head,
+                work,
+                zero + part.chunk,
+                dh_ref,
+                gathered=False,
+                dense=True,
+                panels=part.panels,
+                **options,
+            )
         s = wg * p.label_smoothing / v * p.logit_scale
         constant = jnp.zeros(padded_d, jnp.float32)
         if p.label_smoothing > 0.0:
             row = jnp.dot(-s, eg.astype(jnp.float32), precision="highest")
             constant = constant.at[:d].set(row)
         scaled = (eg.astype(jnp.float32) * scale[:, None]).astype(hidden.dtype)
-        backward.head_gradient(
-            p_ref,
-            scaled,
-            work,
-            zero,
-            constant + poison,
-            hi_ref,
-            gathered=False,
-            carry=None if count == 1 else (lo_ref, g > 0, g < count - 1),
-            **options,
-        )
-        zero = _zero_after(hi_ref[0, 0], dh_ref[0, 0, 0])
+        # The last columns first: their P lies where the others' dC goes.
+        for part in reversed(parts):
+            backward.head_gradient(
+                part.p_ref,
+                scaled,
+                work,
+                zero + part.chunk,
+                constant + poison,
+                dhead_ref,
+                gathered=False,
+                carry=None if count == 1 else (low_ref, g > 0, g < count - 1),
+                panels=part.panels,
+                **options,
+            )
+        zero = _zero_after(dhead_ref[0, 0], dh_ref[0, 0, 0])
         dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * v)[:, None] * center[None, :]
         lse.append(lse_g)
         dhidden.append((dh + poison).astype(hidden.dtype))
@@ -163,7 +197,7 @@ def _fwd(call: Call, hidden, head, labels, weights):
     lse = jnp.maximum(lse, target[:n])
     losses = formula.token_loss(p, lse, target[:n], mean_logit[:n])
     losses = jnp.where(is_live, losses, 0.0)
-    return jnp.sum(weights * losses), (dhidden, hi_ref[...], losses)
+    return jnp.sum(weights * losses), (dhidden, dhead_ref[...], losses)
 
 
 def _zero_after(high: Array, sums: Array) -> Int[Array, " 1"]:

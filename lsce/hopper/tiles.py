@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 from lsce.problem import Problem
 
@@ -195,7 +196,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     tile_c = Tiles().exact.tile_c
     column_tiles = -(-v // tile_c)
     most = max(2, min(60, column_tiles // 8))
-    group, at_once = -(-n // fused_groups(n, v)), range(column_tiles, column_tiles + 1)
+    group, at_once = -(-n // fused_layout(n, d, v, tile_c).groups), range(column_tiles, column_tiles + 1)
     # Gathered rows of the head: about 38 MB, but never more than a fifth of it.
     width = max(min(19_000_000 // d, v // 5) // 512, 4) * 512
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
@@ -232,13 +233,32 @@ def within_a_quarter(n: int, d: int, v: int, width: int, slots: int) -> tuple[in
 
 
 FUSED_BYTES = 2_200_000_000
-"""Bytes of P at a time where the gradients are made in the forward."""
+"""Bytes of P at a time where the gradients are made in the forward, for some of the tokens."""
+FUSED_WHOLE_BYTES = 3_400_000_000
+"""The same for all tokens, which saves the carrying of dC from some to the next. A part of P is then
+where dC will be, which the outputs count already."""
 
 
-def fused_groups(n: int, v: int) -> int:
+class FusedLayout(NamedTuple):
+    """Where P is kept between its making and its use in both products."""
+
+    groups: int
     """Into how many groups of whole pairs of blocks the tokens are cut."""
-    pairs = max(-(-n // (2 * BLOCK)), 1)
-    return min(pairs, -(-pairs * 2 * BLOCK * v * 2 // FUSED_BYTES))
+    own: int
+    """How many of the column tiles lie in P's own buffer, the others in that of dC."""
+
+
+def fused_layout(n: int, d: int, v: int, tile_c: int) -> FusedLayout:
+    pairs, column_tiles = max(-(-n // (2 * BLOCK)), 1), -(-v // tile_c)
+    rows = pairs * 2 * BLOCK
+    if rows * v * 2 > FUSED_BYTES and (panels := d // tile_c):
+        # The others must fit into dC's rows of the own, as those are written last.
+        own = max(-(-column_tiles * rows // (panels * tile_c + rows)), -(-column_tiles // 2))
+        while -(-(column_tiles - own) * rows // BLOCK // panels) * BLOCK > own * tile_c:
+            own += 1
+        if own * tile_c * rows * 2 <= FUSED_WHOLE_BYTES:
+            return FusedLayout(1, own)
+    return FusedLayout(min(pairs, -(-rows * v * 2 // FUSED_BYTES)), column_tiles)
 
 
 WIDTHS = {256: 1.0, 192: 1.04, 128: 1.15, 64: 1.5}
