@@ -246,7 +246,7 @@ def entry(chip: str, d: int, v: int, chosen: Tiles) -> str:
     """A line of `lsce.hopper.tiles.TUNED`, every field spelt out: defaults may change."""
     key = hopper.tiles.family(chip) or chip
     fields = (f"        {f.name}={getattr(chosen, f.name)!r},\n" for f in dataclasses.fields(Tiles))
-    return f'    ("{key}", {d}, {v}): Tiles(\n{"".join(fields)}    ),'
+    return f'    ("{key}", {d}, {v}, "bfloat16"): Tiles(\n{"".join(fields)}    ),'
 
 
 def show(case: cases.Case, trials: list[Trial], console: Console | None = None) -> None:

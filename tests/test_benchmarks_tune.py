@@ -226,7 +226,7 @@ def test_an_entry_evaluates_to_the_same_tiles(chip, key):
     best, _ = tune.tune(START, CASE.d, cost)
     for chosen in (START, best):
         table = eval("{" + tune.entry(chip, CASE.d, CASE.v, chosen) + "}", vars(hopper.tiles))
-        assert table == {(key, CASE.d, CASE.v): chosen}
+        assert table == {(key, CASE.d, CASE.v, "bfloat16"): chosen}
 
 
 def test_an_entry_is_what_the_backend_then_takes(monkeypatch):
@@ -238,6 +238,8 @@ def test_an_entry_is_what_the_backend_then_takes(monkeypatch):
     assert hopper.tiles.choose(problem) == best
     other = heuristic(CASE.n, CASE.d, 32_000, 132)
     assert hopper.tiles.choose(dataclasses.replace(problem, v=32_000)) == other
+    half = dataclasses.replace(problem, hidden_dtype=np.dtype(np.float16))
+    assert hopper.tiles.choose(half) == heuristic(CASE.n, CASE.d, CASE.v, 132)
 
 
 def test_the_table_shows_the_fastest_first_and_the_failed_last():
@@ -293,4 +295,4 @@ def test_a_whole_run_prints_entries_and_writes_every_trial(
     printed = capsys.readouterr().out
     best = eval("{" + printed[printed.rindex('    ("') :] + "}", vars(hopper.tiles))
     assert [dataclasses.asdict(tiles) for tiles in best.values()] == [record["best"]]
-    assert list(best) == [(chip, 64, 512)]
+    assert list(best) == [(chip, 64, 512, "bfloat16")]

@@ -172,8 +172,8 @@ class Tiles:
 
 FAMILIES = ("H100", "H200", "H800", "H20", "GH200")
 """The chips with compute capability 9.0, by the word that their device kind holds."""
-TUNED: dict[tuple[str, int, int], Tiles] = {}
-"""Measured winners by (family, D, V), as `python -m benchmarks.tune` prints them."""
+TUNED: dict[tuple[str, int, int, str], Tiles] = {}
+"""Measured winners by (family, D, V, dtype), as `python -m benchmarks.tune` prints them."""
 
 
 def family(chip: str) -> str | None:
@@ -183,7 +183,7 @@ def family(chip: str) -> str | None:
 
 def choose(problem: Problem, ctas: int = 132) -> Tiles:
     """The tuned entry for the chip and the head if there is one, else the heuristic."""
-    key = family(problem.chip) or "", problem.d, problem.v
+    key = family(problem.chip) or "", problem.d, problem.v, problem.hidden_dtype.name
     return TUNED.get(key) or heuristic(problem.n, problem.d, problem.v, ctas)
 
 
