@@ -147,7 +147,10 @@ def test_fused_layouts():
     # P of the last columns fits into dC of the others, and of one tile more it would not.
     groups, own = tiles.fused_layout(8192, 2304, 256_000, 256)
     assert groups == 1
-    needed = lambda own: -(-(1000 - own) * 64 // 9) * 128
+
+    def needed(own: int) -> int:
+        return -(-(1000 - own) * 64 // 9) * 128
+
     assert needed(own) <= own * 256
     assert needed(own - 1) > (own - 1) * 256
     assert tiles.fused_layout(32768, 2304, 256_000, 256) == (8, 1000)

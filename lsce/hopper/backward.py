@@ -6,8 +6,9 @@ For a chunk of `width` columns, gathered or in place:
     dE += P·C                                   float32, over each block's active column tiles
     dC  = Pᵀ·E + constant                       float32 sums, over each tile's active blocks
 
-P is bfloat16 in one buffer that every chunk reuses; what is not active there is never read. Its tiles
-lie one below the other, or `panels` of them side by side in a wider array. Each output tile has one owner that adds in a fixed order: the same inputs give the same bits.
+P is bfloat16 in one buffer that every chunk reuses; what is not active there is never read. Its
+tiles lie one below the other, or `panels` of them side by side in a wider array. Each output tile
+has one owner that adds in a fixed order: the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def probabilities(
 ) -> None:
     """Writes P of a chunk's active pairs into their slots of p_ref [slots · BLOCK, tile_c].
 
-    kept_ref [slots · BLOCK] receives each row's probability mass in the tile. With `panels` p_ref is
-    [⌈slots / panels⌉ · BLOCK, panels · tile_c] or larger.
+    kept_ref [slots · BLOCK] receives each row's probability mass in the tile. With `panels`, p_ref
+    is [⌈slots / panels⌉ · BLOCK, panels · tile_c] or larger.
     """
     d = hidden.shape[1]
     blocks = hidden.shape[0] // BLOCK

@@ -7,7 +7,8 @@ there are. At one ε the error of dE falls with N and rises with V. With
     ε = 2^-10.2 · √(N / 8192) · (256000 / V)^(5/8)        N tokens with a loss
 
 it is the same everywhere: 0.011 to 0.013 (‖·‖/‖ref‖) for Gemma 3 270M's activations and SmolLM2
-135M's, each at N = 2,048, 8,192 and 32,768 (benchmarks/NOTES.md). Naive bfloat16's is 0.012 to 0.013.
+135M's, each at N = 2,048, 8,192 and 32,768 (benchmarks/NOTES.md). Naive bfloat16's is 0.012 or
+0.013.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@
 so that nothing of P has to be touched again once l is known. The target enters as one changed entry
 a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1.
 
-P is bfloat16, N·V of it. Up to a size all of it is kept: of the last columns where dC of the others
-will be, which are written last. Beyond that the tokens come in groups, and dC is carried from one to
-the next as a sum of two bfloat16 arrays, 16 bits of mantissa, and rounded to one at the end.
+P is bfloat16, N·V of it. Up to a size all of it is kept: that of the last columns lies where dC of
+the others will be, which is written last. Beyond that the tokens come in groups, and dC is carried
+from one to the next as a sum of two bfloat16 arrays, 16 bits of mantissa, and rounded at the end.
 """
 
 from __future__ import annotations

@@ -196,7 +196,8 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     tile_c = Tiles().exact.tile_c
     column_tiles = -(-v // tile_c)
     most = max(2, min(60, column_tiles // 8))
-    group, at_once = -(-n // fused_layout(n, d, v, tile_c).groups), range(column_tiles, column_tiles + 1)
+    group = -(-n // fused_layout(n, d, v, tile_c).groups)
+    at_once = range(column_tiles, column_tiles + 1)
     # Gathered rows of the head: about 38 MB, but never more than a fifth of it.
     width = max(min(19_000_000 // d, v // 5) // 512, 4) * 512
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
@@ -235,8 +236,8 @@ def within_a_quarter(n: int, d: int, v: int, width: int, slots: int) -> tuple[in
 FUSED_BYTES = 2_200_000_000
 """Bytes of P at a time where the gradients are made in the forward, for some of the tokens."""
 FUSED_WHOLE_BYTES = 3_400_000_000
-"""The same for all tokens, which saves the carrying of dC from some to the next. A part of P is then
-where dC will be, which the outputs count already."""
+"""The same in P's own buffer for all tokens, which saves carrying dC from some to the next: a part
+of P then lies where dC will be."""
 
 
 class FusedLayout(NamedTuple):
