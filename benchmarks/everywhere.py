@@ -139,7 +139,7 @@ def measure(
     return measured
 
 
-def draw(case: cases.Case, folder: pathlib.Path | None) -> Inputs:
+def draw(case: cases.Case, folder: pathlib.Path | None = None) -> Inputs:
     """A case's inputs, made on JAX's device and left there."""
     arrays: Any
     if folder is not None:

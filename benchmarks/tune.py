@@ -2,12 +2,13 @@
 
 Three stages, each with the winner of the one before: the forward alone, forward and backward with
 the default filter, and both without a filter. A stage is a few passes, each over the combinations
-of some fields, because all the fields at once would take days to compile. Times are ratios to a
-bare product E·Cᵀ timed beside them, as clocks drift. At the end stand the entries for `TUNED` in
-lsce/hopper/tiles.py; `ruff format` breaks their lines.
+of some fields, because all the fields at once would take days; those of a pass are compiled side by
+side. Times are ratios to a bare product E·Cᵀ timed beside them, as clocks drift. At the end stand
+the entries for `TUNED` in lsce/hopper/tiles.py; `ruff format` breaks their lines.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import cases, inputs, memory, runner, timing
+from benchmarks import cases, everywhere, inputs, memory, runner, timing
 from lsce import hopper
 from lsce.hopper import tiles
 from lsce.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
@@ -131,23 +132,27 @@ def tune(
     *,
     stages: Iterable[Stage] = STAGES,
     memory: float = 1.25,
+    ahead: Callable[[Stage, list[Tiles]], None] = lambda stage, candidates: None,
     announce: Callable[[Tiles, list[Trial]], None] = lambda best, trials: None,
 ) -> tuple[Tiles, list[Trial]]:
     """The best tiles for hidden size `d` and every trial on the way.
 
     A winner computes what the stage's first candidate computes, in at most `memory` times its
-    temporaries. `announce` is told the best so far and the trials after each of them.
+    temporaries. `ahead` is told what a pass will run, `announce` the best so far and the trials
+    after each of them.
     """
     best, trials = start, []
     for stage in stages:
         seen: dict[Tiles, Trial] = {}
         for axes in passes(stage, start, d):
-            for part in candidates(getattr(best, stage), axes):
-                candidate = dataclasses.replace(best, **{stage: part})
-                if candidate not in seen:
-                    seen[candidate] = judged(run(stage, candidate), seen.values(), memory)
-                    trials.append(seen[candidate])
-                    announce(_best(best, seen.values()), trials)
+            parts = candidates(getattr(best, stage), axes)
+            new = [dataclasses.replace(best, **{stage: part}) for part in parts]
+            new = [candidate for candidate in new if candidate not in seen]
+            ahead(stage, new)
+            for candidate in new:
+                seen[candidate] = judged(run(stage, candidate), seen.values(), memory)
+                trials.append(seen[candidate])
+                announce(_best(best, seen.values()), trials)
             best = _best(best, seen.values())
     return best, trials
 
@@ -203,10 +208,21 @@ class Bench:
         self.problem = problem_of(case)
         self.seconds = seconds
         self.arrays = jax.device_put((data.hidden, data.head, data.labels), jax.devices()[0])
+        self.compiling: dict[tuple[Stage, Tiles], concurrent.futures.Future[Any]] = {}
+
+    def ahead(self, stage: Stage, candidates: list[Tiles]) -> None:
+        """Compiles all of these side by side, before any is timed."""
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for chosen in candidates:
+                self.compiling[stage, chosen] = pool.submit(self._compile, stage, chosen)
+
+    def _compile(self, stage: Stage, chosen: Tiles) -> Any:
+        return jax.jit(program(stage, self.problem, chosen)).lower(*self.arrays).compile()
 
     def __call__(self, stage: Stage, chosen: Tiles) -> Trial:
+        future = self.compiling.pop((stage, chosen), None)
         try:
-            compiled = jax.jit(program(stage, self.problem, chosen)).lower(*self.arrays).compile()
+            compiled = future.result() if future else self._compile(stage, chosen)
             call = functools.partial(compiled, *self.arrays)
             both = call, timing.product(*self.arrays[:2])
             time, bare = timing.beside(both, seconds=self.seconds)
@@ -242,11 +258,12 @@ def _norm(x: Any) -> Any:
 # What comes out
 
 
-def entry(chip: str, d: int, v: int, chosen: Tiles) -> str:
+def entry(chip: str, case: cases.Case, chosen: Tiles) -> str:
     """A line of `lsce.hopper.tiles.TUNED`, every field spelt out: defaults may change."""
-    key = hopper.tiles.family(chip) or chip
+    family, n = hopper.tiles.family(chip) or chip, tiles.power_of_two(case.n)
     fields = (f"        {f.name}={getattr(chosen, f.name)!r},\n" for f in dataclasses.fields(Tiles))
-    return f'    ("{key}", {d}, {v}, "bfloat16"): Tiles(\n{"".join(fields)}    ),'
+    key = f'"{family}", {n}, {case.d}, {case.v}, "bfloat16"'
+    return f"    ({key}): Tiles(\n{''.join(fields)}    ),"
 
 
 def show(case: cases.Case, trials: list[Trial], console: Console | None = None) -> None:
@@ -313,7 +330,9 @@ def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]
     report = environment(options.commit) | {"inputs": options.inputs, "cases": []}
     entries = []
     for case in shapes:
-        bench = Bench(inputs.of(options.inputs, case, "bfloat16"), options.seconds)
+        typical = options.inputs == "typical"
+        data = everywhere.draw(case) if typical else inputs.of(options.inputs, case, "bfloat16")
+        bench = Bench(data, options.seconds)
         record: dict[str, Any] = dataclasses.asdict(case)
         report["cases"].append(record)
 
@@ -335,10 +354,11 @@ def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]
             bench,
             stages=options.stage,
             memory=options.memory,
+            ahead=bench.ahead,
             announce=announce,
         )
         show(case, trials)
-        entries.append(entry(bench.problem.chip, case.d, case.v, best))
+        entries.append(entry(bench.problem.chip, case, best))
     return entries
 
 
@@ -363,8 +383,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--inputs",
-        default="peaked",
-        help=f"{inputs.CHOICES}; default %(default)s",
+        default="typical",
+        help=f"typical, with a real model's column statistics (default), or {inputs.CHOICES}",
     )
     add("--seconds", type=float, default=0.5, help="about how long to time each; default 0.5")
     add(

@@ -176,8 +176,10 @@ def test_a_candidate_that_does_not_compile_is_a_trial(monkeypatch):
 
     monkeypatch.setattr(tune, "program", refuse)
     bench = tune.Bench(inputs.make("flat", SMALL, "bfloat16"), seconds=0.1)
-    failed = bench("forward", START)
-    assert failed == tune.Trial("forward", START, failure="ValueError: too many registers")
+    failed = tune.Trial("forward", START, failure="ValueError: too many registers")
+    assert bench("forward", START) == failed
+    bench.ahead("forward", [START])
+    assert bench("forward", START) == failed
 
 
 def test_a_bench_times_measures_and_reads(monkeypatch):
@@ -191,7 +193,11 @@ def test_a_bench_times_measures_and_reads(monkeypatch):
 
     monkeypatch.setattr(tune, "program", program)
     data = inputs.make("flat", SMALL, "bfloat16")
-    done = tune.Bench(data, seconds=0.05)("sparse", START)
+    bench = tune.Bench(data, seconds=0.05)
+    bench.ahead("sparse", [START])
+    assert [*bench.compiling] == [("sparse", START)]
+    done = bench("sparse", START)
+    assert not bench.compiling
     assert done.failure is None
     assert done.time is not None
     assert done.ratio == done.time.p50_ms / done.matmul_ms > 0
@@ -225,19 +231,22 @@ def test_shapes_that_would_be_padded_are_refused(wrong):
 def test_an_entry_evaluates_to_the_same_tiles(chip, key):
     best, _ = tune.tune(START, CASE.d, cost)
     for chosen in (START, best):
-        table = eval("{" + tune.entry(chip, CASE.d, CASE.v, chosen) + "}", vars(hopper.tiles))
-        assert table == {(key, CASE.d, CASE.v, "bfloat16"): chosen}
+        table = eval("{" + tune.entry(chip, CASE, chosen) + "}", vars(hopper.tiles))
+        assert table == {(key, CASE.n, CASE.d, CASE.v, "bfloat16"): chosen}
 
 
 def test_an_entry_is_what_the_backend_then_takes(monkeypatch):
     best, _ = tune.tune(START, CASE.d, cost)
     chip = "NVIDIA H100 80GB HBM3"
-    table = eval("{" + tune.entry(chip, CASE.d, CASE.v, best) + "}", vars(hopper.tiles))
+    table = eval("{" + tune.entry(chip, CASE, best) + "}", vars(hopper.tiles))
     monkeypatch.setattr(hopper.tiles, "TUNED", table)
     problem = dataclasses.replace(tune.problem_of(CASE), chip=chip)
     assert hopper.tiles.choose(problem) == best
     other = heuristic(CASE.n, CASE.d, 32_000, 132)
     assert hopper.tiles.choose(dataclasses.replace(problem, v=32_000)) == other
+    assert hopper.tiles.choose(dataclasses.replace(problem, n=7000)) == best
+    fewer = heuristic(2048, CASE.d, CASE.v, 132)
+    assert hopper.tiles.choose(dataclasses.replace(problem, n=2048)) == fewer
     half = dataclasses.replace(problem, hidden_dtype=np.dtype(np.float16))
     assert hopper.tiles.choose(half) == heuristic(CASE.n, CASE.d, CASE.v, 132)
 
@@ -279,9 +288,10 @@ def test_a_whole_run_prints_entries_and_writes_every_trial(
 ):
     monkeypatch.setattr(type(hopper.BACKEND), "refuses", lambda self, problem: None)
     monkeypatch.setattr(tune.Bench, "__call__", lambda self, *it: cost(*it))
+    monkeypatch.setattr(tune.Bench, "ahead", lambda self, *it: None)
     monkeypatch.setitem(cases.CASES, "small", SMALL)
     file = tmp_path / "runs" / "tune.json"
-    command = ["--case", "small", "--n", "128", "--inputs", "flat", "--json", str(file)]
+    command = ["--case", "small", "--n", "128", "--json", str(file)]
     assert tune.main([*command, "--commit", "abc"]) == 0
     report = json.loads(file.read_text())
     assert report["commit"] == "abc"
@@ -295,4 +305,4 @@ def test_a_whole_run_prints_entries_and_writes_every_trial(
     printed = capsys.readouterr().out
     best = eval("{" + printed[printed.rindex('    ("') :] + "}", vars(hopper.tiles))
     assert [dataclasses.asdict(tiles) for tiles in best.values()] == [record["best"]]
-    assert list(best) == [(chip, 64, 512, "bfloat16")]
+    assert list(best) == [(chip, 128, 64, 512, "bfloat16")]

@@ -25,7 +25,7 @@ from contract import (
 
 import lsce
 from lsce import hopper
-from lsce.hopper import filtering
+from lsce.hopper import filtering, tiles
 from lsce.problem import Problem
 
 BF16 = np.dtype(jnp.bfloat16)
@@ -55,7 +55,7 @@ SUBJECTS = [
     pytest.param(
         # N·V of `large` passes 2^31, its tiles of P hold two blocks, and of nothing there is a
         # whole number of tiles or chunks.
-        Subject("hopper", (300, 200, 5003), (127, 72, 1021), (600, 128, 5120), (16500, 64, 200003)),
+        Subject("hopper", (300, 200, 5003), (127, 72, 1021), (600, 512, 5120), (16500, 64, 200003)),
         marks=GPU,
         id="hopper",
     ),
@@ -208,7 +208,15 @@ def test_frozen(subject, frozen):
         assert relative_error(grad, both.grads[name]) < 1e-3
 
 
-def test_fused(subject):
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"FUSED_BYTES": 1}, {"FUSED_BYTES": 1, "FUSED_WHOLE_BYTES": 1}],
+    ids=["whole", "P within dC", "groups"],
+)
+def test_fused(subject, limits, monkeypatch):
+    for name, most in limits.items():
+        monkeypatch.setattr(tiles, name, most)
+    step.cache_clear()
     this = case(subject.even, "bfloat16", weights=True, label_smoothing=0.1, z_loss=1e-2)
     got = run(
         subject.implementation, poisoned(this.inputs), **this.options, gradient_filter="fused"

@@ -172,8 +172,10 @@ class Tiles:
 
 FAMILIES = ("H100", "H200", "H800", "H20", "GH200")
 """The chips with compute capability 9.0, by the word that their device kind holds."""
-TUNED: dict[tuple[str, int, int, str], Tiles] = {}
-"""Measured winners by (family, D, V, dtype), as `python -m benchmarks.tune` prints them."""
+TUNED: dict[tuple[str, int, int, int, str], Tiles] = {}
+"""Measured winners by (family, N, D, V, dtype), as `python -m benchmarks.tune` prints them.
+
+N is a power of two, and stands for all numbers of tokens to which it is the nearest."""
 
 
 def family(chip: str) -> str | None:
@@ -183,8 +185,14 @@ def family(chip: str) -> str | None:
 
 def choose(problem: Problem, ctas: int = 132) -> Tiles:
     """The tuned entry for the chip and the head if there is one, else the heuristic."""
-    key = family(problem.chip) or "", problem.d, problem.v, problem.hidden_dtype.name
-    return TUNED.get(key) or heuristic(problem.n, problem.d, problem.v, ctas)
+    p = problem
+    key = family(p.chip) or "", power_of_two(p.n), p.d, p.v, p.hidden_dtype.name
+    return TUNED.get(key) or heuristic(p.n, p.d, p.v, ctas)
+
+
+def power_of_two(n: int) -> int:
+    """The nearest to n by ratio."""
+    return 2 ** round(math.log2(max(n, 1)))
 
 
 def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
