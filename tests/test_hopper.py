@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import Candidate, assert_no_worse, assert_stats, case, ours
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
@@ -140,6 +142,25 @@ def test_fused_says_why_not():
     assert "bias" in fused.refuses(call, hidden, head, np.zeros(p.v))
     capped = dataclasses.replace(call, problem=problem(softcap=30.0, label_smoothing=0.1))
     assert "softcap" in fused.refuses(capped, hidden, head, None)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(1, 65_536), d=st.integers(1, 128), v=st.integers(1, 1200))
+def test_fused_layouts_fit(n, d, v):
+    d, v, tile_c = 64 * d, 256 * v, 256
+    groups, own = tiles.fused_layout(n, d, v, tile_c)
+    pairs = -(-n // 256)
+    assert 1 <= groups <= pairs
+    others = v // tile_c - own
+    if others:
+        assert groups == 1
+        # `plan.whole` makes two chunks of them, and the second one's P stays in the first one's dC.
+        assert 0 < others <= own
+        slots, panels = others * pairs * 2, d // tile_c
+        assert -(-slots // panels) * 128 <= own * tile_c
+        assert 2 * own * tile_c * pairs * 256 <= tiles.FUSED_WHOLE_BYTES
+    else:
+        assert groups == pairs or 2 * pairs * 256 * v <= groups * tiles.FUSED_BYTES
 
 
 def test_fused_layouts():
