@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from lsce import formula
 from lsce.hopper import backward, plan
@@ -81,10 +81,32 @@ def weighted_sum(call: Call, hidden, head, labels, weights):
     return jnp.sum(weights * results(call, sums, target, labels, live)[0])
 
 
+class Tokens(NamedTuple):
+    """A group of tokens, in whole pairs of blocks; those without a loss are 0, their label −1."""
+
+    hidden: Float[Array, "rows D"]
+    labels: Int[Array, " rows"]
+    weights: Float[Array, " rows"]
+    bound: Float[Array, " rows"]
+    """r of the formulas above."""
+    target: Float[Array, " rows"]
+    """The target's logit."""
+
+
+class Storage(NamedTuple):
+    """What all groups write to."""
+
+    parts: list[Part]
+    own: int
+    """Column tiles of the first part."""
+    dhead_ref: Any
+    low_ref: Any
+    """What rounding cuts off dC, where it is carried from one group to the next."""
+
+
 def _fwd(call: Call, hidden, head, labels, weights):
     p, tiles = call.problem, call.tiles.fused
     n, d = hidden.shape
-    v = p.v
     rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
     is_live = labels >= 0
     pad = ((0, rows - n),)
@@ -98,106 +120,120 @@ def _fwd(call: Call, hidden, head, labels, weights):
     center = jnp.mean(head, axis=0, dtype=jnp.float32)
     mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
-    column_tiles = v // tiles.tile_c
-    count, own = fused_layout(rows, d, v, tiles.tile_c)
+    count, own = fused_layout(rows, d, p.v, tiles.tile_c)
     most = -(-rows // (2 * BLOCK) // count) * 2 * BLOCK
-    dhead_ref = jax.new_ref(lax.empty(head.shape, head.dtype))
-    low_ref = jax.new_ref(lax.empty(head.shape if count > 1 else (16, 64), head.dtype))
-    own_ref = jax.new_ref(lax.empty((own * most, tiles.tile_c), hidden.dtype))
-    parts = [Part(0, own, own_ref, 1, jax.new_ref(lax.empty((own * most,), jnp.float32)))]
-    if others := column_tiles - own:
-        kept_ref = jax.new_ref(lax.empty((others * most,), jnp.float32))
-        parts.append(Part(1, others, dhead_ref, d // tiles.tile_c, kept_ref))
-    options = {"tiles": tiles, "ctas": call.ctas, "interpret": call.interpret}
-    padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
+    storage = _storage(call, head, own, most, carried=count > 1)
     zero = jnp.int32(0).reshape(1)
     lse, dhidden = [], []
     for g in range(count):
         group = slice(g * most, min((g + 1) * most, rows))
-        eg, yg, wg, rg = e[group], y[group], w[group], r[group]
-        some = eg.shape[0]
-        blocks = some // BLOCK
-        work = plan.whole(
-            blocks, jnp.int32(blocks), column_tiles, slots=own * blocks, group=tiles.cluster
-        )
-        ones, none = jnp.ones(some), jnp.zeros(some)
-        vectors = backward.Vectors(rg * LOG2E, ones, none, none, ones, jnp.full(some, -1))
-        l = none
-        for part in parts:
-            backward.probabilities(
-                eg,
-                head,
-                None,
-                vectors,
-                work,
-                zero + part.chunk,
-                part.p_ref,
-                part.kept_ref,
-                gathered=False,
-                scale=p.logit_scale,
-                softcap=p.softcap,
-                smooth=False,
-                v=v,
-                panels=part.panels,
-                **options,
-            )
-            # Slots are column tile · blocks + block.
-            l = l + part.kept_ref[: part.tiles * some].reshape(part.tiles, some).sum(0)
-        lse_g = rg + jnp.log(l)
-        factor = formula.softmax_weight(p, lse_g) * p.logit_scale
-        scale = wg * factor / l
-        slope = 1.0 if p.softcap is None else 1.0 - (target[group] / p.softcap) ** 2
-        hit = jnp.exp(target[group] - rg) * slope
-        hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
-        dh_ref = jax.new_ref(jnp.zeros((tiles.hidden_splits, some, padded_d), jnp.float32))
-        for part in parts:
-            backward.change_entries(
-                part.p_ref,
-                *part.entries(yg, own, blocks, tiles.tile_c),
-                hit,
-                ctas=call.ctas,
-                interpret=call.interpret,
-            )
-            backward.accumulate_hidden(
-                part.p_ref,
-                head,
-                work,
-                zero + part.chunk,
-                dh_ref,
-                gathered=False,
-                dense=True,
-                panels=part.panels,
-                **options,
-            )
-        s = wg * p.label_smoothing / v * p.logit_scale
-        constant = jnp.zeros(padded_d, jnp.float32)
-        if p.label_smoothing > 0.0:
-            row = jnp.dot(-s, eg.astype(jnp.float32), precision="highest")
-            constant = constant.at[:d].set(row)
-        scaled = (eg.astype(jnp.float32) * scale[:, None]).astype(hidden.dtype)
-        # The last columns first: their P lies where the others' dC goes.
-        for part in reversed(parts):
-            backward.head_gradient(
-                part.p_ref,
-                scaled,
-                work,
-                zero + part.chunk,
-                constant + poison,
-                dhead_ref,
-                gathered=False,
-                carry=None if count == 1 else (low_ref, g > 0, g < count - 1),
-                panels=part.panels,
-                **options,
-            )
-        zero = _zero_after(dhead_ref[0, 0], dh_ref[0, 0, 0])
-        dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * v)[:, None] * center[None, :]
+        tokens = Tokens(*(x[group] for x in (e, y, w, r, target)))
+        carry = None if count == 1 else (storage.low_ref, g > 0, g < count - 1)
+        lse_g, dh, zero = _gradients(call, tokens, head, center, poison, storage, carry, zero)
         lse.append(lse_g)
         dhidden.append((dh + poison).astype(hidden.dtype))
     lse, dhidden = jnp.concatenate(lse)[:n], jnp.concatenate(dhidden)[:n]
     lse = jnp.maximum(lse, target[:n])
     losses = formula.token_loss(p, lse, target[:n], mean_logit[:n])
     losses = jnp.where(is_live, losses, 0.0)
-    return jnp.sum(weights * losses), (dhidden, dhead_ref[...], losses)
+    return jnp.sum(weights * losses), (dhidden, storage.dhead_ref[...], losses)
+
+
+def _storage(call: Call, head, own: int, rows: int, *, carried: bool) -> Storage:
+    """Buffers for groups of at most `rows` tokens; P of `own` column tiles has one for itself."""
+    tile_c = call.tiles.fused.tile_c
+    dhead_ref = jax.new_ref(lax.empty(head.shape, head.dtype))
+    low_ref = jax.new_ref(lax.empty(head.shape if carried else (16, 64), head.dtype))
+    own_ref = jax.new_ref(lax.empty((own * rows, tile_c), head.dtype))
+    parts = [Part(0, own, own_ref, 1, jax.new_ref(lax.empty((own * rows,), jnp.float32)))]
+    if others := call.problem.v // tile_c - own:
+        kept_ref = jax.new_ref(lax.empty((others * rows,), jnp.float32))
+        parts.append(Part(1, others, dhead_ref, head.shape[1] // tile_c, kept_ref))
+    return Storage(parts, own, dhead_ref, low_ref)
+
+
+def _gradients(call: Call, tokens: Tokens, head, center, poison, storage: Storage, carry, zero):
+    """P of a group, then both products: its lse, its rows of dE, and a zero that comes after."""
+    p, tiles = call.problem, call.tiles.fused
+    rows, d = tokens.hidden.shape
+    blocks = rows // BLOCK
+    options = {"tiles": tiles, "ctas": call.ctas, "interpret": call.interpret}
+    padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
+    slots = storage.own * blocks
+    column_tiles = p.v // tiles.tile_c
+    work = plan.whole(blocks, jnp.int32(blocks), column_tiles, slots=slots, group=tiles.cluster)
+    ones, none = jnp.ones(rows), jnp.zeros(rows)
+    vectors = backward.Vectors(tokens.bound * LOG2E, ones, none, none, ones, jnp.full(rows, -1))
+    l = none
+    for part in storage.parts:
+        backward.probabilities(
+            tokens.hidden,
+            head,
+            None,
+            vectors,
+            work,
+            zero + part.chunk,
+            part.p_ref,
+            part.kept_ref,
+            gathered=False,
+            scale=p.logit_scale,
+            softcap=p.softcap,
+            smooth=False,
+            v=p.v,
+            panels=part.panels,
+            **options,
+        )
+        # Slots are column tile · blocks + block.
+        l = l + part.kept_ref[: part.tiles * rows].reshape(part.tiles, rows).sum(0)
+    lse = tokens.bound + jnp.log(l)
+    factor = formula.softmax_weight(p, lse) * p.logit_scale
+    scale = tokens.weights * factor / l
+    slope = 1.0 if p.softcap is None else 1.0 - (tokens.target / p.softcap) ** 2
+    hit = jnp.exp(tokens.target - tokens.bound) * slope
+    hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
+    dh_ref = jax.new_ref(jnp.zeros((tiles.hidden_splits, rows, padded_d), jnp.float32))
+    for part in storage.parts:
+        backward.change_entries(
+            part.p_ref,
+            *part.entries(tokens.labels, storage.own, blocks, tiles.tile_c),
+            hit,
+            ctas=call.ctas,
+            interpret=call.interpret,
+        )
+        backward.accumulate_hidden(
+            part.p_ref,
+            head,
+            work,
+            zero + part.chunk,
+            dh_ref,
+            gathered=False,
+            dense=True,
+            panels=part.panels,
+            **options,
+        )
+    s = tokens.weights * p.label_smoothing / p.v * p.logit_scale
+    constant = jnp.zeros(padded_d, jnp.float32)
+    if p.label_smoothing > 0.0:
+        row = jnp.dot(-s, tokens.hidden.astype(jnp.float32), precision="highest")
+        constant = constant.at[:d].set(row)
+    scaled = (tokens.hidden.astype(jnp.float32) * scale[:, None]).astype(tokens.hidden.dtype)
+    # The last columns first: their P lies where the others' dC goes.
+    for part in reversed(storage.parts):
+        backward.head_gradient(
+            part.p_ref,
+            scaled,
+            work,
+            zero + part.chunk,
+            constant + poison,
+            storage.dhead_ref,
+            gathered=False,
+            carry=carry,
+            panels=part.panels,
+            **options,
+        )
+    after = _zero_after(storage.dhead_ref[0, 0], dh_ref[0, 0, 0])
+    dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * p.v)[:, None] * center[None, :]
+    return lse, dh, after
 
 
 def _zero_after(high: Array, sums: Array) -> Int[Array, " 1"]:
