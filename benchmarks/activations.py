@@ -24,13 +24,16 @@ import dataclasses
 import functools
 import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from benchmarks.cases import Case
+from benchmarks.inputs import Inputs
 
 LATENT = 256
 PATCHES = 128
@@ -97,6 +100,13 @@ def generate(
         raise ValueError(f"{n=}, {d=}, {v=} must be at least 1, 2 and 2")
     statistics = PRESETS[preset] if isinstance(preset, str) else preset
     return _generate(statistics, n, d, v, jnp.dtype(dtype), jax.random.key(seed))
+
+
+def draw(case: Case) -> Inputs:
+    """A case's inputs, of the preset with the nearest vocabulary; on JAX's device."""
+    preset = "gemma" if case.v > 100_000 else "smollm"
+    arrays: Any = generate(preset, case.n, case.d, case.v)
+    return Inputs(f"like {preset}", *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -112,7 +112,7 @@ def measure(
     from benchmarks.jax_framework import JaxFramework
 
     sizes = sorted(tokens)
-    drawn = draw(cases.find(name, sizes[-1]), folder)
+    drawn = inputs_for(cases.find(name, sizes[-1]), folder)
     measured, parts = Report(), []
     for n in sizes:
         if n > len(drawn.labels):
@@ -139,18 +139,14 @@ def measure(
     return measured
 
 
-def draw(case: cases.Case, folder: pathlib.Path | None = None) -> Inputs:
-    """A case's inputs, made on JAX's device and left there."""
-    arrays: Any
-    if folder is not None:
-        import jax
+def inputs_for(case: cases.Case, folder: pathlib.Path | None) -> Inputs:
+    """A folder's activations, as many as there are, or drawn ones; on JAX's device."""
+    if folder is None:
+        return activations.draw(case)
+    import jax
 
-        kind, arrays = "real", jax.device_put(activations.read(folder, v=case.v))
-    else:
-        # Each preset at the vocabularies nearest to its own.
-        preset = "gemma" if case.v > 100_000 else "smollm"
-        kind, arrays = f"like {preset}", activations.generate(preset, case.n, case.d, case.v)
-    return Inputs(kind, *arrays)
+    arrays: Any = jax.device_put(activations.read(folder, v=case.v))
+    return Inputs("real", *arrays)
 
 
 def markdown(measured: Report) -> str:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import cases, everywhere, inputs, memory, runner, timing
+from benchmarks import activations, cases, inputs, memory, runner, timing
 from lsce import hopper
 from lsce.hopper import tiles
 from lsce.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
@@ -260,7 +260,7 @@ def _norm(x: Any) -> Any:
 
 def entry(chip: str, case: cases.Case, chosen: Tiles) -> str:
     """A line of `lsce.hopper.tiles.TUNED`, every field spelt out: defaults may change."""
-    family, n = hopper.tiles.family(chip) or chip, tiles.power_of_two(case.n)
+    family, n = hopper.tiles.family(chip) or chip, tiles.nearest_power_of_two(case.n)
     fields = (f"        {f.name}={getattr(chosen, f.name)!r},\n" for f in dataclasses.fields(Tiles))
     key = f'"{family}", {n}, {case.d}, {case.v}, "bfloat16"'
     return f"    ({key}): Tiles(\n{''.join(fields)}    ),"
@@ -331,7 +331,7 @@ def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]
     entries = []
     for case in shapes:
         typical = options.inputs == "typical"
-        data = everywhere.draw(case) if typical else inputs.of(options.inputs, case, "bfloat16")
+        data = activations.draw(case) if typical else inputs.of(options.inputs, case, "bfloat16")
         bench = Bench(data, options.seconds)
         record: dict[str, Any] = dataclasses.asdict(case)
         report["cases"].append(record)

@@ -61,7 +61,8 @@ def linear_cross_entropy(
       head_layout: "vd" for a head [V, D], "dv" for [D, V].
       gradient_filter: permission to drop small probabilities from the gradient, never from the
         loss: None is exact, a float ε drops those below ε, "fused" lets a backend make the
-        gradients in the forward pass, "auto" leaves it to the backend.
+        gradients in the forward pass (on Hopper a token with a loss above 104 nats then makes the
+        loss infinite), "auto" leaves it to the backend.
       vocab_order: a permutation of the classes by how active they are (`lsce.vocabulary_order`);
         it may speed a backend up and changes no result.
       return_stats: also return a `TokenStats`, from the same pass.

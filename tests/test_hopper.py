@@ -134,6 +134,18 @@ def test_fused(shape, layout, options, monkeypatch):
     assert_no_worse(got, this, slack=3.0)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter's products
+def test_fused_beyond_its_range_is_infinite_and_not_wrong():
+    this = case((20, 64, 256), "bfloat16", spread=300.0)
+    with hopper.interpreted():
+        got = ours(
+            CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
+        )
+    assert 104 < this.truth.value < np.inf
+    assert got.value == np.inf
+
+
 def test_fused_says_why_not():
     p = problem()
     call = Call(p, None, tiles.choose(p), ctas=132)

@@ -184,14 +184,14 @@ def family(chip: str) -> str | None:
 
 
 def choose(problem: Problem, ctas: int = 132) -> Tiles:
-    """The tuned entry for the chip and the head if there is one, else the heuristic."""
+    """The tuned entry for the chip and the sizes if there is one, else the heuristic."""
     p = problem
-    key = family(p.chip) or "", power_of_two(p.n), p.d, p.v, p.hidden_dtype.name
+    key = family(p.chip) or "", nearest_power_of_two(p.n), p.d, p.v, p.hidden_dtype.name
     return TUNED.get(key) or heuristic(p.n, p.d, p.v, ctas)
 
 
-def power_of_two(n: int) -> int:
-    """The nearest to n by ratio."""
+def nearest_power_of_two(n: int) -> int:
+    """By ratio: 12 is nearer to 16 than to 8."""
     return 2 ** round(math.log2(max(n, 1)))
 
 
@@ -258,6 +258,10 @@ class FusedLayout(NamedTuple):
 
 
 def fused_layout(n: int, d: int, v: int, tile_c: int) -> FusedLayout:
+    """All tokens at once where that fits one of the limits above, else the fewest groups that do.
+
+    dC [V, D] takes D // tile_c tiles of P side by side, so a smaller D leaves room for fewer.
+    """
     pairs, column_tiles = max(-(-n // (2 * BLOCK)), 1), -(-v // tile_c)
     rows = pairs * 2 * BLOCK
     if rows * v * 2 > FUSED_BYTES and (panels := d // tile_c):
