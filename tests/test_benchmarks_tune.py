@@ -102,7 +102,24 @@ def test_the_search_finds_the_best_of_each_stage_and_starts_from_it():
     assert cost("exact", best).ratio == 1.0
     assert {t.tiles.forward for t in trials if t.stage != "forward"} == {best.forward}
     assert {t.tiles.sparse for t in trials if t.stage == "exact"} == {best.sparse}
-    assert len({(t.stage, t.tiles) for t in trials}) == len(trials) < 80
+    once = [(t.stage, t.tiles) for t in trials if not t.again]
+    assert len(set(once)) == len(once) < 80
+
+
+@pytest.mark.parametrize(("again", "stays"), [(1.9, True), (1.97, False), (2.1, False)])
+def test_a_lucky_winner_does_not_stay(again, stays):
+    """The first tiles take 2.0, each other one 2.0 or more but for a single fast sample."""
+    lucky = dataclasses.replace(START, exact=dataclasses.replace(START.exact, slots_per_block=16))
+    met: list[Tiles] = []
+
+    def run(stage, chosen):
+        met.append(chosen)
+        fast = again if met.count(lucky) > 1 else 1.0
+        return trial(stage, chosen, fast if chosen == lucky else 2.0)
+
+    best, trials = tune.tune(START, CASE.d, run, stages=("exact",))
+    assert best == (lucky if stays else START)
+    assert [t.tiles for t in trials if t.again] == [START, lucky] == met[-2:]
 
 
 def test_chosen_stages_alone():
