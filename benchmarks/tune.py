@@ -2,11 +2,12 @@
 
 Three stages, each with the winner of the one before: the forward alone, forward and backward with
 the default filter, and both without a filter. A stage is a few passes, each over the combinations
-of some fields, because all the fields at once would take days; those of a pass are compiled side by
-side. Times are ratios to a bare product E·Cᵀ timed beside them, as clocks drift. The fastest of
-many is in part the luckiest, so it then meets the tiles taken now once more, and replaces them only
-if it is clearly faster again. At the end stand the entries for `TUNED` in lsce/hopper/tiles.py;
-`ruff format` breaks their lines.
+of some fields, because all the fields at once would take days. The candidates of a pass are
+compiled side by side and timed in turn, with a bare product E·Cᵀ among them: clocks drift, and a
+kernel that draws more power slows down what is timed after it. The fastest of many is in part the
+luckiest, so it then meets the tiles taken now once more, and replaces them only if it is clearly
+faster again. At the end stand the entries for `TUNED` in lsce/hopper/tiles.py; `ruff format` breaks
+their lines.
 """
 
 import argparse
@@ -117,79 +118,77 @@ class Trial:
     tiles: Tiles
     time: timing.Timing | None = None
     matmul_ms: float | None = None
-    """Median of the bare product E·Cᵀ, timed just before."""
+    """Median of the bare product E·Cᵀ, timed in turn with it."""
     temporary_mb: float | None = None
     results: tuple[float, ...] = ()
     """The loss in nats, and the norms of its gradients."""
     failure: str | None = None
-    again: bool = False
-    """Whether the stage had tried these tiles before."""
 
     @property
     def ratio(self) -> float:
-        """Its time over the bare product's; ∞ without one."""
-        return self.time.p50_ms / self.matmul_ms if self.time and self.matmul_ms else float("inf")
+        """Its time over the bare product's; ∞ where it failed."""
+        if self.failure is not None or self.time is None or self.matmul_ms is None:
+            return float("inf")
+        return self.time.p50_ms / self.matmul_ms
+
+
+Round = list[Trial]
+"""What was timed in turn: the tiles to beat, then the others."""
 
 
 def tune(
     start: Tiles,
     d: int,
-    run: Callable[[Stage, Tiles], Trial],
+    run: Callable[[Stage, list[Tiles]], Round],
     *,
     stages: Iterable[Stage] = STAGES,
     memory: float = 1.25,
-    ahead: Callable[[Stage, list[Tiles]], None] = lambda stage, candidates: None,
-    announce: Callable[[Tiles, list[Trial]], None] = lambda best, trials: None,
-) -> tuple[Tiles, list[Trial]]:
-    """The best tiles for hidden size `d` and every trial on the way.
+    announce: Callable[[Tiles, Round], None] = lambda best, new: None,
+) -> tuple[Tiles, list[Round]]:
+    """The best tiles for hidden size `d` and every round on the way.
 
-    A winner computes what the stage's first candidate computes, in at most `memory` times its
-    temporaries, and is faster by `GAIN` when both are timed again. `ahead` is told what a pass will
-    run, `announce` the best so far and the trials after each of them.
+    `run` times candidates beside each other, and only those it was given at once are compared. A
+    winner computes what the stage's first candidate computes, in at most `memory` times its
+    temporaries, and is faster by `GAIN` when both are timed again. `announce` is told the best
+    after each round, and the round.
     """
-    best, trials = start, []
+    best, rounds = start, []
+    reference: Trial | None = None
+
+    def meet(stage: Stage, candidates: list[Tiles], gain: float) -> Tiles:
+        """The fastest, if it beats the first by so much of its time; else the first."""
+        nonlocal reference
+        new = run(stage, candidates)
+        reference = reference or next((trial for trial in new if trial.failure is None), None)
+        new = [judged(trial, reference, memory) for trial in new]
+        first, *others = new
+        faster = [trial for trial in others if trial.ratio < (1 - gain) * first.ratio]
+        chosen = min(faster, key=lambda trial: trial.ratio, default=first).tiles
+        rounds.append(new)
+        announce(chosen, new)
+        return chosen
+
     for stage in stages:
-        first = best
-        seen: dict[Tiles, Trial] = {}
+        first, reference = best, None
         for axes in passes(stage, start, d):
             parts = candidates(getattr(best, stage), axes)
-            new = [dataclasses.replace(best, **{stage: part}) for part in parts]
-            new = [candidate for candidate in new if candidate not in seen]
-            ahead(stage, new)
-            for candidate in new:
-                seen[candidate] = judged(run(stage, candidate), seen.values(), memory)
-                trials.append(seen[candidate])
-                announce(_best(best, seen.values()), trials)
-            best = _best(best, seen.values())
+            best = meet(stage, [dataclasses.replace(best, **{stage: x}) for x in parts], gain=0)
         if best != first:
-            ahead(stage, [first, best])
-            rematch = [
-                dataclasses.replace(run(stage, tiles), again=True) for tiles in (first, best)
-            ]
-            trials += rematch
-            if rematch[1].ratio >= (1 - GAIN) * rematch[0].ratio:
-                best = first
-            announce(best, trials)
-    return best, trials
+            best = meet(stage, [first, best], GAIN)
+    return best, rounds
 
 
-def judged(trial: Trial, before: Iterable[Trial], memory: float) -> Trial:
-    """The trial, failed if it differs from the first that ran or takes too much memory."""
-    first = next((other for other in before if other.failure is None), trial)
-    if trial.failure is not None or first is trial:
+def judged(trial: Trial, reference: Trial | None, memory: float) -> Trial:
+    """The trial, failed if it differs from the reference or takes too much memory."""
+    if trial.failure is not None or reference is None:
         return trial
-    if not np.allclose(trial.results, first.results, rtol=AGREEMENT, atol=0):
-        reason = f"wrong: {trial.results} instead of {first.results}"
-    elif (trial.temporary_mb or 0) > memory * (first.temporary_mb or 0):
+    if not np.allclose(trial.results, reference.results, rtol=AGREEMENT, atol=0):
+        reason = f"wrong: {trial.results} instead of {reference.results}"
+    elif (trial.temporary_mb or 0) > memory * (reference.temporary_mb or 0):
         reason = f"more than {memory} times the memory that the stage started with"
     else:
         return trial
     return dataclasses.replace(trial, failure=reason)
-
-
-def _best(start: Tiles, trials: Iterable[Trial]) -> Tiles:
-    able = [trial for trial in trials if trial.failure is None]
-    return min(able, key=lambda trial: trial.ratio).tiles if able else start
 
 
 # On the device
@@ -224,31 +223,43 @@ class Bench:
         self.problem = problem_of(case)
         self.seconds = seconds
         self.arrays = jax.device_put((data.hidden, data.head, data.labels), jax.devices()[0])
-        self.compiling: dict[tuple[Stage, Tiles], concurrent.futures.Future[Any]] = {}
+        self.compiled: dict[tuple[Stage, Tiles], concurrent.futures.Future[Any]] = {}
 
-    def ahead(self, stage: Stage, candidates: list[Tiles]) -> None:
-        """Compiles all of these side by side, before any is timed."""
+    def __call__(self, stage: Stage, candidates: list[Tiles]) -> list[Trial]:
+        """Compiles all side by side, then times in turn those that run."""
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for chosen in candidates:
-                self.compiling[stage, chosen] = pool.submit(self._compile, stage, chosen)
+                if (stage, chosen) not in self.compiled:
+                    self.compiled[stage, chosen] = pool.submit(self._compile, stage, chosen)
+        trials = [self._run(stage, chosen) for chosen in candidates]
+        able = [trial for trial in trials if trial.failure is None]
+        calls = [self._call(stage, trial.tiles) for trial in able]
+        bare, *times = timing.beside(
+            [timing.product(*self.arrays[:2]), *calls], seconds=self.seconds
+        )
+        timed = {
+            trial.tiles: dataclasses.replace(trial, time=time, matmul_ms=bare.p50_ms)
+            for trial, time in zip(able, times, strict=True)
+        }
+        return [timed.get(trial.tiles, trial) for trial in trials]
 
     def _compile(self, stage: Stage, chosen: Tiles) -> Any:
         return jax.jit(program(stage, self.problem, chosen)).lower(*self.arrays).compile()
 
-    def __call__(self, stage: Stage, chosen: Tiles) -> Trial:
-        future = self.compiling.pop((stage, chosen), None)
+    def _call(self, stage: Stage, chosen: Tiles) -> Callable[[], Any]:
+        return functools.partial(self.compiled[stage, chosen].result(), *self.arrays)
+
+    def _run(self, stage: Stage, chosen: Tiles) -> Trial:
+        """What it computes and its memory, without a time."""
         try:
-            compiled = future.result() if future else self._compile(stage, chosen)
-            call = functools.partial(compiled, *self.arrays)
-            both = call, timing.product(*self.arrays[:2])
-            time, bare = timing.beside(both, seconds=self.seconds)
-            results = tuple(float(_norm(x)) for x in jax.tree.leaves(call()))
+            outputs = self._call(stage, chosen)()
+            results = tuple(float(_norm(x)) for x in jax.tree.leaves(outputs))
         except Exception as error:
             # Tracing, Mosaic GPU, ptxas and the driver each refuse in their own way.
             text = str(error).strip().partition("\n")[0][:300]
             return Trial(stage, chosen, failure=f"{type(error).__name__}: {text}")
-        temporary_mb = memory.extra_memory(compiled).temporary_mb
-        return Trial(stage, chosen, time, bare.p50_ms, temporary_mb, results)
+        extra = memory.extra_memory(self.compiled[stage, chosen].result())
+        return Trial(stage, chosen, temporary_mb=extra.temporary_mb, results=results)
 
 
 def problem_of(case: cases.Case) -> Problem:
@@ -282,31 +293,28 @@ def entry(chip: str, case: cases.Case, chosen: Tiles) -> str:
     return f"    ({key}): Tiles(\n{''.join(fields)}    ),"
 
 
-def show(case: cases.Case, trials: list[Trial], console: Console | None = None) -> None:
-    """A table for each stage, the fastest first and the failed last."""
+def show(case: cases.Case, trials: Round, console: Console | None = None) -> None:
+    """A round's table, the fastest first and the failed last, by the fields that differ in it."""
     console = console or Console()
     if not console.is_terminal:
         console.width = 140
-    for stage in STAGES:
-        group = [trial for trial in trials if trial.stage == stage]
-        if not group:
-            continue
-        axes = itertools.chain.from_iterable(passes(stage, group[0].tiles, case.d))
-        fields = list(dict.fromkeys(name for axis in axes for change in axis for name in change))
-        table = Table(box=None, header_style="bold", title=f"{case}: {stage}", title_justify="left")
-        for column in (*fields, "p50 ms", "× matmul", "temporary MB"):
-            table.add_column(column, justify="right")
-        table.add_column("", overflow="fold")
-        for trial in sorted(group, key=lambda trial: (trial.failure is not None, trial.ratio)):
-            part = getattr(trial.tiles, stage)
-            table.add_row(
-                *(str(getattr(part, name)) for name in fields),
-                f"{trial.time.p50_ms:.4g}" if trial.time else "–",
-                f"{trial.ratio:.3f}" if trial.time else "–",
-                "–" if trial.temporary_mb is None else f"{trial.temporary_mb:,.1f}",
-                escape(trial.failure or ("again" if trial.again else "")),
-            )
-        console.print(table)
+    stage = trials[0].stage
+    parts = [dataclasses.asdict(getattr(trial.tiles, stage)) for trial in trials]
+    fields = [name for name in parts[0] if len({part[name] for part in parts}) > 1]
+    table = Table(box=None, header_style="bold", title=f"{case}: {stage}", title_justify="left")
+    for column in (*fields, "p50 ms", "× matmul", "temporary MB"):
+        table.add_column(column, justify="right")
+    table.add_column("", overflow="fold")
+    pairs = zip(trials, parts, strict=True)
+    for trial, part in sorted(pairs, key=lambda pair: (bool(pair[0].failure), pair[0].ratio)):
+        table.add_row(
+            *(str(part[name]) for name in fields),
+            f"{trial.time.p50_ms:.4g}" if trial.time else "–",
+            f"{trial.time.p50_ms / trial.matmul_ms:.3f}" if trial.time and trial.matmul_ms else "–",
+            "–" if trial.temporary_mb is None else f"{trial.temporary_mb:,.1f}",
+            escape(trial.failure or ("to beat" if trial is trials[0] else "")),
+        )
+    console.print(table)
 
 
 def environment(commit: str | None) -> dict[str, Any]:
@@ -342,38 +350,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]:
-    """Tunes one case after the other; prints their tables and returns their entries."""
+    """Tunes one case after the other; prints their rounds and returns their entries."""
     report = environment(options.commit) | {"inputs": options.inputs, "cases": []}
     entries = []
     for case in shapes:
         typical = options.inputs == "typical"
         data = activations.draw(case) if typical else inputs.of(options.inputs, case, "bfloat16")
         bench = Bench(data, options.seconds)
-        record: dict[str, Any] = dataclasses.asdict(case)
+        record: dict[str, Any] = dataclasses.asdict(case) | {"rounds": []}
         report["cases"].append(record)
 
-        def announce(best: Tiles, trials: list[Trial], record: dict[str, Any] = record) -> None:
-            last = trials[-1]
-            line = last.failure or f"{last.ratio:.3f} × matmul"
-            print(f"  {last.stage} {getattr(last.tiles, last.stage)}: {line}", file=sys.stderr)
-            record |= {
-                "best": dataclasses.asdict(best),
-                "trials": [dataclasses.asdict(trial) for trial in trials],
-            }
-            if options.json:  # after each trial, so that an interrupted run leaves what it has
+        def announce(best: Tiles, new: Round, case: Any = case, record: Any = record) -> None:
+            show(case, new)
+            record["best"] = dataclasses.asdict(best)
+            record["rounds"].append([dataclasses.asdict(trial) for trial in new])
+            if options.json:  # after each round, so that an interrupted run leaves what it has
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
 
-        best, trials = tune(
+        best, _ = tune(
             tiles.choose(bench.problem),
             case.d,
             bench,
             stages=options.stage,
             memory=options.memory,
-            ahead=bench.ahead,
             announce=announce,
         )
-        show(case, trials)
         entries.append(entry(bench.problem.chip, case, best))
     return entries
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -95,59 +96,86 @@ def cost(stage: tune.Stage, chosen: Tiles) -> tune.Trial:
     return trial(stage, chosen, 1 + sum(abs(np.log2(max(a, 1) / max(b, 1))) for a, b in pairs))
 
 
+def costs(stage: tune.Stage, candidates: list[Tiles]) -> tune.Round:
+    return [cost(stage, chosen) for chosen in candidates]
+
+
 def test_the_search_finds_the_best_of_each_stage_and_starts_from_it():
-    best, trials = tune.tune(START, CASE.d, cost)
+    best, rounds = tune.tune(START, CASE.d, costs)
     assert best.forward == ForwardTiles(128, 128, 32, 6, 1)
     assert best.sparse == SPARSE_BOTTOM
     assert cost("exact", best).ratio == 1.0
-    assert {t.tiles.forward for t in trials if t.stage != "forward"} == {best.forward}
+    trials = list(itertools.chain(*rounds))
+    searched = [trial for trial in trials if trial.tiles.forward != START.forward]
+    assert {t.tiles.forward for t in searched if t.stage != "forward"} == {best.forward}
     assert {t.tiles.sparse for t in trials if t.stage == "exact"} == {best.sparse}
-    once = [(t.stage, t.tiles) for t in trials if not t.again]
-    assert len(set(once)) == len(once) < 80
+    assert len({(t.stage, t.tiles) for t in trials}) < len(trials) < 100
+
+
+def test_a_round_starts_with_the_tiles_to_beat_and_compares_only_its_own():
+    """Each round is twice as fast as the one before, as if clocks had changed."""
+    met: list[list[Tiles]] = []
+
+    def run(stage, candidates):
+        met.append(candidates)
+        fast = candidates[-1]
+        return [trial(stage, c, (1.9 if c == fast else 2.0) / 2 ** len(met)) for c in candidates]
+
+    best, rounds = tune.tune(START, CASE.d, run, stages=("forward",))
+    assert [[t.tiles for t in trials] for trials in rounds] == met
+    first, second, last = met
+    assert (first[0], second[0]) == (START, first[-1])
+    assert last == [START, second[-1]]
+    assert best == second[-1]
+
+
+def test_chosen_stages_alone():
+    best, rounds = tune.tune(START, CASE.d, costs, stages=("exact",))
+    assert {t.stage for trials in rounds for t in trials} == {"exact"}
+    assert (best.forward, best.sparse) == (START.forward, START.sparse)
+    assert best.exact != START.exact
 
 
 @pytest.mark.parametrize(("again", "stays"), [(1.9, True), (1.97, False), (2.1, False)])
 def test_a_lucky_winner_does_not_stay(again, stays):
     """The first tiles take 2.0, each other one 2.0 or more but for a single fast sample."""
     lucky = dataclasses.replace(START, exact=dataclasses.replace(START.exact, slots_per_block=16))
-    met: list[Tiles] = []
 
-    def run(stage, chosen):
-        met.append(chosen)
-        fast = again if met.count(lucky) > 1 else 1.0
-        return trial(stage, chosen, fast if chosen == lucky else 2.0)
+    def run(stage, candidates):
+        fast = 1.0 if len(candidates) > 2 else again
+        return [trial(stage, c, fast if c == lucky else 2.0) for c in candidates]
 
-    best, trials = tune.tune(START, CASE.d, run, stages=("exact",))
+    best, rounds = tune.tune(START, CASE.d, run, stages=("exact",))
     assert best == (lucky if stays else START)
-    assert [t.tiles for t in trials if t.again] == [START, lucky] == met[-2:]
-
-
-def test_chosen_stages_alone():
-    best, trials = tune.tune(START, CASE.d, cost, stages=("exact",))
-    assert {t.stage for t in trials} == {"exact"}
-    assert (best.forward, best.sparse) == (START.forward, START.sparse)
-    assert best.exact != START.exact
+    assert [t.tiles for t in rounds[-1]] == [START, lucky]
 
 
 def test_failures_are_reported_and_never_win():
-    def run(stage, chosen):
-        if chosen.forward.cluster == 1:
-            return tune.Trial(stage, chosen, failure="ValueError: no")
-        return cost(stage, chosen)
+    def run(stage, candidates):
+        failed = [c.forward.cluster == 1 for c in candidates]
+        return [
+            tune.Trial(stage, c, failure="ValueError: no") if f else cost(stage, c)
+            for c, f in zip(candidates, failed, strict=True)
+        ]
 
     told = []
-    best, trials = tune.tune(
+    best, rounds = tune.tune(
         START, CASE.d, run, stages=("forward",), announce=lambda *it: told.append(it)
     )
     assert best.forward == ForwardTiles(128, 128, 32, 6, 2)
-    assert {t.failure for t in trials if t.tiles.forward.cluster == 1} == {"ValueError: no"}
-    assert told[-1] == (best, trials)
+    failures = {t.failure for trials in rounds for t in trials if t.tiles.forward.cluster == 1}
+    assert failures == {"ValueError: no"}
+    assert [new for _, new in told] == rounds
+    assert told[-1][0] == best
 
 
 def test_where_all_fails_the_start_stays():
-    best, trials = tune.tune(START, CASE.d, lambda *it: tune.Trial(*it, failure="no GPU memory"))
+    def run(stage, candidates):
+        return [tune.Trial(stage, c, failure="no GPU memory") for c in candidates]
+
+    best, rounds = tune.tune(START, CASE.d, run)
     assert best == START
-    assert all(t.ratio == np.inf for t in trials)
+    assert all(t.ratio == np.inf for trials in rounds for t in trials)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +187,16 @@ def test_where_all_fails_the_start_stays():
     ],
 )
 def test_what_is_wrong_or_large_cannot_win(fields, reason):
-    def run(stage, chosen):
-        fast = chosen.exact.tile_c == 128
-        return trial(stage, chosen, 1.0 if fast else 2.0, **(fields if fast else {}))
+    def run(stage, candidates):
+        fast = [c.exact.tile_c == 128 for c in candidates]
+        return [
+            trial(stage, c, 1.0 if f else 2.0, **(fields if f else {}))
+            for c, f in zip(candidates, fast, strict=True)
+        ]
 
-    best, trials = tune.tune(START, CASE.d, run, stages=("exact",))
+    best, rounds = tune.tune(START, CASE.d, run, stages=("exact",))
     assert best == START
-    failed = [t for t in trials if t.failure is not None]
+    failed = [t for trials in rounds for t in trials if t.failure is not None]
     assert {t.tiles.exact.tile_c for t in failed} == {128}
     assert all(re.match(reason, t.failure) for t in failed)
 
@@ -194,15 +225,19 @@ def test_a_candidate_that_does_not_compile_is_a_trial(monkeypatch):
     monkeypatch.setattr(tune, "program", refuse)
     bench = tune.Bench(inputs.make("flat", SMALL, "bfloat16"), seconds=0.1)
     failed = tune.Trial("forward", START, failure="ValueError: too many registers")
-    assert bench("forward", START) == failed
-    bench.ahead("forward", [START])
-    assert bench("forward", START) == failed
+    assert bench("forward", [START]) == [failed]
 
 
 def test_a_bench_times_measures_and_reads(monkeypatch):
-    """With a loss that needs no GPU in the place of the kernels."""
+    """With a loss that needs no GPU in the place of the kernels, and tiles that cannot be built."""
+    other = dataclasses.replace(START, hot=1024)
+    made = []
 
     def program(stage, problem, chosen):
+        made.append(chosen)
+        if chosen == other:
+            raise ValueError("no room")
+
         def loss(hidden, head, labels):
             return jnp.mean(jnp.square(hidden @ head.T)).astype(jnp.float32)
 
@@ -211,10 +246,8 @@ def test_a_bench_times_measures_and_reads(monkeypatch):
     monkeypatch.setattr(tune, "program", program)
     data = inputs.make("flat", SMALL, "bfloat16")
     bench = tune.Bench(data, seconds=0.05)
-    bench.ahead("sparse", [START])
-    assert [*bench.compiling] == [("sparse", START)]
-    done = bench("sparse", START)
-    assert not bench.compiling
+    done, failed = bench("sparse", [START, other])
+    assert failed == tune.Trial("sparse", other, failure="ValueError: no room")
     assert done.failure is None
     assert done.time is not None
     assert done.ratio == done.time.p50_ms / done.matmul_ms > 0
@@ -223,6 +256,8 @@ def test_a_bench_times_measures_and_reads(monkeypatch):
     d_hidden = 2 / z.size * z @ data.head.astype(np.float64)
     np.testing.assert_allclose(done.results[0], np.square(z).mean(), rtol=0.02)
     np.testing.assert_allclose(done.results[1], np.linalg.norm(d_hidden), rtol=0.02)
+    assert bench("sparse", [START])[0].results == done.results
+    assert made.count(START) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"d": 72}, {"n": 8}, {"n": 100}, {"v": 1021}])
@@ -246,14 +281,14 @@ def test_shapes_that_would_be_padded_are_refused(wrong):
     ],
 )
 def test_an_entry_evaluates_to_the_same_tiles(chip, key):
-    best, _ = tune.tune(START, CASE.d, cost)
+    best, _ = tune.tune(START, CASE.d, costs)
     for chosen in (START, best):
         table = eval("{" + tune.entry(chip, CASE, chosen) + "}", vars(hopper.tiles))
         assert table == {(key, CASE.n, CASE.d, CASE.v, "bfloat16"): chosen}
 
 
 def test_an_entry_is_what_the_backend_then_takes(monkeypatch):
-    best, _ = tune.tune(START, CASE.d, cost)
+    best, _ = tune.tune(START, CASE.d, costs)
     chip = "NVIDIA H100 80GB HBM3"
     table = eval("{" + tune.entry(chip, CASE, best) + "}", vars(hopper.tiles))
     monkeypatch.setattr(hopper.tiles, "TUNED", table)
@@ -269,18 +304,25 @@ def test_an_entry_is_what_the_backend_then_takes(monkeypatch):
 
 
 def test_the_table_shows_the_fastest_first_and_the_failed_last():
+    wide, none = (
+        dataclasses.replace(START, forward=dataclasses.replace(START.forward, steps=steps))
+        for steps in (3, 2)
+    )
     trials = [
         trial("forward", START, 1.25),
-        tune.Trial("forward", START, failure="ValueError: no [room]"),
-        trial("forward", START, 1.125),
-        trial("sparse", START, 1.5),
+        tune.Trial("forward", none, failure="ValueError: no [room]"),
+        trial("forward", wide, 1.125),
     ]
     out = io.StringIO()
     tune.show(CASE, trials, Console(file=out, width=150))
-    text = out.getvalue()
-    assert text.index("1.125") < text.index("1.250") < text.index("no [room]")
-    assert text.index("no [room]") < text.index("sparse") < text.index("1.500")
-    assert "exact" not in text
+    title, header, *rows = out.getvalue().splitlines()
+    assert title.split()[-1] == "forward"
+    assert header.split()[:3] == ["steps", "p50", "ms"]  # the one field that differs
+    assert [row.split() for row in rows] == [
+        ["3", "11.25", "1.125", "100.0"],
+        [str(START.forward.steps), "12.5", "1.250", "100.0", "to", "beat"],
+        ["2", "–", "–", "–", "ValueError:", "no", "[room]"],
+    ]
 
 
 def test_without_a_hopper_gpu_one_line_and_exit_2(capsys, tmp_path: pathlib.Path):
@@ -304,8 +346,7 @@ def test_a_whole_run_prints_entries_and_writes_every_trial(
     monkeypatch, capsys, tmp_path: pathlib.Path
 ):
     monkeypatch.setattr(type(hopper.BACKEND), "refuses", lambda self, problem: None)
-    monkeypatch.setattr(tune.Bench, "__call__", lambda self, *it: cost(*it))
-    monkeypatch.setattr(tune.Bench, "ahead", lambda self, *it: None)
+    monkeypatch.setattr(tune.Bench, "__call__", lambda self, *it: costs(*it))
     monkeypatch.setitem(cases.CASES, "small", SMALL)
     file = tmp_path / "runs" / "tune.json"
     command = ["--case", "small", "--n", "128", "--json", str(file)]
@@ -316,7 +357,8 @@ def test_a_whole_run_prints_entries_and_writes_every_trial(
     assert {"command", "gpu", "time", "inputs"} <= report.keys()
     (record,) = report["cases"]
     assert (record["n"], record["d"], record["v"]) == (128, 64, 512)
-    ratios = [t["time"]["p50_ms"] / t["matmul_ms"] for t in record["trials"]]
+    trials = list(itertools.chain(*record["rounds"]))
+    ratios = [t["time"]["p50_ms"] / t["matmul_ms"] for t in trials]
     assert len(ratios) > 20
     chip = jax.devices()[0].device_kind
     printed = capsys.readouterr().out
