@@ -54,7 +54,9 @@ def beside(
     """Times calls in turn, a sample of each, so that all see the same clocks.
 
     An accelerator at its power limit slows down within a tenth of a second of work: a call timed
-    after a pause looks faster than it is beside one timed under load. `seconds` is for each.
+    after a pause looks faster than it is beside one timed under load, and one timed after a call
+    that draws much power slower. So each turn has an order of its own, the same ones always.
+    `seconds` is for each call.
     """
     if warmup < 1:
         raise ValueError(f"{warmup=}; at least one call must compile and fill the caches")
@@ -79,10 +81,11 @@ def beside(
     launches = [round(min(max(longest / each, 1), 1000)) for each in once]
     slowest = max(each * count for each, count in zip(once, launches, strict=True))
     samples = round(min(max(seconds / slowest, 5), 20))
-    times = [
-        [sample(call, count) for call, count in zip(calls, launches, strict=True)]
-        for _ in range(samples)
-    ]
+    orders = np.random.default_rng(0)
+    times = np.empty((samples, len(calls)))
+    for turn in range(samples):
+        for i in orders.permutation(len(calls)):
+            times[turn, i] = sample(calls[i], launches[i])
     percentiles = np.percentile(times, (20, 50, 80), axis=0).T * 1e3
     return [
         Timing(float(p20), float(p50), float(p80), samples, count)
