@@ -143,14 +143,15 @@ def tune(
     *,
     stages: Iterable[Stage] = STAGES,
     memory: float = 1.25,
+    promised_mb: float = float("inf"),
     announce: Callable[[Tiles, Round], None] = lambda best, new: None,
 ) -> tuple[Tiles, list[Round]]:
     """The best tiles for hidden size `d` and every round on the way.
 
     `run` times candidates beside each other, and only those it was given at once are compared. A
     winner computes what the stage's first candidate computes, in at most `memory` times its
-    temporaries, and is faster by `GAIN` when both are timed again. `announce` is told the best
-    after each round, and the round.
+    temporaries and, unless those are more, in `promised_mb`; and it is faster by `GAIN` when both
+    are timed again. `announce` is told the best after each round, and the round.
     """
     best, rounds = start, []
     reference: Trial | None = None
@@ -160,7 +161,10 @@ def tune(
         nonlocal reference
         new = run(stage, candidates)
         reference = reference or next((trial for trial in new if trial.failure is None), None)
-        new = [judged(trial, reference, memory) for trial in new]
+        if reference:
+            held = reference.temporary_mb or 0
+            most_mb = min(memory * held, max(promised_mb, held))
+            new = [judged(trial, reference.results, most_mb) for trial in new]
         first, *others = new
         faster = [trial for trial in others if trial.ratio < (1 - gain) * first.ratio]
         chosen = min(faster, key=lambda trial: trial.ratio, default=first).tiles
@@ -178,17 +182,28 @@ def tune(
     return best, rounds
 
 
-def judged(trial: Trial, reference: Trial | None, memory: float) -> Trial:
-    """The trial, failed if it differs from the reference or takes too much memory."""
-    if trial.failure is not None or reference is None:
+def judged(trial: Trial, results: tuple[float, ...], most_mb: float) -> Trial:
+    """The trial, failed if it computes something else than `results` or takes too much memory."""
+    if trial.failure is not None:
         return trial
-    if not np.allclose(trial.results, reference.results, rtol=AGREEMENT, atol=0):
-        reason = f"wrong: {trial.results} instead of {reference.results}"
-    elif (trial.temporary_mb or 0) > memory * (reference.temporary_mb or 0):
-        reason = f"more than {memory} times the memory that the stage started with"
+    if not np.allclose(trial.results, results, rtol=AGREEMENT, atol=0):
+        reason = f"wrong: {trial.results} instead of {results}"
+    elif (trial.temporary_mb or 0) > most_mb:
+        reason = f"more than {most_mb:,.1f} MB"
     else:
         return trial
     return dataclasses.replace(trial, failure=reason)
+
+
+def promised_mb(case: cases.Case) -> float:
+    """The temporaries that leave forward and backward within a quarter of naive optax's memory.
+
+    As `lsce.hopper.tiles.within_a_quarter` has it: naive optax takes 4NV bytes and the gradients.
+    Where those alone are more than a quarter there is nothing to keep, hence ∞.
+    """
+    gradients = 2 * (case.n + case.v) * case.d
+    left = (4 * case.n * case.v + gradients) / 4 - gradients
+    return left / 1e6 if left > 0 else float("inf")
 
 
 # On the device
@@ -286,11 +301,17 @@ def _norm(x: Any) -> Any:
 
 
 def entry(chip: str, case: cases.Case, chosen: Tiles) -> str:
-    """A line of `lsce.hopper.tiles.TUNED`, every field spelt out: defaults may change."""
-    family, n = hopper.tiles.family(chip) or chip, tiles.nearest_power_of_two(case.n)
-    fields = (f"        {f.name}={getattr(chosen, f.name)!r},\n" for f in dataclasses.fields(Tiles))
-    key = f'"{family}", {n}, {case.d}, {case.v}, "bfloat16"'
-    return f"    ({key}): Tiles(\n{''.join(fields)}    ),"
+    """A line of `lsce.hopper.tiles.TUNED`: the stages whose tiles are not the heuristic's.
+
+    Every field is spelt out, as defaults may change.
+    """
+    usual = tiles.heuristic(case.n, case.d, case.v, hopper.streaming_multiprocessors())
+    parts = [name for name in STAGES if getattr(chosen, name) != getattr(usual, name)]
+    if not parts:
+        return f"    # {case}: the heuristic's tiles"
+    family, n = tiles.family(chip) or chip, tiles.nearest_power_of_two(case.n)
+    fields = "".join(f"        {name!r}: {getattr(chosen, name)!r},\n" for name in parts)
+    return f'    ("{family}", {n}, {case.d}, {case.v}, "bfloat16"): {{\n{fields}    }},'
 
 
 def show(case: cases.Case, trials: Round, console: Console | None = None) -> None:
@@ -369,11 +390,12 @@ def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
 
         best, _ = tune(
-            tiles.choose(bench.problem),
+            tiles.choose(bench.problem, hopper.streaming_multiprocessors()),
             case.d,
             bench,
             stages=options.stage,
             memory=options.memory,
+            promised_mb=promised_mb(case),
             announce=announce,
         )
         entries.append(entry(bench.problem.chip, case, best))
@@ -410,7 +432,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         default=1.25,
         metavar="TIMES",
-        help="most temporaries of a winner, relative to where its stage began; default 1.25",
+        help="most temporaries of a winner, relative to where its stage began; default 1.25, and "
+        "never so much that a quarter of naive optax's memory is exceeded",
     )
     add("--json", type=pathlib.Path, metavar="FILE", help="write all trials there")
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")

@@ -172,10 +172,44 @@ class Tiles:
 
 FAMILIES = ("H100", "H200", "H800", "H20", "GH200")
 """The chips with compute capability 9.0, by the word that their device kind holds."""
-TUNED: dict[tuple[str, int, int, int, str], Tiles] = {}
+TUNED: dict[tuple[str, int, int, int, str], dict[str, ForwardTiles | BackwardTiles]] = {
+    ("H100", 8192, 2304, 256000, "bfloat16"): {
+        "sparse": BackwardTiles(
+            width=8192,
+            slots=2560,
+            slots_per_block=40,
+            tile_c=128,
+            blocks=2,
+            hidden_d=128,
+            hidden_splits=1,
+            head_c=128,
+            head_d=192,
+            stage=64,
+            steps=6,
+            cluster=2,
+        ),
+    },
+    ("H100", 2048, 4096, 32000, "bfloat16"): {
+        "sparse": BackwardTiles(
+            width=8192,
+            slots=640,
+            slots_per_block=10,
+            tile_c=128,
+            blocks=1,
+            hidden_d=256,
+            hidden_splits=1,
+            head_c=128,
+            head_d=256,
+            stage=64,
+            steps=6,
+            cluster=2,
+        ),
+    },
+}
 """Measured winners by (family, N, D, V, dtype), as `python -m benchmarks.tune` prints them.
 
-N is a power of two, and stands for all numbers of tokens to which it is the nearest."""
+N is a power of two, and stands for all numbers of tokens to which it is the nearest. The fields of
+`Tiles` that are not named keep the heuristic's: nothing was found that beats it."""
 
 
 def family(chip: str) -> str | None:
@@ -184,10 +218,10 @@ def family(chip: str) -> str | None:
 
 
 def choose(problem: Problem, ctas: int = 132) -> Tiles:
-    """The tuned entry for the chip and the sizes if there is one, else the heuristic."""
+    """The heuristic's tiles, but those of the tuned entry if the chip and sizes have one."""
     p = problem
     key = family(p.chip) or "", nearest_power_of_two(p.n), p.d, p.v, p.hidden_dtype.name
-    return TUNED.get(key) or heuristic(p.n, p.d, p.v, ctas)
+    return dataclasses.replace(heuristic(p.n, p.d, p.v, ctas), **TUNED.get(key, {}))
 
 
 def nearest_power_of_two(n: int) -> int:
