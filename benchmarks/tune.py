@@ -65,8 +65,12 @@ def passes(stage: Stage, start: Tiles, d: int) -> tuple[tuple[Axis, ...], ...]:
 
     cluster = axis("cluster", 1, 2)
     if stage == "forward":
+        shape = "tile_n", "tile_v", "side_by_side"
+        here = tuple(getattr(part, name) for name in shape)
+        sizes = sorted({(64, 256, False), (128, 128, False), (128, 128, True), here})
+        shapes: Axis = [dict(zip(shape, values, strict=True)) for values in sizes]
         return (
-            (axis("tile_n", 64, 128), axis("tile_v", 128, 256), axis("steps", 3, 4, 6), cluster),
+            (shapes, axis("steps", 3, 4), cluster),
             (axis("tile_d", 32, 64), axis("steps", 3, 4, 6, 8)),
         )
     covering = _covering(d)

@@ -18,7 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
 from lsce import hopper
-from lsce.hopper import filtering, fused, marks, plan, stretches, tiles
+from lsce.hopper import filtering, fused, handover, marks, plan, stretches, tiles
 from lsce.hopper.forward import Sums
 from lsce.hopper.gradients import Call
 from lsce.hopper.loss import most_frequent, places, token_losses
@@ -90,6 +90,85 @@ def test_filtered(options):
         assert (got.stats.below_filter[this.inputs.labels >= 0] > 0.9).all()
     else:
         assert 0 < got.stats.below_filter.mean() < 0.1
+
+
+def side_by_side(**changes) -> tiles.Tiles:
+    """The smallest tiles with the forward's consumers side by side."""
+    forward = tiles.ForwardTiles(tile_v=128, steps=2, cluster=1, side_by_side=True, **changes)
+    return dataclasses.replace(hopper.small_tiles(), forward=forward)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "shape", "options", "epsilon"),
+    [
+        # Three stages a tile, of which the second consumer lags by one, and three column tiles.
+        ({}, (130, 192, 600), {"label_smoothing": 0.1, "z_loss": 1e-2, "weights": True}, None),
+        (
+            {"tile_n": 128, "tile_d": 32},
+            (150, 128, 520),
+            {"label_smoothing": 0.1, "spread": 5.0, "softcap": 15.0, "bias": True},
+            2.0**-12,
+        ),
+        ({}, (300, 128, 1000), {"label_smoothing": 0.1, "spread": 5.0}, 2.0**-12),
+        # One stage, so no lag; no column for the second consumer.
+        ({}, (1, 64, 2), {}, None),
+    ],
+)
+def test_consumers_side_by_side(changes, shape, options, epsilon):
+    this = case(shape, "bfloat16", **options)
+    with hopper.interpreted(tiles=side_by_side(**changes)):
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
+    assert_no_worse(got, this, slack=3.0)
+    assert_stats(got, this, filtered=epsilon is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [hopper.small_tiles(), side_by_side()], ids=["", "side by side"])
+@pytest.mark.parametrize(
+    ("classes", "first"),
+    # Columns 0 to 127 and 256 to 383 are the first consumer's, where they are side by side.
+    [((300, 140), 140), ((140, 20), 20), ((290, 270), 270), ((450, 390, 300), 300)],
+)
+def test_of_equal_logits_the_first_class_is_predicted(chosen, classes, first):
+    head = np.zeros((512, 128), np.float32)
+    head[list(classes)] = 1.0
+    hidden = jnp.ones((4, 128), jnp.bfloat16)
+    with hopper.interpreted(tiles=chosen):
+        _, stats = lsce.linear_cross_entropy(
+            hidden,
+            jnp.asarray(head, jnp.bfloat16),
+            jnp.zeros(4, jnp.int32),
+            implementation="hopper",
+            return_stats=True,
+        )
+    np.testing.assert_array_equal(stats.prediction, first)
+
+
+def test_sums_that_are_handed_over_join():
+    """Those of some columns and of the others, against those of all."""
+    x = np.random.default_rng(0).normal(size=(5, 40)) * 4
+    x[0, 30] = x[0, 3] = 20.0
+    k = 1.3
+
+    def sums(part: slice):
+        y, m = x[:, part], x[:, part].max(1)
+        log_p = (y - m[:, None]) * k
+        p = 2**log_p
+        kept = (p * (log_p > -4)).sum(1)
+        values = m, p.sum(1), y.sum(1), (p * log_p).sum(1), (p * p).sum(1), kept, (y * y).sum(1)
+        named = dict(zip(("m", "l", "s", "w", "q", "kept", "squares"), values, strict=True))
+        first = y.argmax(1) + (part.start or 0)
+        return {name: jnp.float32(v) for name, v in named.items()} | {"best": jnp.int32(first)}
+
+    a, b, both = sums(slice(0, 17)), sums(slice(17, 40)), sums(slice(0, 40))
+    # What was kept is relative to no common bound here: by the rule of `l`.
+    both["kept"] = a["kept"] * 2 ** ((a["m"] - both["m"]) * k)
+    both["kept"] += b["kept"] * 2 ** ((b["m"] - both["m"]) * k)
+    for joined in (handover.join(a, b, k), handover.join(b, a, k)):
+        assert joined.keys() == both.keys()
+        for name, value in both.items():
+            np.testing.assert_allclose(joined[name], value, rtol=2e-5, err_msg=name)
 
 
 @pytest.mark.slow
@@ -221,10 +300,16 @@ def test_no_tokens():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gradient_filter", "blocks"), [(None, 1), (2.0**-9, 1), (2.0**-9, 2)])
-def test_no_races(gradient_filter, blocks):
-    given = case((130, 64, 260), "bfloat16", label_smoothing=0.1, spread=4.0).inputs
-    small = hopper.small_tiles()
+@pytest.mark.parametrize(
+    ("gradient_filter", "blocks", "side"),
+    [(None, 1, False), (2.0**-9, 1, False), (2.0**-9, 2, False), (2.0**-9, 1, True)],
+)
+def test_no_races(gradient_filter, blocks, side):
+    # With two stages a tile, so that the second of two consumers side by side lags by one.
+    given = case(
+        (130, 128 if side else 64, 260), "bfloat16", label_smoothing=0.1, spread=4.0
+    ).inputs
+    small = side_by_side() if side else hopper.small_tiles()
     small = dataclasses.replace(small, sparse=dataclasses.replace(small.sparse, blocks=blocks))
 
     def loss(hidden, head):
@@ -240,6 +325,7 @@ def test_no_races(gradient_filter, blocks):
 
 
 @pytest.mark.parametrize("epsilon", [None, "auto"], ids=["exact", "filtered"])
+@pytest.mark.parametrize("forward", [None, tiles.ForwardTiles(128, 128, side_by_side=True)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -250,9 +336,12 @@ def test_no_races(gradient_filter, blocks):
     ],
     ids=["gemma2-2b", "all options", "smollm2", "llama3-8b"],
 )
-def test_lowers_for_cuda_without_a_gpu(options, epsilon):
+def test_lowers_for_cuda_without_a_gpu(options, forward, epsilon):
     p = problem(**options)
-    call = Call(p, epsilon, tiles.choose(p), ctas=132)
+    chosen = tiles.choose(p)
+    if forward is not None:
+        chosen = dataclasses.replace(chosen, forward=forward)
+    call = Call(p, epsilon, chosen, ctas=132)
 
     def loss(hidden, head, labels):
         return token_losses(call, hidden, head, None, labels)[0].sum()
@@ -282,6 +371,7 @@ def test_refusals_name_what_is_missing():
         lambda: tiles.ForwardTiles(tile_n=96),
         lambda: tiles.ForwardTiles(tile_n=128, tile_v=256),
         lambda: tiles.ForwardTiles(steps=8),
+        lambda: tiles.ForwardTiles(side_by_side=True),
         lambda: tiles.BackwardTiles(tile_c=192),
         lambda: tiles.BackwardTiles(width=1000),
         lambda: tiles.BackwardTiles(tile_c=256, head_c=256, head_d=256),

@@ -161,7 +161,9 @@ def probabilities(
             copies=per_cta + 1,
         )
 
-        def consume(multiply, wg, p_smem):
+        def consume(consumer, p_smem):
+            wg = consumer.number
+
             def visit(tile, ring):
                 t, rank = tile
                 begin = lax.rem(wg * part_rows, i32(BLOCK))
@@ -171,7 +173,7 @@ def probabilities(
                 # Loaded before the product, which hides the time that takes.
                 lse, a, b = of_row(lse_gmem), of_row(a_gmem), of_row(b_gmem)
                 y = of_row(y_gmem) - t * tile_c
-                acc, ring = multiply(tile, ring)
+                acc, ring = consumer.multiply(tile, ring)
                 slot = slot_gmem[t] + rank
                 first_row, left = _place(slot, panels, tile_c)
                 to = pl.ds(first_row + begin, part_rows)
@@ -338,10 +340,12 @@ def accumulate_hidden(
             operands=lambda a, b, wg: (a.at[pl.ds(wg * HALF, HALF)], b),
         )
 
-        def consume(multiply, wg):
+        def consume(consumer):
+            wg = consumer.number
+
             def visit(tile, ring):
                 split, block, dt, _, count = tile
-                acc, ring = multiply(tile, ring)
+                acc, ring = consumer.multiply(tile, ring)
 
                 @pl.when(count > 0)
                 def _():
@@ -478,10 +482,12 @@ def head_gradient(
             operands=lambda a, b, wg: (a.at[:, pl.ds(wg * half_c, half_c)].transpose((1, 0)), b),
         )
 
-        def consume(multiply, wg, out_smem):
+        def consume(consumer, out_smem):
+            wg = consumer.number
+
             def visit(tile, ring):
                 t, part, dt, _, _ = tile
-                acc, ring = multiply(tile, ring)
+                acc, ring = consumer.multiply(tile, ring)
                 columns = pl.ds(dt * tiles.head_d, tiles.head_d)
                 row = plgpu.load(constant_gmem.at[columns], layout=COLUMN, optimized=False)
                 out = acc + lax.broadcast_in_dim(row, acc.shape, [1])

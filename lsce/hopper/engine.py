@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -65,6 +65,19 @@ class Stream:
     """How many copies fill a stage."""
 
 
+class Consumer(NamedTuple):
+    """A warpgroup that multiplies, and what it may do with the ring.
+
+    Every consumer must either multiply or skip each stage, in order, starting from ring = 0.
+    """
+
+    number: Any
+    multiply: Callable[[Any, Any], tuple[Any, Any]]
+    """(tile, ring) → the tile's product, and ring after its stages."""
+    skip: Callable[[Any, Any], Any]
+    """(stages, ring) → ring after so many stages that only the other consumer needs."""
+
+
 def run(
     stream: Stream,
     dtype,
@@ -77,9 +90,8 @@ def run(
     """Runs the producer and the consumers of one CTA.
 
     `tiles(visit, carry)` walks this CTA's output tiles in order: carry = visit(tile, carry) for
-    each; it must visit the same tiles whoever calls it. `consume(multiply, consumer, **scratch)`
-    is the consumers' walk: it must call `acc, ring = multiply(tile, ring)` for the same tiles in
-    the same order, starting from ring = 0.
+    each; it must visit the same tiles whoever calls it. `consume(consumer, **scratch)` is the
+    consumers' walk over the same stages.
     """
     barrier = (
         functools.partial(plgpu.ClusterBarrier, collective_axes=("member",))
@@ -158,7 +170,16 @@ def run(
 
                 return acc, ring + length
 
-            consume(multiply, wg, **scratch)
+            def skip(count, ring):
+                def step(_, ring):
+                    at = slot(ring)
+                    plgpu.barrier_wait(ready.at[at])
+                    plgpu.barrier_arrive(consumed.at[at])
+                    return ring + 1
+
+                return lax.fori_loop(0, count, step, ring)
+
+            consume(Consumer(wg, multiply, skip), **scratch)
 
 
 def store_stage(rows: int, columns: int, dtype):

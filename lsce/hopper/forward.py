@@ -6,6 +6,11 @@ For a block of tokens and a stretch of the vocabulary a CTA keeps, in registers,
 
 and, when asked, what the statistics and the backward need (see `Sums`). The stretches are joined
 afterwards by the log-sum-exp rule, which is a few kilobytes of work.
+
+The two consumers of a CTA have different tokens and the same columns; or, side by side, the same
+tokens and different columns. They then also share the stages of the hidden states, and one of them
+lags behind by half of these: a sum over D may begin anywhere, so it starts each tile with the half
+that the other one ends with, and while one is in its epilogue the other is in the middle of a tile.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce.hopper import marks, prediction, stretches
+from lsce.hopper import handover, marks, prediction, stretches
 from lsce.hopper.engine import COLUMN, ROW, Stream, i32, launch, run
 from lsce.hopper.tiles import ForwardTiles
 
@@ -71,7 +76,8 @@ def forward(
     unit = tiles.block * tiles.cluster
     units = max(ctas // tiles.cluster, 1)
     blocks = pl.cdiv(n, unit)
-    v_tiles = pl.cdiv(v, tiles.tile_v)
+    side = tiles.side_by_side
+    v_tiles = pl.cdiv(v, tiles.width)
     most = stretches.most_splits(blocks, v_tiles, units)
     slots = stretches.slots(most)
     cut = stretches.cut((live + unit - 1) // unit, v_tiles, units, most)
@@ -81,7 +87,8 @@ def forward(
     names += ["kept"] if marking else []
     names += ["squares"] if squares else []
     k_iters = pl.cdiv(d, tiles.tile_d)
-    masked = limit is not None or v % tiles.tile_v != 0
+    lag = k_iters // 2 if side else 0
+    masked = limit is not None or v % tiles.width != 0
     # x is the product itself where that is enough, which saves a multiplication an element. Masked
     # columns may be all that a maximum has seen, and k·LOWEST rounds too coarsely for a difference.
     plain = bias is None and softcap is None and scale > 0.0 and not masked
@@ -107,35 +114,59 @@ def forward(
         def every_tile(visit, carry):
             def of_item(item, carry):
                 _, row0, first, last = item
-                return lax.fori_loop(first, last, lambda vt, c: visit((row0, vt), c), carry)
+                of_tile = lambda vt, c: visit((row0, vt, first, last), c)
+                # After the last tile come the stages by which the second consumer lags.
+                return lax.fori_loop(first, last + 1 if lag else last, of_tile, carry)
 
             return items(of_item, carry)
 
+        def length(tile):
+            if not lag:
+                return i32(k_iters)
+            _, vt, first, last = tile
+            return jnp.where(vt < last, k_iters, jnp.where(first < last, lag, 0))
+
         def copy(tile, k, a_stage, b_stage, barrier):
-            row0, vt = tile
+            row0, vt, first, last = tile
             ks = pl.ds(k * tiles.tile_d, tiles.tile_d)
             plgpu.copy_gmem_to_smem(e_gmem.at[pl.ds(row0, tiles.block), ks], a_stage, barrier)
-            plgpu.copy_gmem_to_smem(
-                c_gmem.at[pl.ds(vt * tiles.tile_v, tiles.tile_v), ks],
-                b_stage,
-                barrier,
-                collective_axes="member" if tiles.cluster > 1 else None,
-            )
+
+            def copy_head(row, stage):
+                plgpu.copy_gmem_to_smem(
+                    c_gmem.at[pl.ds(row, stage.shape[0]), ks],
+                    stage,
+                    barrier,
+                    collective_axes="member" if tiles.cluster > 1 else None,
+                )
+
+            if side:
+                # What a consumer skips is copied too, from anywhere: a stage has three copies.
+                ends, lags = jnp.minimum(vt, last - 1), jnp.where(k < lag, vt - 1, vt)
+                lags = jnp.clip(lags, first, last - 1)
+                for i, of in enumerate((ends, lags)):
+                    part = pl.ds(i * tiles.tile_v, tiles.tile_v)
+                    copy_head(of * tiles.width + i * tiles.tile_v, b_stage.at[part])
+            else:
+                copy_head(vt * tiles.tile_v, b_stage)
+
+        def operands(a, b, wg):
+            if side:
+                return a, b.at[pl.ds(wg * tiles.tile_v, tiles.tile_v)].transpose((1, 0))
+            return a.at[pl.ds(wg * tiles.tile_n, tiles.tile_n)], b.transpose((1, 0))
 
         stream = Stream(
             steps=tiles.steps,
             a=(tiles.block, tiles.tile_d),
-            b=(tiles.tile_v, tiles.tile_d),
+            b=(tiles.width, tiles.tile_d),
             accumulator=(tiles.tile_n, tiles.tile_v),
-            length=lambda _: i32(k_iters),
+            length=length,
             copy=copy,
-            operands=lambda a, b, wg: (
-                a.at[pl.ds(wg * tiles.tile_n, tiles.tile_n)],
-                b.transpose((1, 0)),
-            ),
+            operands=operands,
+            copies=3 if side else 2,
         )
 
-        def consume(multiply, wg):
+        def consume(consumer, **there):
+            wg = consumer.number
             fill = lambda x, dtype=jnp.float32: plgpu.layout_cast(
                 jnp.full((tiles.tile_n,), x, dtype), ROW
             )
@@ -144,7 +175,7 @@ def forward(
 
             def of_item(item, ring):
                 slot, row0, first, last = item
-                row0 = row0 + wg * tiles.tile_n
+                row0 = row0 if side else row0 + wg * tiles.tile_n
                 thr = None
                 if marking:
                     thr_ref = thr_gmem.at[pl.ds(row0, tiles.tile_n)]
@@ -152,17 +183,43 @@ def forward(
 
                 def of_tile(vt, carry):
                     ring, old = carry
-                    acc, ring = multiply((row0, vt), ring)
-                    return ring, update(acc, vt, row0, thr, below, old)
+                    acc, ring = consumer.multiply((row0, vt, first, last), ring)
+                    tile = 2 * vt + wg if side else vt
+                    return ring, update(acc, tile, row0, thr, below, old)
 
                 start = dict.fromkeys(names)
                 for name in names:
                     start[name] = fill(LOWEST if name == "m" else 0.0)
                 if stats:
                     start["best"] = fill(0, jnp.int32)
+
+                def write(sums):
+                    for name in names:
+                        partial[name][slot, pl.ds(row0, tiles.tile_n)] = sums[name]
+
+                if not side:
+                    ring, sums = lax.fori_loop(first, last, of_tile, (ring, start))
+                    write(sums)
+                    return ring
+
+                behind = jnp.where(first < last, lag, 0)
+                ring = consumer.skip(wg * behind, ring)
                 ring, sums = lax.fori_loop(first, last, of_tile, (ring, start))
-                for name in names:
-                    partial[name][slot, pl.ds(row0, tiles.tile_n)] = sums[name]
+
+                @pl.when(wg == 0)
+                def _():
+                    handover.give(sums, there)
+
+                ring = consumer.skip((1 - wg) * behind, ring)
+
+                @pl.when(wg == 0)
+                def _():
+                    plgpu.barrier_wait(there["empty"])
+
+                @pl.when(wg == 1)
+                def _():
+                    write(handover.join(handover.take(there), sums, k))
+
                 return ring
 
             def update(acc, vt, row0, thr, below, old):
@@ -214,7 +271,14 @@ def forward(
 
             items(of_item, i32(0))
 
-        run(stream, hidden.dtype, tiles=every_tile, consume=consume, cluster=tiles.cluster > 1)
+        run(
+            stream,
+            hidden.dtype,
+            tiles=every_tile,
+            consume=consume,
+            cluster=tiles.cluster > 1,
+            scratch=handover.scratch(names, tiles.tile_n) if side else None,
+        )
 
     padded = blocks * unit
     out_type = [
@@ -222,12 +286,12 @@ def forward(
         for x in names
     ]
     if marking:
-        words = v_tiles * marks.words(tiles.tile_v)
+        words = v_tiles * marks.words(tiles.width)
         out_type.append(jax.ShapeDtypeStruct((padded // tiles.tile_n, 4, words), jnp.int32))
     bias_in = jnp.zeros((8,), jnp.float32)
     if bias is not None:
         bias_in = jnp.maximum(bias.astype(jnp.float32) * LOG2E, LOWEST)
-        bias_in = jnp.pad(bias_in, (0, v_tiles * tiles.tile_v - bias.shape[0]))
+        bias_in = jnp.pad(bias_in, (0, v_tiles * tiles.width - bias.shape[0]))
     thr_in = jnp.zeros((8,), jnp.float32)
     if marking:
         # An infinite threshold keeps rows without a loss from marking anything.

@@ -34,13 +34,15 @@ class ForwardTiles:
     tile_n: int = 64
     """Tokens a consumer warpgroup."""
     tile_v: int = 256
-    """Vocabulary columns a tile."""
+    """Vocabulary columns a consumer warpgroup."""
     tile_d: int = 64
     """Hidden entries a stage."""
     steps: int = 4
     """Stages in flight."""
     cluster: int = 2
     """CTAs that share the head's tiles by multicast."""
+    side_by_side: bool = False
+    """Whether the consumers share their tokens instead of their columns, half a tile apart."""
 
     def __post_init__(self) -> None:
         if self.tile_n not in (64, 128):
@@ -59,11 +61,17 @@ class ForwardTiles:
     @property
     def block(self) -> int:
         """Tokens a CTA."""
-        return 2 * self.tile_n
+        return self.tile_n if self.side_by_side else CONSUMERS * self.tile_n
+
+    @property
+    def width(self) -> int:
+        """Columns a CTA."""
+        return CONSUMERS * self.tile_v if self.side_by_side else self.tile_v
 
     @property
     def shared_memory(self) -> int:
-        return self.steps * (self.block + self.tile_v) * self.tile_d * 2
+        handover = 8 * 4 * self.tile_n if self.side_by_side else 0
+        return self.steps * (self.block + self.width) * self.tile_d * 2 + handover
 
 
 @dataclasses.dataclass(frozen=True)
