@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import activations, cases, report, runner
+from benchmarks import activations, cases, report, runner, timing
 from benchmarks.errors import Reference
 from benchmarks.inputs import Inputs
 from benchmarks.report import Report, Row
@@ -74,7 +74,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="NAME=FOLDER",
         help="activations that benchmarks.activations can read, and the case they are for",
     )
-    add("--seconds", type=float, default=1.0, help="about how long to time each; default 1")
+    add(
+        "--seconds",
+        type=timing.positive,
+        default=1.0,
+        help="about how long to time each; default 1",
+    )
     add("--errors", action="store_true", help="also compare the gradients with exact ones")
     add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
     add(

@@ -13,7 +13,7 @@ import sys
 
 import jax
 
-from benchmarks import cases, errors, inputs, report, runner
+from benchmarks import cases, errors, inputs, report, runner, timing
 from benchmarks.jax_framework import JaxFramework
 from benchmarks.jax_losses import LOSSES
 from benchmarks.settings import MODES, Run, Settings, gradient_filter
@@ -114,7 +114,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--dtype", help="bfloat16 or float32; bfloat16 unless on a CPU")
     add("--seed", type=int, default=0, help="of the random inputs; default 0")
-    add("--seconds", type=float, default=2.0, help="about how long to time each row; default 2")
+    add(
+        "--seconds",
+        type=timing.positive,
+        default=2.0,
+        help="about how long to time each row; default 2",
+    )
     add("--errors", action="store_true", help="compare the gradients with exact ones in float32")
     add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks import cases, inputs, report, runner, worker
+from benchmarks import cases, inputs, report, runner, timing, worker
 from benchmarks.report import Report, Row
 from benchmarks.settings import MODES, Mode, Run, Settings
 
@@ -95,7 +95,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     add("--seed", type=int, default=0, help="of the random inputs; default 0")
-    add("--seconds", type=float, default=2.0, help="about how long to time each row; default 2")
+    add(
+        "--seconds",
+        type=timing.positive,
+        default=2.0,
+        help="about how long to time each row; default 2",
+    )
     add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
     add(
         "--from",

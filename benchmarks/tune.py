@@ -430,10 +430,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="typical",
         help=f"typical, with a real model's column statistics (default), or {inputs.CHOICES}",
     )
-    add("--seconds", type=float, default=0.5, help="about how long to time each; default 0.5")
+    add(
+        "--seconds",
+        type=timing.positive,
+        default=0.5,
+        help="about how long to time each; default 0.5",
+    )
     add(
         "--memory",
-        type=float,
+        type=_at_least_one,
         default=1.25,
         metavar="TIMES",
         help="most temporaries of a winner, relative to where its stage began; default 1.25, and "
@@ -442,6 +447,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", type=pathlib.Path, metavar="FILE", help="write all trials there")
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")
     return parser.parse_args(arguments)
+
+
+def _at_least_one(text: str) -> float:
+    if not (times := float(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1, what the first tiles take")
+    return times
 
 
 if __name__ == "__main__":

@@ -386,6 +386,21 @@ def test_an_unknown_case_is_named(capsys):
     assert "no case 'gemma'; must be one of gemma2-2b" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--seconds", "-1"], "-1 must be above 0"),
+        (["--seconds", "nan"], "nan must be above 0"),
+        (["--memory", "0.5"], "0.5 must be at least 1"),
+        (["--stage", "fused"], "invalid choice: 'fused'"),
+    ],
+)
+def test_wrong_flags_are_refused(wrong, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--case", "gemma2-2b", *wrong])
+    assert message in capsys.readouterr().err
+
+
 def test_a_whole_run_prints_entries_and_writes_every_trial(
     monkeypatch, capsys, tmp_path: pathlib.Path
 ):
