@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from lsce import backends
+from lsce import backends, sharding
 from lsce.problem import GradientFilter, HeadLayout, Problem
 
 Reduction = Literal["mean", "sum", "none"]
@@ -130,9 +130,11 @@ def linear_cross_entropy(
         w = _normalised(w)
 
     if gradient_filter == "fused" and isinstance(backend, backends.FusedBackend):
-        total, stats = backend.weighted_sum(problem, hidden, head, y, w, bias, vocab_order)
+        total, stats = sharding.weighted_sum(
+            backend, problem, hidden, head, y, w, bias, vocab_order
+        )
     else:
-        losses, stats = backend.token_losses(problem, hidden, head, y, bias, vocab_order)
+        losses, stats = sharding.token_losses(backend, problem, hidden, head, y, bias, vocab_order)
         total = (w * losses).reshape(tokens) if reduction == "none" else jnp.sum(w * losses)
     if stats is None:
         return total

@@ -1,0 +1,110 @@
+"""The loss on many devices: each of them takes some of the tokens, and all classes.
+
+XLA cannot split a kernel: given arrays of a mesh it would gather them, and every device would
+compute everything. So the split is made here, whatever the backend: a call on arrays of a mesh
+becomes a `shard_map` over as many of its axes as divide the tokens, with the whole head on every
+device. Gradients of the head and the bias are summed over the devices once, at the end.
+
+A call inside somebody else's `shard_map` is that device's own; there remains to say that its
+results differ from device to device, so that JAX knows what to sum.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lsce.problem import Problem
+
+
+def token_losses(backend: Any, problem: Problem, *arrays: Any) -> Any:
+    """`backend.token_losses`, on all devices that the arrays lie on."""
+    mesh = _mesh(arrays)
+    if mesh is None:
+        return backend.token_losses(problem, *_varying(arrays))
+    call = _on_devices(backend, False, problem, mesh)
+    hidden, head, labels, bias, vocab_order = arrays
+    return call((hidden, labels), (head, bias, vocab_order))
+
+
+def weighted_sum(backend: Any, problem: Problem, *arrays: Any) -> Any:
+    """`backend.weighted_sum`, likewise."""
+    mesh = _mesh(arrays)
+    if mesh is None:
+        return backend.weighted_sum(problem, *_varying(arrays))
+    call = _on_devices(backend, True, problem, mesh)
+    hidden, head, labels, weights, bias, vocab_order = arrays
+    totals, stats = call((hidden, labels, weights), (head, bias, vocab_order))
+    return totals.sum(), stats
+
+
+def _mesh(arrays: Any) -> Any:
+    """The mesh of several devices on which some of the arrays lie, outside any `shard_map`."""
+    for x in jax.tree.leaves(arrays):
+        mesh = jax.typeof(x).sharding.mesh
+        if mesh.size > 1 and AxisType.Manual not in mesh.axis_types:
+            return mesh
+    return None
+
+
+@functools.cache
+def _on_devices(backend: Any, fused: bool, problem: Problem, mesh: Any) -> Any:
+    """(arrays with an entry a token, arrays of all tokens) → what the backend returns."""
+    axes, devices = [], 1
+    for name, size in mesh.shape.items():
+        if problem.n % (devices * size) == 0:
+            axes.append(name)
+            devices *= size
+    local = dataclasses.replace(problem, n=problem.n // devices)
+    by_token, whole = PartitionSpec(tuple(axes)), PartitionSpec()
+
+    def on_one(tokens: Any, shared: Any) -> Any:
+        head, bias, vocab_order = shared
+        if not fused:
+            hidden, labels = tokens
+            return backend.token_losses(local, hidden, head, labels, bias, vocab_order)
+        hidden, labels, weights = tokens
+        total, stats = backend.weighted_sum(local, hidden, head, labels, weights, bias, vocab_order)
+        return total[None], stats
+
+    split = jax.shard_map(
+        on_one,
+        mesh=mesh,
+        in_specs=(by_token, whole),
+        out_specs=(by_token, by_token),
+        check_vma=False,
+    )
+
+    def call(tokens: Any, shared: Any) -> Any:
+        if AxisType.Explicit not in mesh.axis_types:
+            return split(tokens, shared)
+        as_given = jax.typeof(tokens[1]).sharding.spec
+        tokens = jax.reshard(tokens, NamedSharding(mesh, by_token))
+        results = split(tokens, jax.reshard(shared, NamedSharding(mesh, whole)))
+        return results if fused else jax.reshard(results, NamedSharding(mesh, as_given))
+
+    return jax.jit(call)
+
+
+def _varying(arrays: Any) -> Any:
+    """The same arrays, inside `shard_map` as varying as the most varying of them.
+
+    A gradient then is the device's own, and JAX sums it where the array was the same everywhere.
+    """
+    return varying(arrays, like=arrays)
+
+
+def varying(arrays: Any, *, like: Any) -> Any:
+    """`arrays` with the axes of a mesh over which any of `like` varies."""
+    axes = frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like))
+    )
+
+    def cast(x: Any) -> Any:
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, arrays)
