@@ -75,6 +75,10 @@ def linear_cross_entropy(
       gradients; `lsce.check_labels` looks for such labels on the host.
       Forward-mode differentiation needs implementation="reference"; others raise TypeError.
 
+    On a mesh of devices, outside `shard_map`, the call is that over all tokens; each device
+    computes a part of them, with the whole head. Inside `shard_map` it is the device's own: a
+    "mean" is over its tokens.
+
     Raises:
       TypeError: an array or option of the wrong type, such as float labels or a traced option.
       ValueError: shapes that do not fit, an option out of range, options that contradict, or a

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce import formula
+from lsce import formula, sharding
 from lsce.hopper import backward, plan
 from lsce.hopper.forward import LOG2E
 from lsce.hopper.gradients import Call
@@ -136,7 +136,8 @@ def _fwd(call: Call, hidden, head, labels, weights):
     lse = jnp.maximum(lse, target[:n])
     losses = formula.token_loss(p, lse, target[:n], mean_logit[:n])
     losses = jnp.where(is_live, losses, 0.0)
-    return jnp.sum(weights * losses), (dhidden, storage.dhead_ref[...], losses)
+    saved = sharding.varying((dhidden, storage.dhead_ref[...], losses), like=hidden)
+    return jnp.sum(weights * losses), saved
 
 
 def _storage(call: Call, head, own: int, rows: int, *, carried: bool) -> Storage:

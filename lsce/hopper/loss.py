@@ -11,7 +11,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from lsce import formula
+from lsce import formula, sharding
 from lsce.hopper import filtering, gradients
 from lsce.hopper.forward import Sums, forward
 from lsce.hopper.gradients import Call, Saved
@@ -25,7 +25,9 @@ def token_losses(call: Call, hidden, head, bias, labels, vocab_order=None):
     """L_n [N] float32 and TokenStats (or None) for hidden [N, D], head [V, D], labels [N]."""
     live = labels >= 0
     sums = run_forward(call, hidden, head, bias, None, jnp.int32(labels.shape[0]))
-    return results(call, sums, target_logit(call, hidden, head, bias, labels), labels, live)
+    out = results(call, sums, target_logit(call, hidden, head, bias, labels), labels, live)
+    # What a kernel writes does not say over which devices it varies.
+    return sharding.varying(out, like=hidden)
 
 
 def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
@@ -52,13 +54,14 @@ def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
     saved = Saved(
         rows.hidden, head, bias, rows.labels, vocab_order, rows.place, rows.live, sums, wanted
     )
-    return out, saved
+    return sharding.varying(out, like=hidden), saved
 
 
 def _bwd(call: Call, saved: Saved, cotangents):
     if isinstance(cotangents[0], SymbolicZero):
         return None, None, None, None, None
-    return *gradients.of(call, saved, cotangents[0].astype(jnp.float32)), None, None
+    grads = gradients.of(call, saved, cotangents[0].astype(jnp.float32))
+    return *sharding.varying(grads, like=saved.hidden), None, None
 
 
 token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -1,0 +1,206 @@
+"""The loss on arrays of a mesh, against the same call on one device.
+
+JAX has to be started with several devices, so the checks run in processes of their own. Hopper's
+kernels are lowered there: their interpreter knows one device.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+START = """
+    import itertools
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    import lsce
+
+    assert jax.device_count() == 4
+    B, T, D, V = 4, 6, 32, 300
+    r = np.random.default_rng(0)
+    arrays = {
+        "hidden": r.normal(size=(B, T, D)).astype(np.float32),
+        "head": r.normal(size=(V, D)).astype(np.float32),
+        "bias": r.normal(size=V).astype(np.float32),
+        "weights": r.random((B, T)).astype(np.float32),
+    }
+    labels = r.integers(0, V, (B, T)).astype(np.int32)
+    labels[0, :5] = -100  # so that devices differ in how many tokens have a loss
+    cotangent = np.arange(1.0, B * T + 1, dtype=np.float32).reshape(B, T)
+
+    def loss(a, labels, **options):
+        out, stats = lsce.linear_cross_entropy(
+            a["hidden"], a["head"], labels, bias=a["bias"], weights=a["weights"],
+            label_smoothing=0.1, z_loss=1e-3, return_stats=True, **options,
+        )
+        return (out * cotangent).sum() if out.ndim else out, (out, stats)
+
+    def step(**options):
+        return jax.value_and_grad(lambda a, y: loss(a, y, **options), has_aux=True)
+
+    def check(got, truth):
+        close = lambda x, y: np.testing.assert_allclose(
+            np.asarray(x), np.asarray(y), rtol=2e-4, atol=2e-5
+        )
+        jax.tree.map(close, got, truth)
+        assert sum(x.size for x in jax.tree.leaves(truth)) > V * D
+
+    def put(mesh, hidden, head):
+        specs = {"hidden": hidden, "head": head, "bias": P(), "weights": P(*hidden[:2])}
+        on = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        return jax.tree.map(on, arrays, specs), on(labels, P(*hidden[:2]))
+"""
+
+ON_A_MESH = """
+    meshes = [
+        ((4,), ("data",), P("data"), P()),
+        ((2, 2), ("data", "model"), P("data"), P("model")),
+        ((2, 2), ("data", "model"), P("data", None, "model"), P(None, "model")),
+    ]
+    for implementation, reduction in itertools.product(
+        ("chunked", "reference"), ("mean", "sum", "none")
+    ):
+        run = step(implementation=implementation, reduction=reduction)
+        truth = jax.jit(run)(arrays, labels)
+        for (shape, names, hidden, head), kind in itertools.product(
+            meshes, (AxisType.Auto, AxisType.Explicit)
+        ):
+            mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+            given = put(mesh, hidden, head)
+            check(jax.jit(run)(*given), truth)
+            with jax.set_mesh(mesh):
+                check(jax.jit(run)(*given), truth)
+            if kind == AxisType.Auto and reduction == "mean":
+                check(run(*given), truth)  # without jit
+
+    # Nothing is gathered where the tokens lie on the devices as they should.
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    text = jax.jit(step()).lower(*put(mesh, P("data"), P())).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+
+    # Tokens that only one axis divides, and tokens that none does.
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    run, all_cotangents = step(implementation="chunked"), cotangent
+    for rows in (2, 1):
+        part = {k: x[:rows, :3] if k in ("hidden", "weights") else x for k, x in arrays.items()}
+        cotangent = all_cotangents[:rows, :3]
+        given = part, labels[-rows:, :3]
+        check(jax.jit(run)(*jax.device_put(given, NamedSharding(mesh, P()))), jax.jit(run)(*given))
+    cotangent = all_cotangents
+
+    # Under a scan over batches, and rematerialised.
+    def scanned(a, y):
+        def one(total, i):
+            part = a | {"hidden": a["hidden"] * i}
+            return total + jax.checkpoint(lambda a: loss(a, y)[0])(part), None
+
+        return jax.lax.scan(one, jnp.float32(0), jnp.arange(1.0, 4.0))[0]
+
+    run = jax.value_and_grad(scanned)
+    check(jax.jit(run)(*put(mesh, P("data"), P("model"))), jax.jit(run)(arrays, labels))
+    print("all the same")
+"""
+
+README = """
+    import pathlib, re
+
+    readme = pathlib.Path("README.md").read_text()
+    example, on_a_mesh = re.findall(r"```python\\n(.*?)```", readme, re.DOTALL)[:2]
+    names = {}
+    exec(example, names)
+    first = names["loss"]
+    exec(on_a_mesh, names)
+    assert names["loss"] < first
+    assert names["tokens"].sharding.spec == P("data")
+    print("all the same")
+"""
+
+IN_SHARD_MAP = """
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    for implementation in ("chunked", "reference"):
+        options = dict(implementation=implementation, reduction="sum")
+        truth = jax.jit(jax.value_and_grad(lambda a: loss(a, labels, **options)[0]))(arrays)
+        for axes, check_vma in itertools.product(
+            (("data",), ("data", "model")), (True, False)
+        ):
+            def local(a, y):
+                total, (_, stats) = loss(a, y, **options)
+                return jax.lax.psum(total, axes), stats
+
+            split = P("data", None) if axes == ("data",) else P("data", "model")
+            given = {"hidden": split, "head": P(), "bias": P(), "weights": split}
+            mapped = jax.shard_map(
+                local, mesh=mesh, in_specs=(given, split), out_specs=(P(), split),
+                check_vma=check_vma,
+            )
+            run = jax.value_and_grad(lambda a: mapped(a, labels)[0])
+            check(jax.jit(run)(arrays), truth)
+    print("all the same")
+"""
+
+LOWERED = """
+    from lsce import hopper, sharding
+    from lsce.problem import Problem
+
+    bf16 = np.dtype(jnp.bfloat16)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    specs = P("data"), P(), P("data"), P("data")
+    shapes = (8192, 256), (51200, 256), (8192,), (8192,)
+    dtypes = jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.float32
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in zip(shapes, dtypes, specs)
+    ]
+
+    def total(hidden, head, labels, weights):
+        problem = Problem(
+            *hidden.shape, head.shape[0], bf16, bf16, platform="gpu",
+            chip="NVIDIA H100 80GB HBM3", label_smoothing=0.1, gradient_filter=gradient_filter,
+        )
+        if gradient_filter == "fused":
+            arrays = hidden, head, labels, weights, None, None
+            return sharding.weighted_sum(hopper.BACKEND, problem, *arrays)[0]
+        arrays = hidden, head, labels, None, None
+        return sharding.token_losses(hopper.BACKEND, problem, *arrays)[0].sum()
+
+    local = lambda *arrays: jax.lax.psum(total(*arrays), "data")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    for gradient_filter in (None, "auto", "fused"):
+        for function in (total, lambda *arrays: mapped(*arrays)):
+            gradient = jax.jit(jax.grad(function, argnums=(0, 1)))
+            text = gradient.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+            assert text.count("mosaic_gpu") >= 4
+            # Every device has its own 2,048 tokens, and dC is summed over all, once.
+            assert "tensor<2048x256xbf16>" in text
+            summed = [part[:1500] for part in text.split("stablehlo.all_reduce")[1:]]
+            assert sum("tensor<51200x256xbf16>" in part for part in summed) == 1
+            assert len(summed) <= 2  # the other one is the loss
+    print("all the same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script",
+    [ON_A_MESH, IN_SHARD_MAP, LOWERED, README],
+    ids=["mesh", "shard_map", "hopper, lowered", "README"],
+)
+def test_on_four_devices(script):
+    flags = "--xla_force_host_platform_device_count=4"
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(START) + textwrap.dedent(script)],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "all the same"
