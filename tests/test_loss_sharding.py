@@ -95,6 +95,39 @@ ON_A_MESH = """
         check(jax.jit(run)(*jax.device_put(given, NamedSharding(mesh, P()))), jax.jit(run)(*given))
     cotangent = all_cotangents
 
+    # Gradients that a backend makes in its forward pass, for sums of weighted losses.
+    from lsce import reference, sharding
+    from lsce.problem import Problem
+
+    class Summing:
+        name = "summing"
+
+        def weighted_sum(self, problem, hidden, head, labels, weights, bias, vocab_order):
+            arrays = hidden, head, labels, bias, vocab_order
+            losses, stats = reference.BACKEND.token_losses(problem, *arrays)
+            return (weights * losses).sum(), stats
+
+    def summed(backend, x):
+        hidden, y, w = x["hidden"].reshape(-1, D), x["labels"].reshape(-1), x["weights"].reshape(-1)
+        f32 = np.dtype(np.float32)
+        problem = Problem(len(y), D, V, f32, f32, platform="cpu", chip="cpu", has_bias=True)
+        total = sharding.weighted_sum if backend is summing else Summing.weighted_sum
+        return total(backend, problem, hidden, x["head"], y, w, x["bias"], None)[0]
+
+    summing, alone = Summing(), Summing()
+    for rows in (4, 1):  # on all four devices, on each of them the same
+        whole = arrays | {"labels": np.maximum(labels, 0)}
+        by_token = ("hidden", "weights", "labels")
+        part = slice(rows), slice(6 if rows > 1 else 3)
+        whole = {k: x[part] if k in by_token else x for k, x in whole.items()}
+        on_all = jax.device_put(whole, NamedSharding(mesh, P()))
+        run = lambda backend: jax.jit(
+            jax.value_and_grad(lambda x: summed(backend, x), allow_int=True)
+        )
+        got, truth = run(summing)(on_all), run(alone)(whole)
+        got[1].pop("labels"), truth[1].pop("labels")
+        check(got, truth)
+
     # Under a scan over batches, and rematerialised.
     def scanned(a, y):
         def one(total, i):
