@@ -23,6 +23,8 @@ from contract import (
     cotangent,
     truth,
 )
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lsce
 from lsce import hopper
@@ -246,6 +248,26 @@ def test_fused(subject, limits, monkeypatch):
     )
     step.cache_clear()
     assert_no_worse(got, this)
+
+
+@pytest.mark.parametrize("gradient_filter", [None, EPSILON, "fused"])
+def test_on_a_mesh(subject, gradient_filter):
+    """Half of the tokens on each of two devices, against the truth."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    this = case(subject.even, "bfloat16", spread=5.0, label_smoothing=0.1)
+    specs = {"hidden": P("data"), "head": P()}
+    arrays = this.inputs.differentiable()
+    arrays = {
+        name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()
+    }
+    labels = jax.device_put(this.inputs.labels, NamedSharding(mesh, P("data")))
+    options = {**this.options, "gradient_filter": gradient_filter}
+    (_, (value, _)), grads = jax.tree.map(
+        np.asarray, step(subject.implementation, **options)(arrays, {}, labels)
+    )
+    assert_no_worse(Result(value, grads, None), this, slack=3.0)
 
 
 # Extreme shapes
