@@ -28,6 +28,7 @@ class Config:
     batch_size: int = 4
     max_length: int = LENGTH
     softcap: float | None = None
+    devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

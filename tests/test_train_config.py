@@ -41,6 +41,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--learning-rate", "inf"], "--learning-rate must be more than 0, not inf"),
         (["--beta2", "1"], "--beta2 must be in [0, 1), not 1.0"),
         (["--accumulate", "0"], "--accumulate must be at least 1, not 0"),
+        (["--devices", "0"], "--devices must be at least 1, not 0"),
+        (["--devices", "3"], "--batch-size 4 must be a multiple of --devices 3"),
         (["--vocab-size", "100"], "--vocab-size must be at least 262"),
         (["--seed", "-1"], "--seed must be in [0, 2**32), not -1"),
         (["--model", "huge"], "--model must be one of nano, tiny, small, smollm2-135m, not huge"),

@@ -64,6 +64,8 @@ class TrainConfig:
     """Times to see all training rows, instead of --steps."""
     batch_size: Annotated[int, _shown("ROWS")] = 4
     """Rows that are in memory at a time."""
+    devices: Annotated[int, _shown("N")] = 1
+    """Devices of this machine that share these rows. Each holds the whole model."""
     accumulate: Annotated[int, _shown("K")] = 1
     """Batches whose gradients make one step, the same as one batch K times as large."""
     learning_rate: Annotated[float, _shown("RATE")] = 3e-3
@@ -129,11 +131,15 @@ class TrainConfig:
                 f"{flag(name)} must be more than 0, not {value}",
             )
         for name in (
-            "max_length", "steps", "batch_size", "accumulate", "eval_every", "checkpoint_every",
-            "keep", "log_every",
+            "max_length", "steps", "batch_size", "devices", "accumulate", "eval_every",
+            "checkpoint_every", "keep", "log_every",
         ):  # fmt: skip
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{flag(name)} must be at least 1, not {value}")
+        _require(
+            self.batch_size % self.devices == 0,
+            f"--batch-size {self.batch_size} must be a multiple of --devices {self.devices}",
+        )
         _require(
             self.steps is None or self.epochs is None,
             f"--steps {self.steps} and --epochs {self.epochs} contradict each other: give one",

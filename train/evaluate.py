@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 import lsce
 from lsce import calibration
+from train import devices
 from train.choices import Question
 from train.model import Llama
 from train.packing import IGNORE, Rows, pack
@@ -38,6 +39,9 @@ class EvaluationConfig(Protocol):
 
     @property
     def batch_size(self) -> int: ...
+
+    @property
+    def devices(self) -> int: ...
 
     @property
     def max_length(self) -> int: ...
@@ -191,6 +195,7 @@ def score_rows(model: Llama, rows: Rows, config: EvaluationConfig) -> TokenScore
             name: jnp.pad(array, ((0, missing), (0, 0)), constant_values=filling.get(name, 0))
             for name, array in batch.items()
         }
+        padded = devices.split(padded, config.devices, axis=0)
         scored.append(score_batch(graphdef, params, padded, config.softcap))
     parts = jax.device_get(scored)
     return TokenScores(*(np.concatenate(field)[: len(rows)] for field in zip(*parts, strict=True)))

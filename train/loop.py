@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import signal
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import optax
 from flax import nnx
 
 import lsce
-from train import loader, report, run_folder
+from train import devices, loader, report, run_folder
 from train.checkpoint import Checkpointer
 from train.config import DEFAULT_STEPS, TrainConfig
 from train.evaluate import REPORTED, Evaluation, evaluate
@@ -87,6 +88,7 @@ def prepare(config: TrainConfig) -> Run:
         remat=config.remat,
     )
     check_loss(config, shape)
+    devices.check(config.devices)
     out = run_folder.claim(config)
     config = dataclasses.replace(config, out=out)
     logger.info("run: %s", out)
@@ -177,7 +179,7 @@ def state_maker(
         clip_norm=config.clip_norm,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=devices.whole(config.devices))
     def create(seed: int) -> TrainState:
         weights, dropout = jax.random.split(jax.random.key(seed))
         return TrainState.create(Llama(shape, rngs=nnx.Rngs(params=weights)), optimizer, dropout)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import lsce
 from lsce.calibration import CalibrationState
+from train import devices
 from train.config import TrainConfig
 from train.model import Llama
 from train.packing import IGNORE
@@ -126,6 +127,7 @@ def train_step(
     that of one large batch, however unevenly the labels fall.
     """
     micro = jax.tree.map(lambda rows: rows.reshape(config.accumulate, -1, *rows.shape[1:]), batch)
+    micro = devices.split(micro, config.devices, axis=1)
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.accumulate)
 
     def objective(params: nnx.State, batch: Batch, key: PRNGKeyArray):
