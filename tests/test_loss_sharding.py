@@ -62,20 +62,22 @@ ON_A_MESH = """
         ((2, 2), ("data", "model"), P("data"), P("model")),
         ((2, 2), ("data", "model"), P("data", None, "model"), P(None, "model")),
     ]
-    for implementation, reduction in itertools.product(
-        ("chunked", "reference"), ("mean", "sum", "none")
+    for implementation, reduction in (
+        ("chunked", "mean"), ("chunked", "sum"), ("chunked", "none"), ("reference", "mean")
     ):
         run = step(implementation=implementation, reduction=reduction)
         truth = jax.jit(run)(arrays, labels)
+        usual = (implementation, reduction) == ("chunked", "mean")
         for (shape, names, hidden, head), kind in itertools.product(
-            meshes, (AxisType.Auto, AxisType.Explicit)
+            meshes if usual else meshes[1:2], (AxisType.Auto, AxisType.Explicit)
         ):
             mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
             given = put(mesh, hidden, head)
             check(jax.jit(run)(*given), truth)
-            with jax.set_mesh(mesh):
-                check(jax.jit(run)(*given), truth)
-            if kind == AxisType.Auto and reduction == "mean":
+            if usual:
+                with jax.set_mesh(mesh):
+                    check(jax.jit(run)(*given), truth)
+            if kind == AxisType.Auto and usual:
                 check(run(*given), truth)  # without jit
 
     # Nothing is gathered where the tokens lie on the devices as they should.
