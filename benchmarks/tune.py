@@ -200,14 +200,14 @@ def judged(trial: Trial, results: tuple[float, ...], most_mb: float) -> Trial:
 
 
 def promised_mb(case: cases.Case) -> float:
-    """The temporaries that leave forward and backward within a quarter of naive optax's memory.
+    """The temporaries, in 2²⁰ bytes, that leave both passes within a quarter of optax's memory.
 
     As `lsce.hopper.tiles.within_a_quarter` has it: naive optax takes 4NV bytes and the gradients.
     Where those alone are more than a quarter there is nothing to keep, hence ∞.
     """
     gradients = 2 * (case.n + case.v) * case.d
     left = (4 * case.n * case.v + gradients) / 4 - gradients
-    return left / 1e6 if left > 0 else float("inf")
+    return left / memory.MB if left > 0 else float("inf")
 
 
 # On the device
