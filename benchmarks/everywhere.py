@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import activations, cases, report, runner, timing
+from benchmarks import activations, cases, report, runner
 from benchmarks.errors import Reference
 from benchmarks.inputs import Inputs
 from benchmarks.report import Report, Row
-from benchmarks.settings import Run, Settings
+from benchmarks.settings import Run, Settings, positive
 
 TOKENS = (2048, 8192, 32768)
 SETTINGS = Settings(label_smoothing=0.1)
@@ -76,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--seconds",
-        type=timing.positive,
+        type=positive,
         default=1.0,
         help="about how long to time each; default 1",
     )

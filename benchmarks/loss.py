@@ -13,10 +13,10 @@ import sys
 
 import jax
 
-from benchmarks import cases, errors, inputs, report, runner, timing
+from benchmarks import cases, errors, inputs, report, runner
 from benchmarks.jax_framework import JaxFramework
 from benchmarks.jax_losses import LOSSES
-from benchmarks.settings import MODES, Run, Settings, gradient_filter
+from benchmarks.settings import MODES, Run, Settings, gradient_filter, positive
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the random inputs; default 0")
     add(
         "--seconds",
-        type=timing.positive,
+        type=positive,
         default=2.0,
         help="about how long to time each row; default 2",
     )

@@ -1,5 +1,6 @@
 """What to measure: one implementation of the loss, in one mode, with one set of options."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -85,6 +86,14 @@ def gradient_filter(text: str) -> float | str | None:
         raise ValueError(
             f"gradient filter {text!r}; must be auto, none (exact), fused or a number ε"
         ) from None
+
+
+def positive(text: str) -> float:
+    """A number above 0 from a command line."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return number
 
 
 def run_from_json(fields: dict[str, Any]) -> Run:

@@ -15,9 +15,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks import cases, inputs, report, runner, timing, worker
+from benchmarks import cases, inputs, report, runner, worker
 from benchmarks.report import Report, Row
-from benchmarks.settings import MODES, Mode, Run, Settings
+from benchmarks.settings import MODES, Mode, Run, Settings, positive
 
 LABEL_SMOOTHING = 0.1
 
@@ -97,7 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the random inputs; default 0")
     add(
         "--seconds",
-        type=timing.positive,
+        type=positive,
         default=2.0,
         help="about how long to time each row; default 2",
     )

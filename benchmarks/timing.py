@@ -1,6 +1,5 @@
 """A timer for asynchronous calls, and the bare matmul that every time is held against."""
 
-import argparse
 import dataclasses
 import functools
 import time
@@ -92,14 +91,6 @@ def beside(
         Timing(float(p20), float(p50), float(p80), samples, count)
         for (p20, p50, p80), count in zip(percentiles, launches, strict=True)
     ]
-
-
-def positive(text: str) -> float:
-    """A number above 0 from a command line."""
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return number
 
 
 def product(hidden: Any, head: Any) -> Callable[[], Any]:

@@ -32,6 +32,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import activations, cases, inputs, memory, runner, timing
+from benchmarks.settings import positive
 from lsce import hopper
 from lsce.hopper import tiles
 from lsce.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
@@ -432,7 +433,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--seconds",
-        type=timing.positive,
+        type=positive,
         default=0.5,
         help="about how long to time each; default 0.5",
     )

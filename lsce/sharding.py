@@ -24,7 +24,7 @@ def token_losses(backend: Any, problem: Problem, *arrays: Any) -> Any:
     """`backend.token_losses`, on all devices that the arrays lie on."""
     mesh = _mesh(arrays)
     if mesh is None:
-        return backend.token_losses(problem, *_varying(arrays))
+        return backend.token_losses(problem, *varying(arrays, like=arrays))
     call = _on_devices(backend, False, problem, mesh)
     hidden, head, labels, bias, vocab_order = arrays
     return call((hidden, labels), (head, bias, vocab_order))
@@ -34,7 +34,7 @@ def weighted_sum(backend: Any, problem: Problem, *arrays: Any) -> Any:
     """`backend.weighted_sum`, likewise."""
     mesh = _mesh(arrays)
     if mesh is None:
-        return backend.weighted_sum(problem, *_varying(arrays))
+        return backend.weighted_sum(problem, *varying(arrays, like=arrays))
     call = _on_devices(backend, True, problem, mesh)
     hidden, head, labels, weights, bias, vocab_order = arrays
     totals, stats = call((hidden, labels, weights), (head, bias, vocab_order))
@@ -89,16 +89,12 @@ def _on_devices(backend: Any, fused: bool, problem: Problem, mesh: Any) -> Any:
     return jax.jit(call)
 
 
-def _varying(arrays: Any) -> Any:
-    """The same arrays, inside `shard_map` as varying as the most varying of them.
-
-    A gradient then is the device's own, and JAX sums it where the array was the same everywhere.
-    """
-    return varying(arrays, like=arrays)
-
-
 def varying(arrays: Any, *, like: Any) -> Any:
-    """`arrays` with the axes of a mesh over which any of `like` varies."""
+    """`arrays`, inside `shard_map` as varying over the devices as the most varying of `like`.
+
+    The gradient of an input then is the device's own, and JAX sums it where the input was the same
+    on all of them.
+    """
     axes = frozenset().union(
         *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like))
     )

@@ -15,7 +15,7 @@ import jax
 import jaxtyping
 import pytest
 
-pytest.register_assert_rewrite("contract")
+pytest.register_assert_rewrite("contract", "on_devices")
 
 CHECKED = ["backends", "chunked", "formula", "hopper", "reference", "stats", "wanted"]
 hook = jaxtyping.install_import_hook([f"lsce.{name}" for name in CHECKED], "beartype.beartype")

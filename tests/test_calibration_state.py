@@ -1,13 +1,9 @@
 """CalibrationState: exact, mergeable, of fixed size, inside every transformation."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import on_devices
 import pytest
 
 from lsce.calibration import CalibrationState, expected_calibration_error
@@ -222,13 +218,4 @@ ON_FOUR_DEVICES = """
 
 @pytest.mark.slow
 def test_shard_map_scan_and_sharded_arrays_on_four_devices():
-    flags = "--xla_force_host_platform_device_count=4"
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ON_FOUR_DEVICES)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "all the same"
+    assert on_devices.run(4, ON_FOUR_DEVICES) == "all the same"

@@ -1,15 +1,9 @@
 """The loss on arrays of a mesh, against the same call on one device.
 
-JAX has to be started with several devices, so the checks run in processes of their own. Hopper's
-kernels are lowered there: their interpreter knows one device.
+Hopper's kernels are lowered only: their interpreter knows one device.
 """
 
-import os
-import pathlib
-import subprocess
-import sys
-import textwrap
-
+import on_devices
 import pytest
 
 START = """
@@ -228,14 +222,4 @@ LOWERED = """
     ids=["mesh", "shard_map", "hopper, lowered", "README"],
 )
 def test_on_four_devices(script):
-    flags = "--xla_force_host_platform_device_count=4"
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(START) + textwrap.dedent(script)],
-        cwd=pathlib.Path(__file__).parent.parent,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "all the same"
+    assert on_devices.run(4, START, script) == "all the same"

@@ -1,17 +1,11 @@
-"""Training on two devices: what one device computes, in about half of its memory.
-
-JAX has to be started with two devices, so the runs are in processes of their own.
-"""
+"""Training on two devices: what one device computes, in about half of its memory."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import jax
 import numpy as np
+import on_devices
 import pytest
 
 from train import devices
@@ -80,17 +74,7 @@ def test_two_devices_train_as_one(tmp_path: Path):
     rows = [{"prompt": text(2, 5), "completion": text(3, 12)} for _ in range(80)]
     data = tmp_path / "records.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = "--xla_force_host_platform_device_count=2"
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), data, tmp_path / "runs"],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip().endswith("the same")
+    assert on_devices.run(2, SCRIPT, arguments=(data, tmp_path / "runs")) == "the same"
 
 
 def test_more_devices_than_there_are():

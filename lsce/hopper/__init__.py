@@ -1,10 +1,10 @@
 """The loss on Hopper GPUs: Pallas kernels for Mosaic GPU (TMA, wgmma, warp specialisation).
 
 `engine.py` is the loop that all products share, `forward.py` the kernel over the vocabulary, cut by
-`stretches.py`, with `marks.py` and `prediction.py` in its epilogue. `plan.py` makes the lists of
-tiles that the kernels in `backward.py` work off, between rows that `transfer.py` moves.
-`loss.py` and `gradients.py` put them together, `fused.py` in another order; `tiles.py` has the
-sizes and `filtering.py` the default filter.
+`stretches.py`, with `marks.py`, `prediction.py` and `handover.py` in its epilogue. `plan.py` makes
+the lists of tiles that the kernels in `backward.py` work off, between rows that `transfer.py`
+moves. `loss.py` and `gradients.py` put them together, `fused.py` in another order; `tiles.py` has
+the sizes and `filtering.py` the default filter.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ TUNED: dict[tuple[str, int, int, int, str], dict[str, ForwardTiles | BackwardTil
 """Measured winners by (family, N, D, V, dtype), as `python -m benchmarks.tune` prints them.
 
 N is a power of two, and stands for all numbers of tokens to which it is the nearest. The fields of
-`Tiles` that are not named keep the heuristic's: nothing was found that beats it."""
+`Tiles` that are not named keep the heuristic's: nothing is known that beats it."""
 
 
 def family(chip: str) -> str | None:

@@ -1,0 +1,25 @@
+"""Scripts under several CPU devices, with which JAX has to be started: processes of their own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+
+def run(count: int, *scripts: str, arguments: tuple[Path, ...] = ()) -> str:
+    """The last line that the scripts, one after the other in one process, print."""
+    ran = subprocess.run(
+        [sys.executable, "-c", "".join(map(textwrap.dedent, scripts)), *arguments],
+        cwd=Path(__file__).parent.parent,
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip().splitlines()[-1]
