@@ -172,6 +172,7 @@ def forward(
             )
 
             below = drop_gmem[0] if marking else None
+            end = v if limit is None else plan_gmem[4]
 
             def of_item(item, ring):
                 slot, row0, first, last = item
@@ -222,6 +223,13 @@ def forward(
 
                 return ring
 
+            def beyond(x, col0, value):
+                """x with another value in the columns that are no classes."""
+                column = plgpu.broadcasted_iota(
+                    jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA
+                )
+                return jnp.where(column < end - col0, x, value)
+
             def update(acc, vt, row0, thr, below, old):
                 wide = lambda row: lax.broadcast_in_dim(row, acc.shape, [0])
                 col0 = vt * tiles.tile_v
@@ -234,39 +242,41 @@ def forward(
                     # tanh(z / cap) = 1 − 2 / (e^(2z/cap) + 1)
                     root = lax.rsqrt(jnp.exp2(x * (2.0 / softcap)) + 1.0)
                     x = root * root * (-2.0 * LOG2E * softcap) + LOG2E * softcap
-                counted = x
-                if masked:
-                    column = plgpu.broadcasted_iota(
-                        jnp.int32, acc.shape, 1, layout=plgpu.Layout.WGMMA
-                    )
-                    inside = column < (v if limit is None else plan_gmem[4]) - col0
-                    counted = jnp.where(inside, x, 0.0)
-                    x = jnp.where(inside, x, LOWEST)
                 new = {}
+                if masked:
+                    x = lax.cond(
+                        col0 + tiles.tile_v > end, lambda x: beyond(x, col0, 0.0), lambda x: x, x
+                    )
+                # Sums of x first and those of p last, so that never both are alive.
+                new["s"] = old["s"] + x.sum(axis=1)
+                if squares:
+                    new["squares"] = old["squares"] + (x * x).sum(axis=1)
+                if masked:
+                    x = lax.cond(
+                        col0 + tiles.tile_v > end, lambda x: beyond(x, col0, LOWEST), lambda x: x, x
+                    )
                 top = x.max(axis=1)
                 if stats:
-                    # Here, where no more than x is alive across its branches.
                     new["best"] = prediction.update(
                         old["best"], x, top, old["m"], col0, interpret=interpret is not None
                     )
                 new["m"] = jnp.maximum(old["m"], top)
+                if marking:
+                    bound = jnp.maximum(thr, new["m"] + below)
+                    block = lax.div(row0, i32(tiles.tile_n))
+                    above = marks.update(
+                        x, new["m"], bound, marks_gmem, block, vt, k, interpret=interpret is not None
+                    )
                 shrink = jnp.exp2((old["m"] - new["m"]) * k)
                 offset = x * k - wide(new["m"] * k)
                 p = jnp.exp2(offset)
                 new["l"] = old["l"] * shrink + p.sum(axis=1)
-                new["s"] = old["s"] + counted.sum(axis=1)
-                if squares:
-                    new["squares"] = old["squares"] + (counted * counted).sum(axis=1)
                 if stats:
                     carried = old["w"] + (old["m"] - new["m"]) * k * old["l"]
                     new["w"] = carried * shrink + (p * offset).sum(axis=1)
                     new["q"] = old["q"] * shrink * shrink + (p * p).sum(axis=1)
                 if marking:
-                    bound = jnp.maximum(thr, new["m"] + below)
-                    above = jnp.where(x > wide(bound), p, 0.0).sum(axis=1)
                     new["kept"] = old["kept"] * shrink + above
-                    block = lax.div(row0, i32(tiles.tile_n))
-                    marks.store(x, bound, marks_gmem, block, vt, interpret=interpret is not None)
                 return new
 
             items(of_item, i32(0))

@@ -11,6 +11,7 @@ Words of one tile: [4 warps, tile_v / 128, 4 (q)], bit 2 (j mod 16) + c.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -18,10 +19,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
+from jaxlib.mlir.dialects import nvvm
 from jaxtyping import Array, Bool, Int
+
+from lsce.hopper.engine import ROW
 
 BIT = (np.arange(16)[:, None, None] * 2 + np.arange(2)).astype(np.uint32)
 """The bit of [16 (j), 1 (q), 2 (c)] in its word."""
@@ -32,14 +37,17 @@ def words(tile_v: int) -> int:
     return tile_v // 32
 
 
-def store(x, thr, marks_gmem, block, tile, *, interpret: bool) -> None:
-    """Marks the columns of `x` [tile_n, tile_v] in which some row exceeds `thr` [tile_n].
+def update(x, top, bound, marks_gmem, block, tile, k: float, *, interpret: bool) -> Any:
+    """Marks the columns of `x` [tile_n, tile_v] in which some row exceeds its `bound` [tile_n].
 
-    Writes marks_gmem[block, warp, tile · tile_v/32 : …] for the four warps.
+    Writes marks_gmem[block, warp, tile · tile_v/32 : …] for the four warps and returns what these
+    elements add to their rows' mass, Σ 2^(k(x − top)) [tile_n]. `top` is at least each row's
+    maximum. Where it does not exceed the bound in any of its rows a warp has nothing to look for,
+    and that is so in most tiles: real text marks something in one of seven or eight.
     """
     tile_n, tile_v = x.shape
     if interpret:
-        hit = (x > thr[:, None]).reshape(tile_n // 64, 4, 16, tile_v // 128, 16, 4, 2)
+        hit = (x > bound[:, None]).reshape(tile_n // 64, 4, 16, tile_v // 128, 16, 4, 2)
         hit = jnp.any(hit, axis=(0, 2))  # [4 warps, tile_v/128, 16 j, 4 q, 2 c]
         j, c = (jax.lax.broadcasted_iota(jnp.uint32, (16, 1, 2), axis) for axis in (0, 2))
         value = jnp.where(hit, np.uint32(1) << (2 * j + c), np.uint32(0)).sum(
@@ -47,50 +55,91 @@ def store(x, thr, marks_gmem, block, tile, *, interpret: bool) -> None:
         )
         value = jax.lax.bitcast_convert_type(value, jnp.int32).reshape(4, words(tile_v))
         marks_gmem[block, :, pl.ds(tile * words(tile_v), words(tile_v))] = value
-        return
+        p = jnp.exp2(x * k - (top * k)[:, None])
+        return jnp.where(x > bound[:, None], p, 0.0).sum(axis=1)
 
     inline: Any = plgpu.inline_mgpu(
         arg_types=(
             plgpu.Layout.WGMMA,
-            plgpu.Layout.WGMMA.reduce(1),
+            ROW,
+            ROW,
             plgpu.RefType(),
             plgpu.Layout.WG_SPLAT,
             plgpu.Layout.WG_SPLAT,
-        )
+        ),
+        return_type=plgpu.ShapeDtypeStruct((tile_n,), jnp.float32, ROW),
     )
 
     @inline
-    def device_store(_, x, thr, marks, block, tile):
+    def device_update(_, x, top, bound, marks, block, tile):
         i32 = ir.IntegerType.get_signless(32)
         const = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value))
-        at = lambda reg, i: vector.extract(
+        at = lambda reg, i=0: vector.extract(
             reg, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
         )
-        repeats = tile_n // 64
-        row_thr = {
-            (i, h): at(thr.registers[i, 0, h, 0, 0], 0) for i in range(repeats) for h in range(2)
-        }
-        lane = arith.andi(mgpu_utils.thread_idx(), const(31))
-        warp = arith.andi(arith.shrui(mgpu_utils.thread_idx(), const(5)), const(3))
-        packed = []
-        for group in range(tile_v // 128):
+        exceeds = lambda a, b: arith.cmpf(arith.CmpFPredicate.OGT, a, b)
+        rows = [(i, 0, h, 0, 0) for i in range(tile_n // 64) for h in range(2)]
+        bounds = {row: at(bound.registers[row]) for row in rows}
+
+        def any_of(flags):
+            return functools.reduce(arith.ori, flags)
+
+        def of_the_warp(word):
+            """Joins the eight lanes that own the same columns."""
+            for distance in (4, 8, 16):
+                word = arith.ori(word, mgpu_utils.shfl_bfly(word, distance))
+            return word
+
+        def pack(group):
             word = const(0)
             for j in range(16):
                 for c in range(2):
-                    hit = None
-                    for (i, h), bound in row_thr.items():
-                        value = at(x.registers[i, group * 16 + j, 0, 0, h, 0, 0, 0, 0], c)
-                        above = arith.cmpf(arith.CmpFPredicate.OGT, value, bound)
-                        hit = above if hit is None else arith.ori(hit, above)
+                    value = lambda row, j=group * 16 + j, c=c: at(
+                        x.registers[row[0], j, 0, 0, row[2], 0, 0, 0, 0], c
+                    )
+                    hit = any_of(exceeds(value(row), bounds[row]) for row in rows)
                     # Signed: bit 31 is the sign bit of an MLIR i32 constant.
                     bit = 1 << (2 * j + c)
                     bit = bit - (1 << 32) if bit >= 1 << 31 else bit
                     word = arith.ori(word, arith.select(hit, const(bit), const(0)))
-            for distance in (4, 8, 16):
-                word = arith.ori(word, mgpu_utils.shfl_bfly(word, distance))
-            packed.append(word)
+            return of_the_warp(word)
+
+        def mass():
+            """In pieces of a thread's columns, for want of registers."""
+            total = None
+            for column in range(0, tile_v, 8):
+                piece = x[:, column : column + 8]
+                wide = lambda row, piece=piece: row.broadcast_in_dim(
+                    piece.shape, (0,), piece.layout
+                )
+                zero = FragmentedArray.splat(
+                    mgpu_utils.c(0.0, piece.mlir_dtype), piece.shape, piece.layout
+                )
+                p = ((piece - wide(top)) * k).exp2(approx=True)
+                p = (piece > wide(bound)).select(p, zero)
+                total = p if total is None else total + p
+            return total.reduce("add", 1)
+
+        nothing = FragmentedArray.splat(mgpu_utils.c(0.0, x.mlir_dtype), (tile_n,), bound.layout)
+        found = any_of(exceeds(at(top.registers[row]), bounds[row]) for row in rows)
+        found = nvvm.vote_sync(const(-1), found, nvvm.VoteSyncKind.any)
+        groups = tile_v // 128
+        types = [i32] * groups + [nothing.registers[row].type for row in rows]
+        looked: Any = scf.IfOp(found, types, has_else=True)
+        with ir.InsertionPoint(looked.then_block):
+            above = mass()
+            packed = [pack(group) for group in range(groups)]
+            scf.yield_([*packed, *(above.registers[row] for row in rows)])
+        with ir.InsertionPoint(looked.else_block):
+            scf.yield_([const(0)] * groups + [nothing.registers[row] for row in rows])
+        packed, above = looked.results[:groups], bound.registers.copy()
+        for row, register in zip(rows, looked.results[groups:], strict=True):
+            above[row] = register
+
         index = ir.IndexType.get()
         as_index = lambda value: arith.index_cast(index, value)
+        lane = arith.andi(mgpu_utils.thread_idx(), const(31))
+        warp = arith.andi(arith.shrui(mgpu_utils.thread_idx(), const(5)), const(3))
         block, tile = block.registers.item(), tile.registers.item()
         first = arith.addi(arith.muli(tile, const(words(tile_v))), lane)
         writes = arith.cmpi(arith.CmpIPredicate.ult, lane, const(4))
@@ -99,8 +148,9 @@ def store(x, thr, marks_gmem, block, tile, *, interpret: bool) -> None:
                 column = arith.addi(first, const(4 * group))
                 memref.store(word, marks, [as_index(block), as_index(warp), as_index(column)])
             scf.yield_([])
+        return FragmentedArray(_registers=above, _layout=bound.layout, _is_signed=None)
 
-    device_store(x, thr, marks_gmem, block, tile)
+    return device_update(x, top, bound, marks_gmem, block, tile)
 
 
 def unpack(marks: Int[Array, "blocks 4 words"], v: int) -> Bool[Array, "blocks V"]:
