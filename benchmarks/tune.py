@@ -66,9 +66,8 @@ def passes(stage: Stage, start: Tiles, d: int) -> tuple[tuple[Axis, ...], ...]:
 
     cluster = axis("cluster", 1, 2)
     if stage == "forward":
-        shape = "tile_n", "tile_v", "side_by_side"
-        here = tuple(getattr(part, name) for name in shape)
-        sizes = sorted({(64, 256, False), (128, 128, False), (128, 128, True), here})
+        shape = "tile_n", "tile_v"
+        sizes = sorted({(64, 256), (128, 128), (part.tile_n, part.tile_v)})
         shapes: Axis = [dict(zip(shape, values, strict=True)) for values in sizes]
         return (
             (shapes, axis("steps", 3, 4), cluster),

@@ -50,9 +50,9 @@ def test_candidates_are_the_heuristic_and_others_that_can_be_built(stage, d):
 
 
 def test_what_does_not_fit_is_left_out():
-    axes = ([{"tile_n": 64}, {"tile_n": 128}], [{"tile_v": 128}, {"tile_v": 256}], [{"steps": 6}])
+    axes = ([{"tile_n": 64}, {"tile_n": 128}], [{"tile_v": 128}, {"tile_v": 256}], [{"steps": 5}])
     found = tune.candidates(ForwardTiles(), axes)
-    assert [(t.tile_n, t.tile_v, t.steps) for t in found] == [(64, 256, 4), (64, 128, 6)]
+    assert [(t.tile_n, t.tile_v, t.steps) for t in found] == [(128, 128, 4), (64, 128, 5)]
     assert all(t.shared_memory <= SHARED_MEMORY for t in found)
 
 
@@ -85,7 +85,7 @@ SPARSE_BOTTOM = BackwardTiles(
 def cost(stage: tune.Stage, chosen: Tiles) -> tune.Trial:
     """A valley in every field, apart from each other, at tiles far from the heuristic's."""
     bottom = {
-        "forward": ForwardTiles(128, 128, 32, 6, 1),
+        "forward": ForwardTiles(64, 256, 32, 6, 1),
         "sparse": SPARSE_BOTTOM,
         "exact": BackwardTiles(
             slots=0, slots_per_block=16, hidden_d=128, hidden_splits=2, head_d=192, steps=6
@@ -102,7 +102,7 @@ def costs(stage: tune.Stage, candidates: list[Tiles]) -> tune.Round:
 
 def test_the_search_finds_the_best_of_each_stage_and_starts_from_it():
     best, rounds = tune.tune(START, CASE.d, costs)
-    assert best.forward == ForwardTiles(128, 128, 32, 6, 1)
+    assert best.forward == ForwardTiles(64, 256, 32, 6, 1)
     assert best.sparse == SPARSE_BOTTOM
     assert cost("exact", best).ratio == 1.0
     trials = list(itertools.chain(*rounds))
@@ -162,7 +162,7 @@ def test_failures_are_reported_and_never_win():
     best, rounds = tune.tune(
         START, CASE.d, run, stages=("forward",), announce=lambda *it: told.append(it)
     )
-    assert best.forward == ForwardTiles(128, 128, 32, 6, 2)
+    assert best.forward == ForwardTiles(64, 256, 32, 6, 2)
     failures = {t.failure for trials in rounds for t in trials if t.tiles.forward.cluster == 1}
     assert failures == {"ValueError: no"}
     assert [new for _, new in told] == rounds

@@ -26,7 +26,6 @@ from lsce.problem import Problem
 
 CANDIDATE = Candidate("hopper", "interpreted", ("bfloat16",))
 H100 = "NVIDIA H100 80GB HBM3"
-SIDE_BY_SIDE = tiles.ForwardTiles(tile_n=128, tile_v=128, side_by_side=True)
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +92,6 @@ def test_filtered(options):
         assert 0 < got.stats.below_filter.mean() < 0.1
 
 
-def side_by_side(**changes) -> tiles.Tiles:
-    """The smallest tiles with the forward's consumers side by side."""
-    forward = tiles.ForwardTiles(tile_v=128, steps=2, cluster=1, side_by_side=True, **changes)
-    return dataclasses.replace(hopper.small_tiles(), forward=forward)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "shape", "options", "epsilon"),
@@ -112,28 +105,30 @@ def side_by_side(**changes) -> tiles.Tiles:
             2.0**-12,
         ),
         ({}, (300, 128, 1000), {"label_smoothing": 0.1, "spread": 5.0}, 2.0**-12),
+        ({"tile_v": 256}, (70, 128, 1100), {"label_smoothing": 0.1, "spread": 5.0}, 2.0**-12),
         # One stage, so no lag; no column for the second consumer.
         ({}, (1, 64, 2), {}, None),
     ],
 )
-def test_consumers_side_by_side(changes, shape, options, epsilon):
+def test_consumers_half_a_tile_apart(changes, shape, options, epsilon):
     this = case(shape, "bfloat16", **options)
-    with hopper.interpreted(tiles=side_by_side(**changes)):
+    small = hopper.small_tiles()
+    small = dataclasses.replace(small, forward=dataclasses.replace(small.forward, **changes))
+    with hopper.interpreted(tiles=small):
         got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
     assert_no_worse(got, this, slack=3.0)
     assert_stats(got, this, filtered=epsilon is not None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", [hopper.small_tiles(), side_by_side()], ids=["", "side by side"])
-def test_of_equal_logits_the_first_class_is_predicted(chosen):
-    # Columns 0 to 127 and 256 to 383 are the first consumer's, where they are side by side.
+def test_of_equal_logits_the_first_class_is_predicted():
+    # Columns 0 to 127 and 256 to 383 are the first consumer's.
     classes = [(300, 140), (140, 20), (290, 270), (450, 390, 300)]
     head = np.zeros((512, 128), np.float32)
     for token, equal in enumerate(classes):
         head[list(equal), token] = 1.0
     hidden = jnp.eye(4, 128, dtype=jnp.bfloat16)
-    with hopper.interpreted(tiles=chosen):
+    with hopper.interpreted():
         _, stats = lsce.linear_cross_entropy(
             hidden,
             jnp.asarray(head, jnp.bfloat16),
@@ -299,16 +294,11 @@ def test_no_tokens():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("gradient_filter", "blocks", "side"),
-    [(None, 1, False), (2.0**-9, 1, False), (2.0**-9, 2, False), (2.0**-9, 1, True)],
-)
-def test_no_races(gradient_filter, blocks, side):
-    # With two stages a tile, so that the second of two consumers side by side lags by one.
-    given = case(
-        (130, 128 if side else 64, 260), "bfloat16", label_smoothing=0.1, spread=4.0
-    ).inputs
-    small = side_by_side() if side else hopper.small_tiles()
+@pytest.mark.parametrize(("gradient_filter", "blocks"), [(None, 1), (2.0**-9, 1), (2.0**-9, 2)])
+def test_no_races(gradient_filter, blocks):
+    # With two stages a tile, so that the second consumer lags by one.
+    given = case((130, 128, 260), "bfloat16", label_smoothing=0.1, spread=4.0).inputs
+    small = hopper.small_tiles()
     small = dataclasses.replace(small, sparse=dataclasses.replace(small.sparse, blocks=blocks))
 
     def loss(hidden, head):
@@ -325,30 +315,19 @@ def test_no_races(gradient_filter, blocks, side):
 
 @pytest.mark.parametrize("epsilon", [None, "auto"], ids=["exact", "filtered"])
 @pytest.mark.parametrize(
-    ("options", "forward"),
+    "options",
     [
-        ({"label_smoothing": 0.1}, None),
-        ({"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4, "return_stats": True}, None),
-        ({"label_smoothing": 0.1, "return_stats": True}, SIDE_BY_SIDE),
-        ({"d": 576, "v": 49152, "n": 2048}, None),
-        ({"d": 4096, "v": 128256, "n": 32768}, None),
-        ({"d": 4096, "v": 128264, "n": 32768, "softcap": 30.0}, SIDE_BY_SIDE),
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4, "return_stats": True},
+        {"d": 576, "v": 49152, "n": 2048},
+        {"d": 4096, "v": 128256, "n": 32768},
+        {"d": 1024, "v": 151936, "softcap": 30.0},
     ],
-    ids=[
-        "gemma2-2b",
-        "all options",
-        "side by side",
-        "smollm2",
-        "llama3-8b",
-        "ragged, side by side",
-    ],
+    ids=["gemma2-2b", "all options", "smollm2", "llama3-8b", "qwen3-0.6b, ragged"],
 )
-def test_lowers_for_cuda_without_a_gpu(options, forward, epsilon):
+def test_lowers_for_cuda_without_a_gpu(options, epsilon):
     p = problem(**options)
-    chosen = tiles.choose(p)
-    if forward is not None:
-        chosen = dataclasses.replace(chosen, forward=forward)
-    call = Call(p, epsilon, chosen, ctas=132)
+    call = Call(p, epsilon, tiles.choose(p), ctas=132)
 
     def loss(hidden, head, labels):
         return token_losses(call, hidden, head, None, labels)[0].sum()
@@ -378,7 +357,7 @@ def test_refusals_name_what_is_missing():
         lambda: tiles.ForwardTiles(tile_n=96),
         lambda: tiles.ForwardTiles(tile_n=128, tile_v=256),
         lambda: tiles.ForwardTiles(steps=8),
-        lambda: tiles.ForwardTiles(side_by_side=True),
+        lambda: tiles.ForwardTiles(tile_n=64, tile_v=256),
         lambda: tiles.BackwardTiles(tile_c=192),
         lambda: tiles.BackwardTiles(width=1000),
         lambda: tiles.BackwardTiles(tile_c=256, head_c=256, head_d=256),

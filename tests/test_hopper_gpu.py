@@ -5,7 +5,6 @@ Every result is computed twice and must be the same to the last bit. Each check 
 shapes on the chunked backend, on any machine: what the kernels are held against is itself tested.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -190,28 +189,6 @@ def test_filtered(subject, spread):
     assert_no_worse(got, this, slack=3.0)
     if spread == 5.0:  # the other gradients are the smoothing's alone, and every one of them counts
         assert np.count_nonzero(got.grads["head"]) > 0.9 * got.grads["head"].size
-
-
-@pytest.mark.parametrize("gradient_filter", [None, EPSILON], ids=["exact", "filtered"])
-def test_consumers_side_by_side(subject, gradient_filter, monkeypatch):
-    """The forward that no table of tiles chooses yet."""
-    choose = tiles.choose
-    forward = tiles.ForwardTiles(tile_n=128, tile_v=128, side_by_side=True)
-    monkeypatch.setattr(
-        tiles, "choose", lambda *it: dataclasses.replace(choose(*it), forward=forward)
-    )
-    step.cache_clear()
-    this = case(subject.small, "bfloat16", spread=5.0, **ALL_OPTIONS, softcap=15.0)
-    got = run(
-        subject.implementation,
-        poisoned(this.inputs),
-        **this.options,
-        gradient_filter=gradient_filter,
-        return_stats=True,
-    )
-    step.cache_clear()
-    assert_no_worse(got, this, slack=3.0)
-    assert_stats(got, this, filtered=gradient_filter is not None)
 
 
 def test_all_ignored(subject):

@@ -146,7 +146,7 @@ def small_tiles() -> tiles.Tiles:
     )
     exact = dataclasses.replace(sparse, slots_per_block=2, tile_c=256)
     return tiles.Tiles(
-        forward=tiles.ForwardTiles(tile_v=128, steps=2, cluster=1),
+        forward=tiles.ForwardTiles(tile_n=64, tile_v=128, steps=2, cluster=1),
         sparse=sparse,
         exact=exact,
         fused=exact,

@@ -84,10 +84,13 @@ def probabilities(
     smooth: bool,
     v: int,
     panels: int = 1,
+    only_p: bool = False,
     ctas: int,
     interpret: Any,
 ) -> None:
     """Writes P of a chunk's active pairs into their slots of p_ref [slots · BLOCK, tile_c].
+
+    With `only_p` that is p itself, as if a were 1 and there were no target.
 
     kept_ref [slots · BLOCK] receives each row's probability mass in the tile. With `panels`, p_ref
     is [⌈slots / panels⌉ · BLOCK, panels · tile_c] or larger.
@@ -196,9 +199,18 @@ def probabilities(
                         jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA
                     )
                     if v % tile_c:
-                        p = jnp.where(column < v - t * tile_c - part.start, p, 0.0)
+                        left_over = v - t * tile_c - part.start
+                        p = lax.cond(
+                            left_over < z.shape[1],
+                            lambda p, column=column, end=left_over: jnp.where(column < end, p, 0.0),
+                            lambda p: p,
+                            p,
+                        )
                     kept = p.sum(axis=1) if kept is None else kept + p.sum(axis=1)
-                    out = p * wide(a) - jnp.where(column == wide(y - part.start), wide(b), 0.0)
+                    out = p
+                    if not only_p:
+                        hit = jnp.where(column == wide(y - part.start), wide(b), 0.0)
+                        out = p * wide(a) - hit
                     if slope is not None:
                         out = out * slope
                         if smooth:

@@ -7,10 +7,10 @@ For a block of tokens and a stretch of the vocabulary a CTA keeps, in registers,
 and, when asked, what the statistics and the backward need (see `Sums`). The stretches are joined
 afterwards by the log-sum-exp rule, which is a few kilobytes of work.
 
-The two consumers of a CTA have different tokens and the same columns; or, side by side, the same
-tokens and different columns. They then also share the stages of the hidden states, and one of them
-lags behind by half of these: a sum over D may begin anywhere, so it starts each tile with the half
-that the other one ends with, and while one is in its epilogue the other is in the middle of a tile.
+The two consumers of a CTA stand side by side: the same tokens, different columns. One of them lags
+behind by half of D: a sum may begin anywhere, so it starts each tile with the half that the other
+one ends with, and from the same stages of the hidden states. So while one is in its epilogue the
+other is in the middle of a tile and keeps the tensor cores busy.
 """
 
 from __future__ import annotations
@@ -73,10 +73,9 @@ def forward(
     """
     n, d = hidden.shape
     v = head.shape[0] if v is None else v
-    unit = tiles.block * tiles.cluster
+    unit = tiles.tile_n * tiles.cluster
     units = max(ctas // tiles.cluster, 1)
     blocks = pl.cdiv(n, unit)
-    side = tiles.side_by_side
     v_tiles = pl.cdiv(v, tiles.width)
     most = stretches.most_splits(blocks, v_tiles, units)
     slots = stretches.slots(most)
@@ -87,7 +86,7 @@ def forward(
     names += ["kept"] if marking else []
     names += ["squares"] if squares else []
     k_iters = pl.cdiv(d, tiles.tile_d)
-    lag = k_iters // 2 if side else 0
+    lag = k_iters // 2
     masked = limit is not None or v % tiles.width != 0
     # x is the product itself where that is enough, which saves a multiplication an element. Masked
     # columns may be all that a maximum has seen, and k·LOWEST rounds too coarsely for a difference.
@@ -106,7 +105,7 @@ def forward(
 
             def item(i, carry):
                 slot, block, first, last = of(i)
-                row0 = (block * tiles.cluster + member) * tiles.block
+                row0 = (block * tiles.cluster + member) * tiles.tile_n
                 return visit((slot, row0, first, last), carry)
 
             return lax.fori_loop(0, count, item, carry)
@@ -129,40 +128,30 @@ def forward(
         def copy(tile, k, a_stage, b_stage, barrier):
             row0, vt, first, last = tile
             ks = pl.ds(k * tiles.tile_d, tiles.tile_d)
-            plgpu.copy_gmem_to_smem(e_gmem.at[pl.ds(row0, tiles.block), ks], a_stage, barrier)
-
-            def copy_head(row, stage):
+            plgpu.copy_gmem_to_smem(e_gmem.at[pl.ds(row0, tiles.tile_n), ks], a_stage, barrier)
+            # What a consumer skips is copied too, from anywhere: a stage has three copies.
+            ends, lags = jnp.minimum(vt, last - 1), jnp.where(k < lag, vt - 1, vt)
+            lags = jnp.clip(lags, first, last - 1)
+            for i, of in enumerate((ends, lags)):
                 plgpu.copy_gmem_to_smem(
-                    c_gmem.at[pl.ds(row, stage.shape[0]), ks],
-                    stage,
+                    c_gmem.at[pl.ds(of * tiles.width + i * tiles.tile_v, tiles.tile_v), ks],
+                    b_stage.at[pl.ds(i * tiles.tile_v, tiles.tile_v)],
                     barrier,
                     collective_axes="member" if tiles.cluster > 1 else None,
                 )
 
-            if side:
-                # What a consumer skips is copied too, from anywhere: a stage has three copies.
-                ends, lags = jnp.minimum(vt, last - 1), jnp.where(k < lag, vt - 1, vt)
-                lags = jnp.clip(lags, first, last - 1)
-                for i, of in enumerate((ends, lags)):
-                    part = pl.ds(i * tiles.tile_v, tiles.tile_v)
-                    copy_head(of * tiles.width + i * tiles.tile_v, b_stage.at[part])
-            else:
-                copy_head(vt * tiles.tile_v, b_stage)
-
         def operands(a, b, wg):
-            if side:
-                return a, b.at[pl.ds(wg * tiles.tile_v, tiles.tile_v)].transpose((1, 0))
-            return a.at[pl.ds(wg * tiles.tile_n, tiles.tile_n)], b.transpose((1, 0))
+            return a, b.at[pl.ds(wg * tiles.tile_v, tiles.tile_v)].transpose((1, 0))
 
         stream = Stream(
             steps=tiles.steps,
-            a=(tiles.block, tiles.tile_d),
+            a=(tiles.tile_n, tiles.tile_d),
             b=(tiles.width, tiles.tile_d),
             accumulator=(tiles.tile_n, tiles.tile_v),
             length=length,
             copy=copy,
             operands=operands,
-            copies=3 if side else 2,
+            copies=3,
         )
 
         def consume(consumer, **there):
@@ -176,7 +165,6 @@ def forward(
 
             def of_item(item, ring):
                 slot, row0, first, last = item
-                row0 = row0 if side else row0 + wg * tiles.tile_n
                 thr = None
                 if marking:
                     thr_ref = thr_gmem.at[pl.ds(row0, tiles.tile_n)]
@@ -185,23 +173,13 @@ def forward(
                 def of_tile(vt, carry):
                     ring, old = carry
                     acc, ring = consumer.multiply((row0, vt, first, last), ring)
-                    tile = 2 * vt + wg if side else vt
-                    return ring, update(acc, tile, row0, thr, below, old)
+                    return ring, update(acc, 2 * vt + wg, row0, thr, below, old)
 
                 start = dict.fromkeys(names)
                 for name in names:
                     start[name] = fill(LOWEST if name == "m" else 0.0)
                 if stats:
                     start["best"] = fill(0, jnp.int32)
-
-                def write(sums):
-                    for name in names:
-                        partial[name][slot, pl.ds(row0, tiles.tile_n)] = sums[name]
-
-                if not side:
-                    ring, sums = lax.fori_loop(first, last, of_tile, (ring, start))
-                    write(sums)
-                    return ring
 
                 behind = jnp.where(first < last, lag, 0)
                 ring = consumer.skip(wg * behind, ring)
@@ -219,15 +197,15 @@ def forward(
 
                 @pl.when(wg == 1)
                 def _():
-                    write(handover.join(handover.take(there), sums, k))
+                    joined = handover.join(handover.take(there), sums, k)
+                    for name in names:
+                        partial[name][slot, pl.ds(row0, tiles.tile_n)] = joined[name]
 
                 return ring
 
             def beyond(x, col0, value):
                 """x with another value in the columns that are no classes."""
-                column = plgpu.broadcasted_iota(
-                    jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA
-                )
+                column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
                 return jnp.where(column < end - col0, x, value)
 
             def update(acc, vt, row0, thr, below, old):
@@ -265,7 +243,14 @@ def forward(
                     bound = jnp.maximum(thr, new["m"] + below)
                     block = lax.div(row0, i32(tiles.tile_n))
                     above = marks.update(
-                        x, new["m"], bound, marks_gmem, block, vt, k, interpret=interpret is not None
+                        x,
+                        new["m"],
+                        bound,
+                        marks_gmem,
+                        block,
+                        vt,
+                        k,
+                        interpret=interpret is not None,
                     )
                 shrink = jnp.exp2((old["m"] - new["m"]) * k)
                 offset = x * k - wide(new["m"] * k)
@@ -287,7 +272,7 @@ def forward(
             tiles=every_tile,
             consume=consume,
             cluster=tiles.cluster > 1,
-            scratch=handover.scratch(names, tiles.tile_n) if side else None,
+            scratch=handover.scratch(names, tiles.tile_n),
         )
 
     padded = blocks * unit

@@ -182,6 +182,7 @@ def _gradients(call: Call, tokens: Tokens, head, center, poison, storage: Storag
             smooth=False,
             v=p.v,
             panels=part.panels,
+            only_p=True,
             **options,
         )
         # Slots are column tile · blocks + block.

@@ -31,9 +31,9 @@ def store_piece(rows: int, columns: int) -> int:
 class ForwardTiles:
     """Tile sizes of the forward kernel."""
 
-    tile_n: int = 64
-    """Tokens a consumer warpgroup."""
-    tile_v: int = 256
+    tile_n: int = 128
+    """Tokens a CTA."""
+    tile_v: int = 128
     """Vocabulary columns a consumer warpgroup."""
     tile_d: int = 64
     """Hidden entries a stage."""
@@ -41,8 +41,6 @@ class ForwardTiles:
     """Stages in flight."""
     cluster: int = 2
     """CTAs that share the head's tiles by multicast."""
-    side_by_side: bool = False
-    """Whether the consumers share their tokens instead of their columns, half a tile apart."""
 
     def __post_init__(self) -> None:
         if self.tile_n not in (64, 128):
@@ -59,19 +57,14 @@ class ForwardTiles:
             raise ValueError(f"{self.shared_memory=} bytes exceed {SHARED_MEMORY=}")
 
     @property
-    def block(self) -> int:
-        """Tokens a CTA."""
-        return self.tile_n if self.side_by_side else CONSUMERS * self.tile_n
-
-    @property
     def width(self) -> int:
         """Columns a CTA."""
-        return CONSUMERS * self.tile_v if self.side_by_side else self.tile_v
+        return CONSUMERS * self.tile_v
 
     @property
     def shared_memory(self) -> int:
-        handover = 8 * 4 * self.tile_n if self.side_by_side else 0
-        return self.steps * (self.block + self.width) * self.tile_d * 2 + handover
+        stage = (self.tile_n + self.width) * self.tile_d * 2
+        return self.steps * stage + 8 * 4 * self.tile_n  # and at most 8 sums that are handed over
 
 
 @dataclasses.dataclass(frozen=True)
