@@ -203,14 +203,22 @@ def forward(
 
                 return ring
 
-            def beyond(x, col0, value):
+            def classes(x, col0, value):
                 """x with another value in the columns that are no classes."""
-                column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
-                return jnp.where(column < end - col0, x, value)
+                if not masked:
+                    return x
 
-            def update(acc, vt, row0, thr, below, old):
+                def cut_off(x):
+                    column = plgpu.broadcasted_iota(
+                        jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA
+                    )
+                    return jnp.where(column < end - col0, x, value)
+
+                return lax.cond(col0 + tiles.tile_v > end, cut_off, lambda x: x, x)
+
+            def update(acc, tile, row0, thr, below, old):
                 wide = lambda row: lax.broadcast_in_dim(row, acc.shape, [0])
-                col0 = vt * tiles.tile_v
+                col0 = tile * tiles.tile_v
                 x = acc if plain else acc * (scale * LOG2E)
                 if bias is not None:
                     part = bias_gmem.at[pl.ds(col0, tiles.tile_v)]
@@ -220,48 +228,34 @@ def forward(
                     # tanh(z / cap) = 1 − 2 / (e^(2z/cap) + 1)
                     root = lax.rsqrt(jnp.exp2(x * (2.0 / softcap)) + 1.0)
                     x = root * root * (-2.0 * LOG2E * softcap) + LOG2E * softcap
+                # What needs x comes first and what needs p last: never are both of them alive.
                 new = {}
-                if masked:
-                    x = lax.cond(
-                        col0 + tiles.tile_v > end, lambda x: beyond(x, col0, 0.0), lambda x: x, x
-                    )
-                # Sums of x first and those of p last, so that never both are alive.
+                x = classes(x, col0, 0.0)
                 new["s"] = old["s"] + x.sum(axis=1)
                 if squares:
                     new["squares"] = old["squares"] + (x * x).sum(axis=1)
-                if masked:
-                    x = lax.cond(
-                        col0 + tiles.tile_v > end, lambda x: beyond(x, col0, LOWEST), lambda x: x, x
-                    )
+                x = classes(x, col0, LOWEST)
                 top = x.max(axis=1)
                 if stats:
                     new["best"] = prediction.update(
                         old["best"], x, top, old["m"], col0, interpret=interpret is not None
                     )
-                new["m"] = jnp.maximum(old["m"], top)
+                m = new["m"] = jnp.maximum(old["m"], top)
+                shrink = jnp.exp2((old["m"] - m) * k)
                 if marking:
-                    bound = jnp.maximum(thr, new["m"] + below)
-                    block = lax.div(row0, i32(tiles.tile_n))
+                    place = lax.div(row0, i32(tiles.tile_n)), tile
+                    bound = jnp.maximum(thr, m + below)
                     above = marks.update(
-                        x,
-                        new["m"],
-                        bound,
-                        marks_gmem,
-                        block,
-                        vt,
-                        k,
-                        interpret=interpret is not None,
+                        x, m, bound, marks_gmem, *place, k, interpret=interpret is not None
                     )
-                shrink = jnp.exp2((old["m"] - new["m"]) * k)
-                offset = x * k - wide(new["m"] * k)
+                    new["kept"] = old["kept"] * shrink + above
+                offset = x * k - wide(m * k)
                 p = jnp.exp2(offset)
                 new["l"] = old["l"] * shrink + p.sum(axis=1)
                 if stats:
-                    carried = old["w"] + (old["m"] - new["m"]) * k * old["l"]
+                    carried = old["w"] + (old["m"] - m) * k * old["l"]
                     new["w"] = carried * shrink + (p * offset).sum(axis=1)
                     new["q"] = old["q"] * shrink * shrink + (p * p).sum(axis=1)
-                if marking:
-                    new["kept"] = old["kept"] * shrink + above
                 return new
 
             items(of_item, i32(0))

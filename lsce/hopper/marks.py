@@ -104,24 +104,23 @@ def update(x, top, bound, marks_gmem, block, tile, k: float, *, interpret: bool)
                     word = arith.ori(word, arith.select(hit, const(bit), const(0)))
             return of_the_warp(word)
 
+        def zeros(shape, layout):
+            return FragmentedArray.splat(mgpu_utils.c(0.0, x.mlir_dtype), shape, layout)
+
         def mass():
             """In pieces of a thread's columns, for want of registers."""
-            total = None
+            zero = total = zeros((tile_n, 8), x.layout)
             for column in range(0, tile_v, 8):
                 piece = x[:, column : column + 8]
-                wide = lambda row, piece=piece: row.broadcast_in_dim(
-                    piece.shape, (0,), piece.layout
-                )
-                zero = FragmentedArray.splat(
-                    mgpu_utils.c(0.0, piece.mlir_dtype), piece.shape, piece.layout
-                )
+                wide = lambda row: row.broadcast_in_dim(zero.shape, (0,), zero.layout)
                 p = ((piece - wide(top)) * k).exp2(approx=True)
-                p = (piece > wide(bound)).select(p, zero)
-                total = p if total is None else total + p
+                total = total + (piece > wide(bound)).select(p, zero)
             return total.reduce("add", 1)
 
-        nothing = FragmentedArray.splat(mgpu_utils.c(0.0, x.mlir_dtype), (tile_n,), bound.layout)
+        nothing = zeros((tile_n,), bound.layout)
         found = any_of(exceeds(at(top.registers[row]), bounds[row]) for row in rows)
+        # A vote is the same for all lanes, and the compiler knows it. After a branch that might
+        # divide a warp it makes every product wait for the one before (ptxas C7520).
         found = nvvm.vote_sync(const(-1), found, nvvm.VoteSyncKind.any)
         groups = tile_v // 128
         types = [i32] * groups + [nothing.registers[row].type for row in rows]
