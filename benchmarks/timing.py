@@ -55,7 +55,8 @@ def beside(
 
     An accelerator at its power limit slows down within a tenth of a second of work: a call timed
     after a pause looks faster than it is beside one timed under load, and one timed after a call
-    that draws much power slower. So each turn has an order of its own, the same ones always.
+    that draws much power slower. So the first turn is not counted, and of the others each has an
+    order of its own, every second one that of the turn before backwards: always the same orders.
     `seconds` is for each call.
     """
     if warmup < 1:
@@ -82,11 +83,13 @@ def beside(
     slowest = max(each * count for each, count in zip(once, launches, strict=True))
     samples = round(min(max(seconds / slowest, 5), 20))
     orders = np.random.default_rng(0)
-    times = np.empty((samples, len(calls)))
-    for turn in range(samples):
-        for i in orders.permutation(len(calls)):
+    order = np.arange(len(calls))
+    times = np.empty((1 + samples, len(calls)))
+    for turn in range(1 + samples):
+        order = order[::-1] if turn % 2 else orders.permutation(len(calls))
+        for i in order:
             times[turn, i] = sample(calls[i], launches[i])
-    percentiles = np.percentile(times, (20, 50, 80), axis=0).T * 1e3
+    percentiles = np.percentile(times[1:], (20, 50, 80), axis=0).T * 1e3
     return [
         Timing(float(p20), float(p50), float(p80), samples, count)
         for (p20, p50, p80), count in zip(percentiles, launches, strict=True)

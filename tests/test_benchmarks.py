@@ -142,11 +142,12 @@ def test_a_short_call_is_launched_many_times_between_waits(monkeypatch: pytest.M
     assert measured.samples == 10
     assert measured.p50_ms == pytest.approx(4.05)
     assert measured.p20_ms == pytest.approx(measured.p80_ms)
-    assert waits == ["result"] * (2 + 1 + 10)
+    assert waits == ["result"] * (2 + 1 + 1 + 10)
 
 
 def test_a_slow_call_is_sampled_at_least_five_times(monkeypatch: pytest.MonkeyPatch):
-    durations = iter([1.0] * 4 + [1.0, 2.0, 3.0, 4.0, 5.0])
+    # Two more that are not counted: one to see how long it takes, one to warm up.
+    durations = iter([1.0] * 3 + [1.0, 9.0] + [1.0, 2.0, 3.0, 4.0, 5.0])
     clock = 0.0
 
     def call() -> None:
@@ -180,8 +181,10 @@ def test_calls_beside_each_other_take_turns(monkeypatch: pytest.MonkeyPatch):
     assert "".join(turns[:4]) == "abab"  # the warm-up, and to see how long one takes
     rest = "".join(turns[4:])
     orders = [rest[i : i + 7] for i in range(0, len(rest), 7)]
-    assert len(orders) == 5
+    assert len(orders) == 1 + 5
     assert {*orders} == {"aaaaabb", "bbaaaaa"}
+    # Every second order is the one before backwards.
+    assert all(orders[i] != orders[i + 1] for i in range(0, len(orders), 2))
 
 
 def test_the_product_is_timed_and_counted():
