@@ -33,6 +33,8 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 # A maximum below every logit: finite, so that no ∞ − ∞ appears before the first tile.
 LOWEST = -1e30
+PIECE = 8
+"""Columns that the second half of an epilogue takes at a time: two of each thread."""
 
 
 class Sums(NamedTuple):
@@ -216,8 +218,22 @@ def forward(
 
                 return lax.cond(col0 + tiles.tile_v > end, cut_off, lambda x: x, x)
 
+            def moments(x):
+                return {"s": x, "squares": x * x} if squares else {"s": x}
+
+            def summed(x, terms):
+                """Each of the terms of x by row, made and added piece by piece.
+
+                An epilogue takes as long as its exponentials. In this order the compiler puts all
+                else between them; the shuffles that end a sum would hold it up.
+                """
+                total = {}
+                for start in range(0, tiles.tile_v, PIECE):
+                    new = terms(x[:, start : start + PIECE])
+                    total = {name: total[name] + new[name] for name in new} if total else new
+                return {name: value.sum(axis=1) for name, value in total.items()}
+
             def update(acc, tile, row0, thr, below, old):
-                wide = lambda row: lax.broadcast_in_dim(row, acc.shape, [0])
                 col0 = tile * tiles.tile_v
                 x = acc if plain else acc * (scale * LOG2E)
                 if bias is not None:
@@ -228,35 +244,40 @@ def forward(
                     # tanh(z / cap) = 1 − 2 / (e^(2z/cap) + 1)
                     root = lax.rsqrt(jnp.exp2(x * (2.0 / softcap)) + 1.0)
                     x = root * root * (-2.0 * LOG2E * softcap) + LOG2E * softcap
-                # What needs x comes first and what needs p last: never are both of them alive.
-                new = {}
-                x = classes(x, col0, 0.0)
-                new["s"] = old["s"] + x.sum(axis=1)
-                if squares:
-                    new["squares"] = old["squares"] + (x * x).sum(axis=1)
-                x = classes(x, col0, LOWEST)
+                new, sums = {}, {}
+                if masked:
+                    x = classes(x, col0, 0.0)
+                    sums = summed(x, moments)
+                    x = classes(x, col0, LOWEST)
                 top = x.max(axis=1)
                 if stats:
                     new["best"] = prediction.update(
                         old["best"], x, top, old["m"], col0, interpret=interpret is not None
                     )
                 m = new["m"] = jnp.maximum(old["m"], top)
-                shrink = jnp.exp2((old["m"] - m) * k)
+                bound = jnp.maximum(thr, m + below) if marking else None
                 if marking:
-                    place = lax.div(row0, i32(tiles.tile_n)), tile
-                    bound = jnp.maximum(thr, m + below)
-                    above = marks.update(
-                        x, m, bound, marks_gmem, *place, k, interpret=interpret is not None
+                    block = lax.div(row0, i32(tiles.tile_n))
+                    marks.store(
+                        x, m, bound, marks_gmem, block, tile, interpret=interpret is not None
                     )
-                    new["kept"] = old["kept"] * shrink + above
-                offset = x * k - wide(m * k)
-                p = jnp.exp2(offset)
-                new["l"] = old["l"] * shrink + p.sum(axis=1)
-                if stats:
-                    carried = old["w"] + (old["m"] - m) * k * old["l"]
-                    new["w"] = carried * shrink + (p * offset).sum(axis=1)
-                    new["q"] = old["q"] * shrink * shrink + (p * p).sum(axis=1)
-                return new
+
+                def terms(x):
+                    wide = lambda row: lax.broadcast_in_dim(row, x.shape, [0])
+                    offset = x * k - wide(m * k)
+                    p = jnp.exp2(offset)
+                    terms = {"l": p} if masked else {"l": p} | moments(x)
+                    if stats:
+                        terms |= {"w": p * offset, "q": p * p}
+                    if marking:
+                        terms["kept"] = jnp.where(x > wide(bound), p, 0.0)
+                    return terms
+
+                sums |= summed(x, terms)
+                return new | {
+                    name: handover.relative_to(m, old, name, k) + value
+                    for name, value in sums.items()
+                }
 
             items(of_item, i32(0))
 

@@ -61,11 +61,12 @@ def join(a: dict[str, Any], b: dict[str, Any], k: float) -> dict[str, Any]:
             higher = jnp.where(a["m"] > b["m"], a["best"], b["best"])
             joined["best"] = jnp.where(a["m"] == b["m"], first, higher)
         elif name != "m":
-            joined[name] = _relative_to(m, a, name, k) + _relative_to(m, b, name, k)
+            joined[name] = relative_to(m, a, name, k) + relative_to(m, b, name, k)
     return joined
 
 
-def _relative_to(m: Any, part: dict[str, Any], name: str, k: float) -> Any:
+def relative_to(m: Any, part: dict[str, Any], name: str, k: float) -> Any:
+    """A sum of `part` as it is relative to the maximum m instead of its own."""
     value, lower = part[name], (part["m"] - m) * k
     match name:
         case "s" | "squares":
