@@ -181,10 +181,12 @@ def test_filtered_with_all_options(subject):
 FILTERED = {"label_smoothing": 0.1, "gradient_filter": EPSILON}
 
 
-@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
-def test_filtered(subject, spread):
+@pytest.mark.parametrize(
+    ("shape", "spread"), [("small", 0.1), ("small", 1.0), ("small", 5.0), ("even", 5.0)]
+)
+def test_filtered(subject, shape, spread):
     """From flat, where no class passes the filter and all are kept, to peaked."""
-    this = case(subject.small, "bfloat16", spread=spread, label_smoothing=0.1)
+    this = case(getattr(subject, shape), "bfloat16", spread=spread, label_smoothing=0.1)
     got = run(subject.implementation, poisoned(this.inputs), **FILTERED)
     assert_no_worse(got, this, slack=3.0)
     if spread == 5.0:  # the other gradients are the smoothing's alone, and every one of them counts
@@ -337,3 +339,23 @@ def test_logits_would_be_seen_in_these_figures():
     logits = n * v * 4 / MB
     assert sum(memory_of(loss("reference"), shape)) >= logits
     assert sum(memory_of(loss("chunked"), shape)) < logits
+
+
+# What the compiler makes of them
+
+
+@pytest.mark.gpu
+@GPU[1]
+@pytest.mark.parametrize(
+    ("v", "gradient_filter"),
+    # At 151,936 the last tile holds columns that are no classes.
+    [(256_000, None), (256_000, "auto"), (256_000, "fused"), (151_936, None), (151_936, "auto")],
+)
+def test_no_product_waits_for_the_one_before(v, gradient_filter, monkeypatch, capfd):
+    """ptxas reports it where it cannot keep two in flight; nothing else tells."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    gradients = jax.value_and_grad(loss("hopper", gradient_filter), argnums=(0, 1))
+    memory_of(gradients, (1920, 1024, v))  # an N of its own: Mosaic keeps what it has compiled
+    report = "".join(capfd.readouterr())
+    assert "lsce_forward" in report
+    assert "serialized" not in report

@@ -177,12 +177,9 @@ def forward(
                     acc, ring = consumer.multiply((row0, vt, first, last), ring)
                     return ring, update(acc, 2 * vt + wg, row0, thr, below, old)
 
-                start = dict.fromkeys(names)
-                for name in names:
-                    start[name] = fill(LOWEST if name == "m" else 0.0)
+                start = {name: fill(LOWEST if name == "m" else 0.0) for name in names}
                 if stats:
                     start["best"] = fill(0, jnp.int32)
-
                 behind = jnp.where(first < last, lag, 0)
                 ring = consumer.skip(wg * behind, ring)
                 ring, sums = lax.fori_loop(first, last, of_tile, (ring, start))
@@ -206,9 +203,7 @@ def forward(
                 return ring
 
             def classes(x, col0, value):
-                """x with another value in the columns that are no classes."""
-                if not masked:
-                    return x
+                """x with another value in the columns of the last tile that are no classes."""
 
                 def cut_off(x):
                     column = plgpu.broadcasted_iota(
