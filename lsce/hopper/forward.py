@@ -254,7 +254,7 @@ def forward(
                 if marking:
                     block = lax.div(row0, i32(tiles.tile_n))
                     marks.store(
-                        x, m, bound, marks_gmem, block, tile, interpret=interpret is not None
+                        x, top, bound, marks_gmem, block, tile, interpret=interpret is not None
                     )
 
                 def terms(x):

@@ -39,9 +39,9 @@ def words(tile_v: int) -> int:
 def store(x, top, bound, marks_gmem, block, tile, *, interpret: bool) -> None:
     """Marks the columns of `x` [tile_n, tile_v] in which some row exceeds its `bound` [tile_n].
 
-    Writes marks_gmem[block, warp, tile · tile_v/32 : …] for the four warps. `top` is at least each
-    row's maximum: where it does not exceed the bound in any of its rows a warp has nothing to look
-    for. That is so for 85% of them on real text.
+    Writes marks_gmem[block, warp, tile · tile_v/32 : …] for the four warps. `top` is each row's
+    maximum of x: a warp none of whose rows exceeds its bound there has nothing to look for, which
+    is so for 85% of them on real text.
     """
     tile_n, tile_v = x.shape
     if interpret:
