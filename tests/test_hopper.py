@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import Candidate, assert_no_worse, assert_stats, case, ours
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -230,6 +230,7 @@ def test_fused_says_why_not():
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(n=56_274, d=4, v=111)
 @given(n=st.integers(1, 65_536), d=st.integers(1, 128), v=st.integers(1, 1200))
 def test_fused_layouts_fit(n, d, v):
     d, v, tile_c = 64 * d, 256 * v, 256
@@ -245,7 +246,9 @@ def test_fused_layouts_fit(n, d, v):
         assert -(-slots // panels) * 128 <= own * tile_c
         assert 2 * own * tile_c * pairs * 256 <= tiles.FUSED_WHOLE_BYTES
     else:
-        assert groups == pairs or 2 * pairs * 256 * v <= groups * tiles.FUSED_BYTES
+        # One group may also have all of P in its own buffer where no part of it fits into dC.
+        most = tiles.FUSED_WHOLE_BYTES if groups == 1 else groups * tiles.FUSED_BYTES
+        assert groups == pairs or 2 * pairs * 256 * v <= most
 
 
 def test_fused_layouts():
