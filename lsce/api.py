@@ -52,7 +52,7 @@ def linear_cross_entropy(
       label_smoothing: β in [0, 1].
       weights: w, one weight a token; 0 (or False) removes the token. Differentiable.
       ignore_index: the label of tokens without a loss.
-      bias: added to the logits.
+      bias: added to the logits. −∞ takes a class away; with smoothing the loss is then infinite.
       logit_scale: multiplies E·C; 1 / temperature.
       softcap: Gemma 2's cap: z = cap · tanh(z / cap).
       z_loss: λ.

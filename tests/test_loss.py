@@ -232,6 +232,10 @@ def test_a_class_masked_by_its_bias(candidate, this):
     assert_equal(masked.grads["head"][:kept], fewer.grads["head"], rtol=tolerance, atol=1e-6)
     assert not np.any(masked.grads["head"][kept:])
     assert_equal(masked.stats.entropy, fewer.stats.entropy, rtol=1e-4, atol=1e-5)
+    # With smoothing every class is a target, that one too.
+    smoothed = ours(candidate, given._replace(labels=labels, bias=bias), label_smoothing=0.1)
+    assert smoothed.value == np.inf
+    np.testing.assert_array_equal(smoothed.stats.mean_logit[labels >= 0], -np.inf)
 
 
 def test_large_logits(candidate):

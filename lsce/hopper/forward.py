@@ -334,6 +334,9 @@ def forward(
     if squares:
         extra["mean_square_logit"] = total("squares").sum(0) * ((k * LN2) ** 2 / v)
     lse, mean_logit = (top + jnp.log2(l)) * LN2, total("s").sum(0) * (k * LN2 / v)
+    if bias is not None and softcap is None:
+        # The kernel has LOWEST for a bias of −∞.
+        mean_logit = jnp.where(jnp.isneginf(bias).any(), -jnp.inf, mean_logit)
     # Without the barrier XLA would make all of this in the one CTA of some sum over the tokens.
     lse, mean_logit, extra = lax.optimization_barrier((lse, mean_logit, extra))
     return Sums(lse, mean_logit, extra, outputs[-1] if marking else None)
