@@ -90,9 +90,8 @@ def probabilities(
 ) -> None:
     """Writes P of a chunk's active pairs into their slots of p_ref [slots · BLOCK, tile_c].
 
-    With `only_p` that is p itself, as if a were 1 and there were no target.
-
-    kept_ref [slots · BLOCK] receives each row's probability mass in the tile. With `panels`, p_ref
+    With `only_p` P is p itself, as if a were 1 and there were no target. kept_ref [slots · BLOCK]
+    receives each row's probability mass in the tile. With `panels`, p_ref
     is [⌈slots / panels⌉ · BLOCK, panels · tile_c] or larger.
     """
     d = hidden.shape[1]
@@ -199,10 +198,11 @@ def probabilities(
                         jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA
                     )
                     if v % tile_c:
-                        left_over = v - t * tile_c - part.start
+                        # Only the last tile has columns that are no classes.
+                        end = v - t * tile_c - part.start
                         p = lax.cond(
-                            left_over < z.shape[1],
-                            lambda p, column=column, end=left_over: jnp.where(column < end, p, 0.0),
+                            end < z.shape[1],
+                            lambda p, column=column, end=end: jnp.where(column < end, p, 0.0),
                             lambda p: p,
                             p,
                         )
