@@ -18,7 +18,7 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """One call's arrays on the host, hidden and head in one float dtype, labels int32."""
+    """One call's arrays, of NumPy or JAX, hidden and head in one float dtype, labels int32."""
 
     kind: str
     hidden: Float[np.ndarray, "N D"]

@@ -39,7 +39,7 @@ class Row:
     tflops: float
     """Of the 1 (fwd) or 3 (fwdbwd) matrix products that the loss is made of, at the median."""
     matmul_ms: float
-    """Median of the bare product E·Cᵀ, timed just before."""
+    """Median of the bare product E·Cᵀ, timed in turn with it."""
     matmul_ratio: float
     """p50_ms / matmul_ms."""
     matmul_share: float

@@ -23,27 +23,6 @@ class Timing:
     launches: int
 
 
-def measure(
-    call: Callable[[], Any],
-    wait: Callable[[Any], Any] | None = None,
-    *,
-    warmup: int = 3,
-    seconds: float = 2.0,
-) -> Timing:
-    """Times a call, after `warmup` calls that also compile it.
-
-    A short call is launched many times between two waits: an accelerator then runs the launches
-    back to back, and the host's own time is hidden behind them.
-
-    Args:
-      call: what to time; returns what `wait` waits for.
-      wait: blocks until a result is there; `jax.block_until_ready` when None.
-      warmup: untimed calls first, at least one.
-      seconds: about how long to measure; at least 5 samples are taken, and at most 20.
-    """
-    return beside([call], wait, warmup=warmup, seconds=seconds)[0]
-
-
 def beside(
     calls: Sequence[Callable[[], Any]],
     wait: Callable[[Any], Any] | None = None,
@@ -53,11 +32,19 @@ def beside(
 ) -> list[Timing]:
     """Times calls in turn, a sample of each, so that all see the same clocks.
 
+    A short call is launched many times between two waits: an accelerator then runs the launches
+    back to back, and the host's own time is hidden behind them.
+
     An accelerator at its power limit slows down within a tenth of a second of work: a call timed
     after a pause looks faster than it is beside one timed under load, and one timed after a call
     that draws much power slower. So the first turn is not counted, and of the others each has an
     order of its own, every second one that of the turn before backwards: always the same orders.
-    `seconds` is for each call.
+
+    Args:
+      calls: what to time; each returns what `wait` waits for.
+      wait: blocks until a result is there; `jax.block_until_ready` when None.
+      warmup: untimed calls of each first, that also compile it, at least one.
+      seconds: about how long to measure each; at least 5 samples are taken, and at most 20.
     """
     if warmup < 1:
         raise ValueError(f"{warmup=}; at least one call must compile and fill the caches")

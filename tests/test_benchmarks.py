@@ -136,7 +136,7 @@ def test_a_short_call_is_launched_many_times_between_waits(monkeypatch: pytest.M
         waits.append(result)
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
-    measured = timing.measure(call, wait, warmup=2, seconds=1.0)
+    [measured] = timing.beside([call], wait, warmup=2, seconds=1.0)
     # A first sample of 5 ms: 20 launches make 100 ms, and ten such samples make a second.
     assert measured.launches == 20
     assert measured.samples == 10
@@ -155,14 +155,14 @@ def test_a_slow_call_is_sampled_at_least_five_times(monkeypatch: pytest.MonkeyPa
         clock += next(durations)
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
-    measured = timing.measure(call, lambda result: None, warmup=3, seconds=1.0)
+    [measured] = timing.beside([call], lambda result: None, warmup=3, seconds=1.0)
     assert (measured.samples, measured.launches) == (5, 1)
     assert (measured.p20_ms, measured.p50_ms, measured.p80_ms) == (1800, 3000, 4200)
 
 
 def test_the_timer_wants_a_warm_up():
     with pytest.raises(ValueError, match="warmup=0"):
-        timing.measure(lambda: None, lambda result: None, warmup=0)
+        timing.beside([lambda: None], lambda result: None, warmup=0)
 
 
 def test_calls_beside_each_other_take_turns(monkeypatch: pytest.MonkeyPatch):
@@ -190,7 +190,7 @@ def test_calls_beside_each_other_take_turns(monkeypatch: pytest.MonkeyPatch):
 def test_the_product_is_timed_and_counted():
     product = timing.product(jnp.ones((8, 4)), jnp.ones((16, 4)))
     np.testing.assert_array_equal(product(), np.full((8, 16), 4.0))
-    measured = timing.measure(product, seconds=0.01)
+    [measured] = timing.beside([product], seconds=0.01)
     assert 0 < measured.p20_ms <= measured.p50_ms <= measured.p80_ms
     # Two operations for each of N·D·V multiplications.
     assert timing.tflops(1000, 1000, 1000, 1.0) == pytest.approx(2.0)

@@ -161,9 +161,9 @@ def test_the_mean_over_no_weight_is_zero(mean_of_no_weight):
 
 class TestCheckLabels:
     def test_good_labels_pass(self):
-        lsce.check_labels(np.array([[0, V - 1], [-100, 3]]), V)
-        lsce.check_labels(jnp.array([7, -1]), 8, ignore_index=-1)
-        lsce.check_labels(np.zeros((0,), np.int32), V)
+        assert lsce.check_labels(np.array([[0, V - 1], [-100, 3]]), V) is None
+        assert lsce.check_labels(jnp.array([7, -1]), 8, ignore_index=-1) is None
+        assert lsce.check_labels(np.zeros((0,), np.int32), V) is None
 
     def test_the_first_bad_label_is_shown_with_its_place(self):
         with pytest.raises(

@@ -44,7 +44,7 @@ HALF = BLOCK // 2
 
 
 class Vectors(NamedTuple):
-    """One value a row of P; all carry the cotangent and the logit scale."""
+    """One value a row of P; a, b and s carry the cotangent and the logit scale."""
 
     lse: Float[Array, " rows"]
     """In log2 units."""
@@ -91,8 +91,8 @@ def probabilities(
     """Writes P of a chunk's active pairs into their slots of p_ref [slots · BLOCK, tile_c].
 
     With `only_p` P is p itself, as if a were 1 and there were no target. kept_ref [slots · BLOCK]
-    receives each row's probability mass in the tile. With `panels`, p_ref
-    is [⌈slots / panels⌉ · BLOCK, panels · tile_c] or larger.
+    receives each row's probability mass in the tile. With `panels`, p_ref is
+    [⌈slots / panels⌉ · BLOCK, panels · tile_c] or larger.
     """
     d = hidden.shape[1]
     blocks = hidden.shape[0] // BLOCK

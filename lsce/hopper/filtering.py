@@ -36,7 +36,7 @@ MATMUL_RATE = 7e14
 def worthwhile(problem: Problem) -> bool:
     """Whether the products that a filter saves take longer than the work of planning without them.
 
-    Exact gradients cost about 3.4 more matmuls of 2·N·D·V operations; a filter leaves about 0.5 of
+    Exact gradients cost about 3.3 more matmuls of 2·N·D·V operations; a filter leaves about 0.5 of
     them and adds about 0.3 milliseconds of small kernels, whatever the size.
     """
     return 2.9 * 2 * problem.n * problem.d * problem.v > 3e-4 * MATMUL_RATE

@@ -191,7 +191,7 @@ def columns(
 
     Without a `vocab_order` the most shared columns come first. Among columns shared by about as
     many blocks (a factor of two) those that are active in the same sixteenths of the blocks are
-    neighbours, so that they share their tiles. On Gemma 3 270M's activations this makes a fifth
+    neighbours, so that they share their tiles. On Gemma 3 270M's activations this makes a seventh
     fewer active tiles than the count alone, and less than half of those of the vocabulary's own
     order (benchmarks/NOTES.md). A given `vocab_order` is taken instead, as the order of the active
     columns.

@@ -140,8 +140,8 @@ class BackwardTiles:
 
         A look costs the host's waiting for the GPU, and then the GPU's waiting for the host: about
         0.3 ms. An empty step is a dozen kernels with nothing to do. So these are all chunks there
-        can be where that is cheaper; else as many as real text needs at the default filter, fitted
-        to Gemma 3 270M's activations (8,192 tokens, V = 256,000: 12.5% of the columns, 4% of the
+        can be where that is cheaper; else as many as real text needs, fitted at ε = 2^-10 to
+        Gemma 3 270M's activations (8,192 tokens, V = 256,000: 12.5% of the columns, 4% of the
         pairs) and SmolLM2 135M's (V = 49,152: 37% and 11.5%), each also with 2,048 and 32,768.
         """
         share = (2000 / column_tiles) ** 0.65 * (blocks / 64) ** 0.2
