@@ -94,13 +94,13 @@ def test_what_was_put_in_place_of_a_standard_function_is_not_described(records, 
 def test_a_python_without_docstrings_is_told_apart(monkeypatch):
     items = [item | {"doc": ""} for item in corpus._documented_items()]
     monkeypatch.setattr(corpus, "_documented_items", lambda: items)
-    with pytest.raises(RuntimeError, match=r"found 0 docstrings .* give data of your own"):
+    with pytest.raises(ValueError, match=r"found 0 docstrings .* give data of your own"):
         corpus.standard_library_records()
 
 
 def test_a_python_that_does_not_start_says_so(monkeypatch):
     monkeypatch.setattr(corpus, "__file__", "/nowhere/corpus.py")
-    with pytest.raises(RuntimeError, match=r"(?s)/nowhere/docstrings\.py failed:\n.*No such file"):
+    with pytest.raises(ValueError, match=r"(?s)/nowhere/docstrings\.py failed:\n.*No such file"):
         corpus.standard_library_records()
 
 

@@ -155,6 +155,20 @@ def test_resuming_cuts_the_rows_beyond_the_checkpoint(tmp_path):
     assert restarts == [1, 6]
 
 
+def test_a_step_is_evaluated_once_however_often_a_run_ends_there(tmp_path):
+    console, _ = text_console()
+    for start in (0, 2, 2):
+        with Monitor(Config(tmp_path), 2, start_step=start, console=console) as monitor:
+            assert monitor.evaluated == ({1, 2} if start else set())
+            if not start:
+                monitor.step(1, {"loss": 1.0, "tokens": 1})
+                monitor.evaluation(1, {"nll": 3.0})
+                monitor.step(2, {"loss": 1.0, "tokens": 1})
+            monitor.evaluation(2, {"nll": 2.0})
+    held_out = [row for row in rows(tmp_path) if "held_out_nll" in row]
+    assert held_out == [{"step": 1, "held_out_nll": 3.0}, {"step": 2, "held_out_nll": 2.0}]
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n{"step": 2}\n')
@@ -162,7 +176,7 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
     assert metrics.read_text() == ""
 
 
-@pytest.mark.parametrize("line", ["not json\n", "[1]\n", '{"loss": 1}\n'])
+@pytest.mark.parametrize("line", ["not json\n", "[1]\n", '{"loss": 1}\n', '{"step": "x"}\n'])
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path, line):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n' + line)
@@ -228,3 +242,30 @@ def test_an_impossible_start_is_refused(tmp_path):
 
 def test_durations():
     assert [duration(s) for s in (0, 59.6, 3661)] == ["0:00:00", "0:01:00", "1:01:01"]
+
+
+SILENCED = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from train.monitor import Monitor
+with Monitor(SimpleNamespace(out=Path(sys.argv[1]), log_every=1), 400) as monitor:
+    for step in range(1, 401):
+        monitor.step(step, {"loss": 1.0, "tokens": 1})
+        monitor.say("x" * 1000)
+"""
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", SILENCED, str(tmp_path)]
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")
+    assert len(rows(tmp_path)) == 400

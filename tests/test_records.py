@@ -38,6 +38,8 @@ def test_three_formats_become_conversations(tmp_path):
         {"instruction": "Say ho.", "output": "ho"},
         {"prompt": "2 + 2 =", "completion": " 4"},
         CHAT,
+        {"messages": None, "prompt": "whole?", "completion": "no"},
+        {"instruction": "Add.", "output": "3", "prompt": "another field"},
     )
     records = read_jsonl(path)
     user, assistant = "user", "assistant"
@@ -47,10 +49,12 @@ def test_three_formats_become_conversations(tmp_path):
         [(user, "Say ho."), (assistant, "ho")],
         [(user, "2 + 2 ="), (assistant, " 4")],
         [(m["role"], m["content"]) for m in CHAT["messages"]],
+        [(user, "whole?"), (assistant, "no")],
+        [(user, "Add."), (assistant, "3")],
     ]
-    assert [r.source for r in records] == [f"{path}:{n}" for n in range(1, 6)]
-    assert [m.content for m in records[-1].prompt] == ["Be brief.", "1 + 1?"]
-    assert records[-1].response == "2"
+    assert [r.source for r in records] == [f"{path}:{n}" for n in range(1, 8)]
+    assert [m.content for m in records[4].prompt] == ["Be brief.", "1 + 1?"]
+    assert records[4].response == "2"
 
 
 def test_blank_lines_are_skipped_and_counted(tmp_path):
@@ -67,6 +71,7 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
     [
         ('{"prompt": "a", ', "invalid JSON"),
         ("[" * 100_000, "invalid JSON"),
+        ('{"prompt": ' + "7" * 5000 + "}", "invalid JSON"),
         ('["prompt"]', "expected a JSON object, got an array"),
         ("3", "expected a JSON object, got a number"),
         ({"question": "a", "answer": "b"}, "the fields are ['answer', 'question']"),

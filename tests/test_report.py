@@ -52,11 +52,11 @@ def test_the_table_shows_every_score():
         row = next(line for line in text.splitlines() if line.startswith(f" {label}"))
         assert row.split()[-3:] == [form.format(getattr(s, field)) for s in columns]
     assert "guessing is right 25% of the time" in text
-    assert "2 questions too long" in text
+    assert "2 questions are left out, too long" in text
 
 
 def test_a_table_of_nothing_says_so():
-    assert "no multiple-choice questions" in printed(NOTHING)
+    assert printed(NOTHING) == "Nothing was held out, so there is nothing to evaluate.\n"
 
 
 def test_eval_json_keeps_its_keys():

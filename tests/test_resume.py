@@ -203,6 +203,50 @@ def test_resuming_on_other_data_is_refused(tmp_path, uninterrupted, records, cap
     assert "belongs to other data" in capsys.readouterr().err
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_run_that_cannot_start_changes_no_run_before_it(tmp_path, uninterrupted, records, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(records.read_text() + "{\n")
+    other = tmp_path / "other.jsonl"  # its tokenizer has another size
+    other.write_text(records.read_text().replace("ant", "a"))
+    before = everything(uninterrupted)
+    on = ["--out", str(uninterrupted)]
+    for arguments, message in (
+        ([*flags(uninterrupted, bad), "--overwrite"], "bad.jsonl:61: invalid JSON"),
+        (["--resume", *on, "--data", str(bad)], "bad.jsonl:61: invalid JSON"),
+        (["--resume", *on, "--data", str(other)], "belongs to other data"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+        assert everything(uninterrupted) == before
+    assert main(flags(tmp_path / "new", bad)) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tmp_path, records):
+    out = tmp_path / "run"
+    config = TrainConfig(
+        data=(records,), model="nano", vocab_size=300, max_length=32, batch_size=2,
+        steps=4, schedule="constant", warmup_steps=1, eval_every=2, out=out,
+    )  # fmt: skip
+    loop.run(dataclasses.replace(config, steps=2))
+
+    def held_out() -> list[dict[str, float]]:
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        return [row for line in lines if "held_out_token_nll" in (row := json.loads(line))]
+
+    [first] = held_out()
+    trained = [line for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    (out / "metrics.jsonl").write_text("\n".join(trained) + "\n")
+    loop.run(dataclasses.replace(config, resume=True))
+    assert held_out()[0] == first
+    assert [row["step"] for row in held_out()] == [2, 4]
+
+
 @pytest.mark.parametrize(("decay", "step", "saved"), [("0", 2, [1]), ("99", 1, [])])
 def test_a_nan_stops_the_run_and_is_never_saved(tmp_path, records, capsys, decay, step, saved):
     out = tmp_path / "run"

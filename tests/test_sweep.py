@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from train import comparison, sweep
@@ -212,6 +213,19 @@ def test_the_table_has_smoothed_beside_unsmoothed_and_marks_the_best():
     assert {r for r, c in best if c == ece} == {1, 5}  # β = 0.1 and seed 0, at both rates
 
 
+def test_a_folder_or_a_result_that_is_none_is_named(stand_in, tmp_path, capfd):
+    flags = ["--label-smoothing", "0", "0.1", "--out"]
+    (tmp_path / "file").touch()
+    assert sweep.main([*flags, str(tmp_path / "file")]) == 2
+    assert f"File exists: '{tmp_path / 'file'}'" in capfd.readouterr().err
+    damaged = tmp_path / "sweep" / "label_smoothing=0" / "eval.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    assert sweep.main([*flags, str(tmp_path / "sweep")]) == 2
+    assert f"{damaged} is damaged" in capfd.readouterr().err
+    assert not stand_in.with_name("calls.txt").exists()
+
+
 def test_the_printed_table_fits_a_terminal():
     text = io.StringIO()
     comparison.print_table(GRID, Console(file=text, width=80))
@@ -234,6 +248,42 @@ def test_the_picture_draws_a_line_for_each_beta_with_seeds_averaged():
     rates, ece = drawn["β = 0.1"]
     assert rates == [1e-3, 1e-2]
     assert ece == pytest.approx([0.105, 0.105])
+
+
+@pytest.mark.parametrize(
+    "varied",
+    [
+        {"label_smoothing": (0.0, 0.1, 0.2, 0.3, 0.5), "schedule": ("linear", "cosine")},
+        {"label_smoothing": (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)},
+        {"learning_rate": tuple(float(f"{i}e-4") for i in range(1, 11))},
+        {"z_loss": (0.0, 1e-5, 1e-4, 1e-3)},
+        {"schedule": ("linear", "cosine"), "weight_decay": (0.0, 0.1), "dropout": (0.0, 0.1)},
+    ],
+)
+def test_nothing_in_the_picture_is_cut_off_or_in_the_way(varied):
+    results = [
+        result(**dict(zip(varied, values, strict=True)))
+        for values in itertools.product(*varied.values())
+    ]
+    drawn = comparison.figure(results)
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    for legend in drawn.legends:
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= width
+        assert 0 <= box.y0 < box.y1 <= height
+    for ax in drawn.axes[:4]:
+        labels = [label for label in ax.get_xticklabels() if label.get_text()]
+        if not labels[0].get_rotation():
+            boxes = [label.get_window_extent() for label in labels]
+            assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
+def test_runs_with_other_numbers_of_predictions_are_not_passed_off_as_alike():
+    results = [result({"n": n}, dropout=n / 1000) for n in (119, 167, 150)]
+    titles = [ax.get_title(loc="left") for ax in comparison.figure(results).axes]
+    assert "Held-out tokens, n = 119 to 167" in titles
 
 
 def test_a_chance_difference_in_accuracy_looks_small():

@@ -104,6 +104,13 @@ def test_a_damaged_cache_file_is_replaced(tmp_path):
     assert file.read_text(encoding="utf-8") == BPE.to_json()
 
 
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    tokenizer = train_or_load(["a b c"], tmp_path / "file" / "cache", 300)
+    assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
+    assert "the tokenizer is not kept for the next run: " in caplog.text
+
+
 def test_loss_is_on_what_the_assistant_says_and_on_its_end():
     example = encode_record(BPE, conversation("cat?", "a cat"), 100)
     assert layout(example) == "<|bos|><|user|>cat?<|end|><|assistant|>[a cat<|end|>]"

@@ -45,7 +45,8 @@ def test_a_checkpoint_holds_weights_optimizer_step_key_and_position(tmp_path):
         checkpointer.save(7, state, POSITION)
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         assert checkpointer.latest_step() == 7
-        restored, position = checkpointer.restore(7, like=jax.eval_shape(create, 0))
+        restored = checkpointer.state(7, like=jax.eval_shape(create, 0))
+        position = checkpointer.position(7)
     assert position == POSITION
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     found, expected = bits(restored), bits(state)
@@ -60,6 +61,40 @@ def test_the_newest_are_kept(tmp_path):
         for step in (1, 2, 10):
             checkpointer.save(step, create(step), POSITION)
     assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"2", "10"}
+
+
+@pytest.mark.parametrize("damage", ["state", "position"])
+def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, damage):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, create(step), POSITION)
+    folder = tmp_path / FOLDER / "2" / damage
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        file.write_bytes(b"")
+    like = jax.eval_shape(create, 0)
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        read = {
+            "state": lambda: checkpointer.state(2, like),
+            "position": lambda: checkpointer.position(2),
+        }
+        with pytest.raises(
+            ValueError, match=rf"2 cannot be read \({damage}: .*from step 1$"
+        ) as caught:
+            read[damage]()
+        assert "\n" not in str(caught.value)
+        assert checkpointer.position(1) == POSITION
+
+
+def test_a_checkpoint_that_cannot_be_written_says_what_is_kept(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(1, create(1), POSITION)
+
+        def full(*_args, **_options):
+            raise ValueError("RESOURCE_EXHAUSTED: no space left\n" + "details\n" * 300)
+
+        monkeypatch.setattr(checkpointer._manager, "save", full)
+        with pytest.raises(OSError, match=r"cannot save step 2 .* step 1 is kept: RES.* left$"):
+            checkpointer.save(2, create(2), POSITION)
 
 
 KILLED_SAVE = """
@@ -92,7 +127,8 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, event):
 
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         assert checkpointer.latest_step() == 1
-        restored, position = checkpointer.restore(1, like=jax.eval_shape(create, 0))
+        restored = checkpointer.state(1, like=jax.eval_shape(create, 0))
+        position = checkpointer.position(1)
         assert position == POSITION
         for one, other in zip(bits(restored), bits(create(1)), strict=True):
             np.testing.assert_array_equal(one, other)

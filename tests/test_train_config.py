@@ -34,12 +34,13 @@ def refused(capsys, *arguments: str) -> str:
     [
         (["--label-smoothing", "1.5"], "--label-smoothing must be in [0, 1], not 1.5"),
         (["--label-smoothing", "nan"], "--label-smoothing must be in [0, 1], not nan"),
-        (["--softcap", "0"], "--softcap must be more than 0, not 0.0"),
-        (["--z-loss", "-1"], "--z-loss must be at least 0, not -1.0"),
+        (["--softcap", "0"], "--softcap must be finite and more than 0, not 0.0"),
+        (["--z-loss", "-1"], "--z-loss must be finite and at least 0, not -1.0"),
         (["--dropout", "1"], "--dropout must be in [0, 1), not 1.0"),
         (["--held-out", "1"], "--held-out must be in [0, 1), not 1.0"),
-        (["--learning-rate", "inf"], "--learning-rate must be more than 0, not inf"),
+        (["--learning-rate", "inf"], "--learning-rate must be finite and more than 0, not inf"),
         (["--beta2", "1"], "--beta2 must be in [0, 1), not 1.0"),
+        (["--max-length", "7"], "--max-length must be at least 8 tokens, not 7"),
         (["--accumulate", "0"], "--accumulate must be at least 1, not 0"),
         (["--devices", "0"], "--devices must be at least 1, not 0"),
         (["--devices", "3"], "--batch-size 4 must be a multiple of --devices 3"),
@@ -146,7 +147,32 @@ def test_a_folder_that_is_no_run_is_never_removed(tmp_path, capsys):
         assert "is not empty and is not a run: name another folder" in message
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "file").touch()
-    assert "File exists" in refused(capsys, "--out", str(tmp_path / "file"))
+    assert "is a file: name a folder" in refused(capsys, "--out", str(tmp_path / "file"))
+
+
+def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda _: "now")
+    outs = [run_folder.claim(TrainConfig(seed=seed)) for seed in range(3)]
+    assert outs == [Path("runs/now"), Path("runs/now-2"), Path("runs/now-3")]
+    assert [run_folder.load(out).seed for out in outs] == [0, 1, 2]
+
+
+def test_overwriting_through_a_link_empties_the_folder_behind_it(tmp_path):
+    run_folder.claim(TrainConfig(out=tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    run_folder.claim(TrainConfig(out=tmp_path / "link", overwrite=True))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"data": 5}', '{"data": [], "steps": "five"}']
+)
+def test_a_damaged_run_is_named(tmp_path, content):
+    (tmp_path / run_folder.RUN_FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged: "):
+        run_folder.load(tmp_path)
 
 
 def test_a_run_of_another_version_is_named(tmp_path):
@@ -165,3 +191,17 @@ def test_resume_takes_the_flags_of_the_run(tmp_path, monkeypatch):
         assert resumed == TrainConfig(
             remat=True, softcap=5.0, steps=8, out=out, resume=True, keep=9
         )
+
+
+def test_a_run_s_own_flags_and_not_the_defaults_are_checked_when_it_goes_on(tmp_path):
+    data = tmp_path / "gone.jsonl"
+    data.touch()
+    config = TrainConfig(out=tmp_path / "run", steps=300, batch_size=6, data=(data,))
+    run_folder.claim(config)
+    moved = data.rename(tmp_path / "moved.jsonl")
+    again = ["--resume", "--out", str(tmp_path / "run"), "--data", str(moved)]
+    resumed = parse([*again, "--devices", "3", "--warmup-steps", "260"])
+    assert (resumed.devices, resumed.warmup_steps, resumed.data) == (3, 260, (moved,))
+    for other, expected in (("--epochs=2", (None, 2.0)), ("--steps=9", (9, None))):
+        resumed = parse([*again, other])
+        assert (resumed.steps, resumed.epochs) == expected

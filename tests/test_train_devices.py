@@ -52,7 +52,7 @@ SCRIPT = """
     assert step.train_step._cache_size() == 2  # one program for each number of devices
 
     # From the checkpoint after three steps on, to the same bits.
-    again, position = ready.checkpointer.restore(3, like=state)
+    again, position = ready.checkpointer.state(3, like=state), ready.checkpointer.position(3)
     ready.data.train.set_state(position)
     for number in range(3, 6):
         again, metrics = step.train_step(again, next(ready.data.train), config)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -15,7 +17,11 @@ from train.config import TrainConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the trainer; returns 0, 1 after a NaN, 2 for a user's mistake, 128 + n for signal n."""
+    """Runs the trainer.
+
+    Returns 0, 1 after a NaN or where a file could not be written, 2 for a user's mistake, 128 + n
+    for signal n.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     try:
@@ -31,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loop.train(prepared)
     except loop.Interrupted as interrupted:
         return _stop(128 + interrupted.signum, interrupted)
-    except loop.NotFiniteError as error:
+    except (loop.NotFiniteError, OSError) as error:
         return _stop(1, error)
+    except KeyboardInterrupt:
+        return _stop(128 + signal.SIGINT, "SIGINT")
     return 0
 
 
@@ -51,12 +59,30 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
             TrainConfig, prog="python -m train", args=arguments, default=default, **options
         )
 
-    config = read(TrainConfig(), config=(tyro.conf.FlagCreatePairsOff,))
-    if not config.resume:
-        return config
-    out = config.out or run_folder.newest()
-    moved = {"data": config.data} if config.data else {}
-    return read(run_folder.load(out, **moved))
+    given = _given(sys.argv[1:] if arguments is None else arguments)
+    if not given.resume or given.help or given.overwrite:
+        return read(TrainConfig(), config=(tyro.conf.FlagCreatePairsOff,))
+    changes: dict[str, Any] = {}
+    if given.data:
+        changes["data"] = ()  # the run's files may have moved
+    # Either takes the place of the other.
+    if given.epochs and not given.steps:
+        changes["steps"] = None
+    if given.steps and not given.epochs:
+        changes["epochs"] = None
+    return read(run_folder.load(given.out or run_folder.newest(), **changes))
+
+
+def _given(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags that say where the other flags' defaults come from; tyro reads and checks all."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("-h", "--help", action="store_true")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--overwrite", action="store_true")
+    first.add_argument("--out", type=Path, nargs="?")
+    for name in ("--data", "--steps", "--epochs"):
+        first.add_argument(name, nargs="*")
+    return first.parse_known_args(arguments)[0]
 
 
 def _stop(status: int, message: object) -> int:

@@ -21,8 +21,9 @@ class Checkpointer:
     """
 
     def __init__(self, out: Path, *, keep: int) -> None:
+        self._folder = (out / FOLDER).absolute()
         self._manager = ocp.CheckpointManager(
-            (out / FOLDER).absolute(),
+            self._folder,
             # Not in the background: the next step reuses the memory of this one's state.
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
@@ -34,31 +35,56 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
-        """Writes the state after `step` steps, and the data loader's `position`, as JSON."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
-            ),
-        )
+        """Writes the state after `step` steps, and the data loader's `position`, as JSON.
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and position saved after `step` steps.
+        Raises OSError if it cannot be written; the checkpoints before are as they were.
+        """
+        kept = self.latest_step()
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+                ),
+            )
+        except (OSError, ValueError) as error:  # TensorStore's of a full disk is a ValueError
+            before = f"the checkpoint of step {kept} is kept" if kept else "there is none before"
+            raise OSError(
+                f"cannot save step {step} in {self._folder}; {before}: {_first_line(error)}"
+            ) from error
+
+    def position(self, step: int) -> dict[str, Any]:
+        """The data loader's position after `step` steps; ValueError if it cannot be read."""
+        return self._read(step, "position", ocp.args.JsonRestore())
+
+    def state(self, step: int, like: TrainState) -> TrainState:
+        """The state after `step` steps; ValueError if it cannot be read.
 
         Args:
             like: the shapes, dtypes (and shardings) to restore to: a state of arrays or of
                 jax.ShapeDtypeStruct.
         """
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore()
-            ),
-        )
-        return restored["state"], restored["position"]
+        return self._read(step, "state", ocp.args.StandardRestore(like))
+
+    def _read(self, step: int, item: str, how: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+        except Exception as error:  # of any kind, whatever is damaged
+            before = [other for other in self._manager.all_steps() if other < step]
+            instead = f"step {max(before)}" if before else "the beginning"
+            raise ValueError(
+                f"{self._folder / str(step)} cannot be read ({item}: {_first_line(error)}): remove"
+                f" that folder to go on from {instead}"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    """What TensorStore says goes on for hundreds of lines."""
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[0][:200]

@@ -9,6 +9,7 @@ smoothing, as in its Figure 2.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def table(
     fields = sorted(results[0].settings, key=lambda field: field == "label_smoothing")
     ordered = sorted(results, key=lambda result: [sort_key(result.settings[f]) for f in fields])
     fields.sort(key=lambda field: field != "label_smoothing")
-    header = [("", NAMES.get(field, field.replace("_", " "))) for field in fields]
+    header = [("", name_of(field)) for field in fields]
     rows = [[text(result.settings[field]) for field in fields] for result in ordered]
     best = set()
     for group in scored_by_all(results):
@@ -129,16 +130,27 @@ def figure(results: Sequence[Result]) -> Figure:
             draw_lines(ax, results, x, group, COLUMNS[name][0])
             ax.set_ylabel(name if column == 0 else "")
             if row == 0:
-                n = results[0].scores()[group]["n"]
-                ax.set_title(
-                    f"Held-out {group}, n = {n:,}", loc="left", color=INK, fontsize="medium"
-                )
+                counts = sorted({result.scores()[group]["n"] for result in results})
+                n = " to ".join(f"{count:,}" for count in (counts[0], *counts[1:][-1:]))
+                ax.set_title(f"Held-out {group}, n = {n}", loc="left", color=INK, fontsize="medium")
             else:
-                ax.set_xlabel(NAMES.get(x, x.replace("_", " ")))
+                ax.set_xlabel(name_of(x))
             axes.append(ax)
     handles, labels = axes[0].get_legend_handles_labels() if axes else ([], [])
     if any(labels):
-        drawn.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+        # A letter takes about 0.075 inches, the line before it and the gap 0.6.
+        fitting = int(drawn.get_figwidth() / (0.075 * max(map(len, labels)) + 0.6))
+        columns = min(max(fitting, 1), 4)
+        lines = -(-len(labels) // columns)
+        drawn.set_figheight(drawn.get_figheight() + 0.2 * (lines - 1))
+        drawn.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=columns,
+            frameon=False,
+            fontsize="small",
+        )
     draw_table(drawn.add_subplot(grid[2, :]), header, rows, best)
     return drawn
 
@@ -165,6 +177,8 @@ def draw_lines(ax: Axes, results: Sequence[Result], x: str, group: str, field: s
 
     ticks = sorted({result.settings[x] for result in results}, key=sort_key)
     numeric = all(map(is_number, ticks))
+    log = numeric and min(ticks) > 0 and max(ticks) > 4 * min(ticks)
+    numeric = numeric and apart(ticks, log)
     place = {tick: tick if numeric else i for i, tick in enumerate(ticks)}
     betas = sorted({dict(line).get("label_smoothing", 0.0) for line in lines})
     rest = sorted({unsmoothed(line) for line in lines}, key=repr)
@@ -177,14 +191,16 @@ def draw_lines(ax: Axes, results: Sequence[Result], x: str, group: str, field: s
             "linestyle": STYLES[rest.index(unsmoothed(line)) % len(STYLES)],
         }
         at = [place[v] for v in where]
-        label = ", ".join(f"{NAMES.get(k, k)} = {text(v)}" for k, v in line)
+        label = ", ".join(f"{name_of(k)} = {text(v)}" for k, v in line)
         ax.plot(at, means, marker="o", markersize=5, linewidth=1.8, label=label, **style)
         if any(len(points[v]) > 1 for v in where):
             low, high = [min(points[v]) for v in where], [max(points[v]) for v in where]
             ax.vlines(at, low, high, color=style["color"], linewidth=1.2)
-    if numeric and min(ticks) > 0 and max(ticks) > 4 * min(ticks):
+    if numeric and log:
         ax.set_xscale("log")
-    ax.set_xticks([place[tick] for tick in ticks], [text(tick) for tick in ticks])
+    crowded = len(ticks) * max(len(text(tick)) for tick in ticks) > 40
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right"} if crowded else {}
+    ax.set_xticks([place[tick] for tick in ticks], [text(tick) for tick in ticks], **turned)
     ax.minorticks_off()
     if field == "accuracy":
         # Wide enough that the luck of a few predictions does not look like an effect.
@@ -196,6 +212,14 @@ def draw_lines(ax: Axes, results: Sequence[Result], x: str, group: str, field: s
         ax.set_ylim(0, 1.12 * max(result.scores()[group][field] for result in results))
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def apart(ticks: Sequence[float], log: bool) -> bool:
+    """Whether all labels have room where their values are; otherwise values stand evenly."""
+    at = [math.log(tick) if log else float(tick) for tick in ticks]
+    width = (max(len(text(tick)) for tick in ticks) + 1) / 45  # of the axis, where 45 letters fit
+    gaps = [b - a for a, b in itertools.pairwise(at)]
+    return all(gap >= width * (at[-1] - at[0]) for gap in gaps)
 
 
 def unsmoothed(line: Line) -> Line:
@@ -228,6 +252,10 @@ def draw_table(
 
 def save(results: Sequence[Result], path: Path) -> None:
     figure(results).savefig(path, dpi=150)
+
+
+def name_of(field: str) -> str:
+    return NAMES.get(field, field.replace("_", " "))
 
 
 def is_number(value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from train.shapes import PRESETS
-from train.tokenizer import MIN_VOCAB_SIZE
+from train.tokenizer import MIN_LENGTH, MIN_VOCAB_SIZE
 
 DEFAULT_STEPS = 250
 
@@ -123,19 +123,25 @@ class TrainConfig:
             _require(0 <= value < 1, f"{flag(name)} must be in [0, 1), not {value}")
         for name in ("z_loss", "weight_decay"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"{flag(name)} must be at least 0, not {value}")
+            _require(
+                0 <= value < math.inf, f"{flag(name)} must be finite and at least 0, not {value}"
+            )
         for name in ("learning_rate", "softcap", "clip_norm", "epochs"):
             value = getattr(self, name)
             _require(
                 value is None or 0 < value < math.inf,
-                f"{flag(name)} must be more than 0, not {value}",
+                f"{flag(name)} must be finite and more than 0, not {value}",
             )
         for name in (
-            "max_length", "steps", "batch_size", "devices", "accumulate", "eval_every",
+            "steps", "batch_size", "devices", "accumulate", "eval_every",
             "checkpoint_every", "keep", "log_every",
         ):  # fmt: skip
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{flag(name)} must be at least 1, not {value}")
+        _require(
+            self.max_length >= MIN_LENGTH,
+            f"--max-length must be at least {MIN_LENGTH} tokens, not {self.max_length}",
+        )
         _require(
             self.batch_size % self.devices == 0,
             f"--batch-size {self.batch_size} must be a multiple of --devices {self.devices}",

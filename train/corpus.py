@@ -78,7 +78,7 @@ def standard_library_records() -> list[Record]:
                 kind=item["kind"],
             )
     if len(records) < MIN_RECORDS:
-        raise RuntimeError(
+        raise ValueError(
             f"found {len(records)} docstrings in Python's standard library, where some thousands"
             f" are expected: {sys.executable} was built or installed without them. Use another"
             " Python, or give data of your own"
@@ -94,7 +94,7 @@ def _documented_items() -> list[dict[str, str]]:
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+        raise ValueError(f"{' '.join(command)} failed:\n{result.stderr}")
     return json.loads(result.stdout)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from train.checkpoint import Checkpointer
 from train.config import DEFAULT_STEPS, TrainConfig
 from train.evaluate import REPORTED, Evaluation, evaluate
 from train.model import Llama
-from train.monitor import Monitor, MonitorConfig
+from train.monitor import METRICS, Monitor, MonitorConfig, cut_rows_after
 from train.optimizer import adamw, learning_rate
 from train.shapes import PRESETS, ModelConfig
 from train.signals import stop_requests
@@ -37,7 +38,7 @@ class Interrupted(Exception):
         self.signum = signum
         super().__init__(
             f"{signal.Signals(signum).name}: stopped after step {step}, which is saved;"
-            f" --resume --out {out} goes on from there"
+            f" --resume --out {shlex.quote(str(out))} goes on from there"
         )
 
 
@@ -75,10 +76,10 @@ def run(config: TrainConfig) -> Evaluation:
 
 
 def prepare(config: TrainConfig) -> Run:
-    """Claims the run's folder, makes the data and the model, and restores what is resumed.
+    """Makes the data and the model, restores what is resumed, and claims the run's folder.
 
     Raises ValueError or OSError, with a message for the user, for what is wrong with the
-    configuration, the folder or the data.
+    configuration, the folder or the data. Nothing in the folder has changed then.
     """
     shape = dataclasses.replace(
         PRESETS[config.model],
@@ -89,9 +90,7 @@ def prepare(config: TrainConfig) -> Run:
     )
     check_loss(config, shape)
     devices.check(config.devices)
-    out = run_folder.claim(config)
-    config = dataclasses.replace(config, out=out)
-    logger.info("run: %s", out)
+    run_folder.find(config)
     data = loader.build(
         data=config.data,
         held_out=config.held_out,
@@ -105,6 +104,8 @@ def prepare(config: TrainConfig) -> Run:
     total_steps = (
         data.train.steps(config.epochs) if config.epochs else config.steps or DEFAULT_STEPS
     )
+    if total_steps >= 2**31:
+        raise ValueError(f"{total_steps:,} steps are more than the optimizer can count (2**31 - 1)")
     rate = learning_rate(
         config.learning_rate,
         schedule=config.schedule,
@@ -113,18 +114,31 @@ def prepare(config: TrainConfig) -> Run:
     )
     create = state_maker(config, shape, rate)
 
-    checkpointer = Checkpointer(out, keep=config.keep)
-    first_step = (checkpointer.latest_step() or 0) if config.resume else 0
-    if first_step > total_steps:
-        raise ValueError(f"{out} is at step {first_step} already, past all {total_steps} steps")
-    if first_step:
-        state, position = checkpointer.restore(first_step, like=jax.eval_shape(create, config.seed))
-        data.train.set_state(position)
-    else:
+    first_step, state = 0, None
+    if config.resume:
+        out = run_folder.find(config)
+        with Checkpointer(out, keep=config.keep) as old:
+            first_step = old.latest_step() or 0
+            if first_step > total_steps:
+                raise ValueError(
+                    f"{out} is at step {first_step} already, past all {total_steps} steps"
+                )
+            if first_step:
+                data.train.set_state(old.position(first_step))
+                state = old.state(first_step, like=jax.eval_shape(create, config.seed))
+        cut_rows_after(out / METRICS, first_step)
+    if state is None:
         state = create(config.seed)
+    out = run_folder.claim(config)
+    config = dataclasses.replace(config, out=out)
+    checkpointer = Checkpointer(out, keep=config.keep)
+    logger.info("run: %s", out)
     size = sum(weight.size for weight in jax.tree.leaves(state.params))
     logger.info("model: %s, %s parameters", config.model, f"{size:,}")
-    logger.info("steps: %d to %d", first_step + 1, total_steps)
+    if first_step < total_steps:
+        logger.info("steps: %d to %d", first_step + 1, total_steps)
+    else:
+        logger.info("steps: all %d are done", total_steps)
     return Run(config, out, data, rate, checkpointer, state, first_step, total_steps)
 
 
@@ -137,7 +151,15 @@ def train(run: Run) -> Evaluation:
     """
     config, data, state = run.config, run.data, run.state
     monitor = Monitor(cast(MonitorConfig, config), run.total_steps, start_step=run.first_step)
+
+    def evaluate_during(step: int) -> None:
+        due = config.eval_every and step and step % config.eval_every == 0
+        if due and step != run.total_steps and step not in monitor.evaluated:
+            with monitor.paused(), stop.at_once():
+                monitor.evaluation(step, headline(evaluate(state.model, data, config)))
+
     with stop_requests() as stop, monitor, run.checkpointer:
+        evaluate_during(run.first_step)  # where a signal cut it off
         for step in range(run.first_step + 1, run.total_steps + 1):
             state, metrics = train_step(state, next(data.train), config)
             metrics = jax.device_get(metrics)
@@ -145,11 +167,8 @@ def train(run: Run) -> Evaluation:
                 raise NotFiniteError(step, metrics, run.checkpointer.latest_step())
             monitor.step(step, as_row(metrics, run.rate(step - 1)))
 
-            last = step == run.total_steps
-            if config.eval_every and step % config.eval_every == 0 and not last:
-                with monitor.paused(), stop.at_once():
-                    monitor.evaluation(step, headline(evaluate(state.model, data, config)))
-            if stop.signum or step % config.checkpoint_every == 0 or last:
+            evaluate_during(step)
+            if stop.signum or step % config.checkpoint_every == 0 or step == run.total_steps:
                 with monitor.paused():
                     run.checkpointer.save(step, state, data.train.state())
             if stop.signum:

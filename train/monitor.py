@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import (  # protobuf makes the classes at import
@@ -31,9 +31,12 @@ from tensorboardX.proto.event_pb2 import (  # protobuf makes the classes at impo
 )
 from tensorboardX.summary import scalar
 
+from train.console import Console
+
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 SECONDS_BETWEEN_LINES = 5.0
+HELD_OUT = "held_out_"
 
 
 class MonitorConfig(Protocol):
@@ -66,7 +69,7 @@ class Monitor:
         total_steps: int,
         *,
         start_step: int = 0,
-        console: Console | None = None,
+        console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         if not 0 <= start_step <= total_steps:
@@ -79,11 +82,13 @@ class Monitor:
         self._console = console or Console()
         self._tokens: list[Any] = []  # of the steps since the last row, perhaps still on the device
         self._paused = 0.0
+        self.evaluated: set[int] = set()
+        """The steps that have a row of held-out scores."""
 
     def __enter__(self) -> Self:
         self._out.mkdir(parents=True, exist_ok=True)
         metrics = self._out / METRICS
-        cut_rows_after(metrics, self._start_step)
+        self.evaluated = cut_rows_after(metrics, self._start_step)
         self._metrics = metrics.open("a", encoding="utf-8")
         self._events = TensorBoard(self._out / TENSORBOARD, self._start_step)
         show = ProgressBar if self._console.is_terminal else PlainLines
@@ -120,11 +125,17 @@ class Monitor:
         self._display.show(row)
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records held-out scores at `step`: a row of their own, names prefixed by `held_out_`."""
+        """Records held-out scores at `step`: a row of their own, names prefixed by `held_out_`.
+
+        A step that has such a row, because the run was resumed at its end, gets no second one.
+        """
         scores = {name: as_number(value) for name, value in values.items()}
-        self._write("held_out", {"step": step, **{f"held_out_{k}": v for k, v in scores.items()}})
+        if scores and step not in self.evaluated:
+            row = {f"{HELD_OUT}{name}": value for name, value in scores.items()}
+            self._write("held_out", {"step": step, **row})
+            self.evaluated.add(step)
         listed = "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None)
-        self.say(f"step {step}: held-out {listed}")
+        self.say(f"step {step}: held-out {listed or 'records: none'}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -146,7 +157,7 @@ class Monitor:
         self._events.write(
             step,
             {
-                f"{group}/{name.removeprefix('held_out_')}": value
+                f"{group}/{name.removeprefix(HELD_OUT)}": value
                 for name, value in row.items()
                 if name != "step" and value is not None
             },
@@ -159,29 +170,33 @@ def as_number(value: Any) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def cut_rows_after(metrics: Path, step: int) -> None:
-    """Keeps the rows up to `step`, in one atomic replacement.
+def cut_rows_after(metrics: Path, step: int) -> set[int]:
+    """Keeps the rows up to `step`, in one atomic replacement; returns those with held-out scores.
 
     Also dropped is a last line that the kill left without its end. Any other line that is not a
     row raises ValueError with its number: this file was not written by a run.
     """
+    kept, evaluated = [], set()
     if not metrics.exists():
-        return
-    kept = []
+        return evaluated
     for number, line in enumerate(metrics.read_text("utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
         try:
-            row_step = json.loads(line)["step"]
+            row = json.loads(line)
+            if row["step"] > step:
+                continue
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{metrics}:{number} is not a row of metrics: {line[:80]!r}"
             ) from error
-        if row_step <= step:
-            kept.append(line)
+        kept.append(line)
+        if any(name.startswith(HELD_OUT) for name in row):
+            evaluated.add(row["step"])
     whole = metrics.with_suffix(".tmp")
     whole.write_text("".join(kept), "utf-8")
     os.replace(whole, metrics)
+    return evaluated
 
 
 class TensorBoard:
@@ -216,7 +231,11 @@ class ProgressBar:
     """One live line on a terminal."""
 
     def __init__(
-        self, console: Console, total_steps: int, start_step: int, _clock: Callable[[], float]
+        self,
+        console: rich.console.Console,
+        total_steps: int,
+        start_step: int,
+        _clock: Callable[[], float],
     ):
         self._progress = Progress(
             TextColumn("[bold]training"),
@@ -247,7 +266,11 @@ class PlainLines:
     """Lines for a log file: the first and the last row, and one every few seconds between them."""
 
     def __init__(
-        self, console: Console, total_steps: int, start_step: int, clock: Callable[[], float]
+        self,
+        console: rich.console.Console,
+        total_steps: int,
+        start_step: int,
+        clock: Callable[[], float],
     ):
         self._console, self._clock = console, clock
         self._total_steps, self._start_step = total_steps, start_step

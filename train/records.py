@@ -126,13 +126,15 @@ def _parse_line(line: bytes, where: str) -> Record:
         fields = json.loads(line.decode())
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8 ({error})")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits
         refuse(f"invalid JSON ({error})")
     if not isinstance(fields, dict):
         refuse(f"expected a JSON object, got {_type_name(fields)}")
-    for name, parse in _FORMATS.items():
-        if name in fields:
-            return Record(tuple(parse(fields, refuse)), source=where)
+    # The first format that is there, whole if one is.
+    there = [needed for needed in _FORMATS if fields.get(needed[0]) is not None]
+    whole = [needed for needed in there if all(fields.get(name) is not None for name in needed)]
+    for needed in whole or there:
+        return Record(tuple(_FORMATS[needed](fields, refuse)), source=where)
     refuse(
         "none of the fields that tell the format: 'messages' (chat), 'prompt' (with 'completion')"
         f" or 'instruction' (alpaca, with 'output'); the fields are {sorted(fields)}"
@@ -169,7 +171,12 @@ def _parse_alpaca(fields: dict[str, Any], refuse: Callable[[str], NoReturn]) -> 
     yield Message("assistant", _text(fields, "output", refuse))
 
 
-_FORMATS = {"messages": _parse_chat, "prompt": _parse_prompt, "instruction": _parse_alpaca}
+_FORMATS = {
+    ("messages",): _parse_chat,
+    ("prompt", "completion"): _parse_prompt,
+    ("instruction", "output"): _parse_alpaca,
+}
+"""By the fields that a record must have."""
 
 
 def _text(

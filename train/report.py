@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import rich.console
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lsce.calibration import CalibrationState, reliability_diagram
+from train.console import Console
 from train.evaluate import BINS, REPORTED, Evaluation, Scores, Scoring
 
 if TYPE_CHECKING:
@@ -37,8 +38,12 @@ SCORINGS: dict[Scoring, str] = {"per_token": "per token", "sum": "summed"}
 """How the log-likelihood of an option is read, in words."""
 
 
-def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
+def print_table(evaluation: Evaluation, console: rich.console.Console | None = None) -> None:
     """Prints the scores, a column for the tokens and one for each scoring of the questions."""
+    console = console or Console()
+    if evaluation.tokens is None and not evaluation.choices:
+        console.print("Nothing was held out, so there is nothing to evaluate.", highlight=False)
+        return
     columns: dict[str, Scores] = {}
     if evaluation.tokens:
         columns["tokens\n"] = evaluation.tokens
@@ -56,7 +61,6 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
         table.add_column(name, justify="right")
     for label, (field, form) in ROWS.items():
         table.add_row(label, *(form.format(getattr(s, field)) for s in columns.values()))
-    console = console or Console()
     console.print(table)
     console.print(caption(evaluation), highlight=False)
 
@@ -72,7 +76,8 @@ def caption(evaluation: Evaluation) -> str:
     else:
         notes.append("The held-out records give no multiple-choice questions.")
     if evaluation.left_out:
-        notes.append(f"{evaluation.left_out} questions too long for a row are left out.")
+        many = "questions are" if evaluation.left_out > 1 else "question is"
+        notes.append(f"{evaluation.left_out} {many} left out, too long for a row.")
     return "\n".join(notes)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -17,8 +19,8 @@ RUN_FILE = "run.json"
 """The run's configuration. A folder that holds it is a run's."""
 
 
-def claim(config: TrainConfig) -> Path:
-    """Makes the folder of a new run, or checks that of a run that goes on.
+def find(config: TrainConfig) -> Path:
+    """The folder that `claim` would make or take; touches nothing.
 
     Raises ValueError if the folder holds something already and neither `resume` nor `overwrite`
     allows it, if there is nothing to resume, or if the run to resume had other flags.
@@ -31,25 +33,53 @@ def claim(config: TrainConfig) -> Path:
                 f"cannot resume {out}: {'; '.join(changed)}. Leave these flags out to go on as"
                 " before, or start a new run in another --out"
             )
-        _save(config, out)
         return out
-
     out = config.out or RUNS / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
     contents = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    is_run = RUN_FILE in contents
     # A run that was killed before it wrote anything else is no loss.
-    if contents - {RUN_FILE}:
-        if not is_run:
+    if config.out and contents - {RUN_FILE}:
+        if RUN_FILE not in contents:
             raise ValueError(f"--out {out} is not empty and is not a run: name another folder")
         if not config.overwrite:
             raise ValueError(
                 f"--out {out} holds a run already: give --resume to go on with it, --overwrite to"
                 " remove it, or another --out"
             )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def claim(config: TrainConfig) -> Path:
+    """Makes the folder of a new run, in place of an old one if told so, and notes the flags there.
+
+    To be called when nothing that can be known before is wrong any more: only then is an old run
+    removed, or are the flags of one that goes on replaced. Raises what `find` raises.
+    """
+    out = find(config)
+    if not config.resume:
+        if config.out:
+            out.mkdir(parents=True, exist_ok=True)
+        else:
+            out = _make_new(out)
+        for old in out.iterdir():
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
     _save(config, out)
     return out
+
+
+def _make_new(out: Path) -> Path:
+    """A folder that was not there before: names are seconds, in which two runs can start."""
+    for path in itertools.chain(
+        [out], (out.with_name(f"{out.name}-{i}") for i in itertools.count(2))
+    ):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError
 
 
 def newest() -> Path:
@@ -65,12 +95,20 @@ def load(out: Path, **changes: Any) -> TrainConfig:
     path = out / RUN_FILE
     if not path.is_file():
         raise ValueError(f"there is no run in {out}: {path} is missing")
-    saved = json.loads(path.read_text())
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+        saved |= {"data": tuple(map(Path, saved["data"])), "out": out}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: it does not hold a run's flags ({error!r})") from None
     unknown = saved.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise ValueError(f"{path} is of another version: it has {', '.join(sorted(unknown))}")
-    saved |= {"data": tuple(map(Path, saved["data"])), "out": out}
-    return TrainConfig(**saved | changes)
+    try:
+        return TrainConfig(**saved | changes)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} is damaged: a flag has a value of the wrong type ({error})"
+        ) from None
 
 
 def _save(config: TrainConfig, out: Path) -> None:
@@ -81,5 +119,5 @@ def _save(config: TrainConfig, out: Path) -> None:
         "overwrite": False,
     }
     whole = out / (RUN_FILE + ".tmp")
-    whole.write_text(json.dumps(values, indent=2) + "\n")
+    whole.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     os.replace(whole, out / RUN_FILE)

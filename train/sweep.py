@@ -22,10 +22,10 @@ from types import FrameType
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from train import comparison, run_folder
 from train.config import TrainConfig, flag
+from train.console import Console
 
 TRAIN = (sys.executable, "-m", "train")
 SWEEP = "sweep.json"
@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = grid(sys.argv[1:] if arguments is None else arguments)
         for job in jobs:
             check_folder(job)
-    except ValueError as error:
+        load(jobs)
+        jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         print(f"python -m train.sweep: {error}", file=sys.stderr)
         return 2
     console = Console()
@@ -111,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = load(jobs)
     if results:
         comparison.print_table(results, console)
-        console.print(f"comparison: {jobs[0].folder.parent / PICTURE}", highlight=False)
+        missing = f", without the {len(failed)} that failed" if failed else ""
+        picture = jobs[0].folder.parent / PICTURE
+        console.print(f"comparison: {picture}{missing}", highlight=False, soft_wrap=True)
     for name, reason in failed.items():
         print(f"python -m train.sweep: {name} failed ({reason})", file=sys.stderr)
     return 1 if failed else 0
@@ -272,18 +276,21 @@ def run(job: Job) -> tuple[int, int | None]:
 
 
 def load(jobs: Sequence[Job]) -> list[comparison.Result]:
-    """The results of the finished runs."""
-    return [
-        comparison.Result(job.name, job.settings, json.loads(job.evaluation.read_text("utf-8")))
-        for job in jobs
-        if job.evaluation.is_file()
-    ]
+    """The results of the finished runs; ValueError names a file that is none."""
+    results = []
+    for job in jobs:
+        if job.evaluation.is_file():
+            try:
+                evaluation = json.loads(job.evaluation.read_text("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{job.evaluation} is damaged ({error}): remove it") from None
+            results.append(comparison.Result(job.name, job.settings, evaluation))
+    return results
 
 
 def save(jobs: Sequence[Job], failed: dict[str, str]) -> None:
     """Writes the comparison of the runs so far: sweep.json, and sweep.png if any is finished."""
     out = jobs[0].folder.parent
-    out.mkdir(parents=True, exist_ok=True)
     results = load(jobs)
     by_name = {result.name: result.evaluation for result in results}
     runs = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,8 @@ import tokenizers
 from jaxtyping import Bool, Int
 
 from train.records import Message, Record
+
+logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -107,10 +110,13 @@ def train_or_load(texts: Sequence[str], cache_dir: Path, vocab_size: int = 8192)
         except Exception:  # the library raises plain Exception for a damaged file
             path.unlink(missing_ok=True)
     tokenizer = train(texts, vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False, suffix=".tmp") as file:
-        file.write(tokenizer.to_json().encode())
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False, suffix=".tmp") as file:
+            file.write(tokenizer.to_json().encode())
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("the tokenizer is not kept for the next run: %s", error)
     return tokenizer
 
 
