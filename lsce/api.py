@@ -9,7 +9,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from lsce import backends, sharding
+from lsce import backends, formula, sharding
+from lsce.arguments import number
 from lsce.problem import GradientFilter, HeadLayout, Problem
 
 Reduction = Literal["mean", "sum", "none"]
@@ -52,7 +53,8 @@ def linear_cross_entropy(
       label_smoothing: β in [0, 1].
       weights: w, one weight a token; 0 (or False) removes the token. Differentiable.
       ignore_index: the label of tokens without a loss.
-      bias: added to the logits. −∞ takes a class away; with smoothing the loss is then infinite.
+      bias: added to the logits. −∞ takes a class away, and makes the loss infinite with smoothing;
+        a softcap makes −cap of it instead.
       logit_scale: multiplies E·C; 1 / temperature.
       softcap: Gemma 2's cap: z = cap · tanh(z / cap).
       z_loss: λ.
@@ -139,7 +141,8 @@ def linear_cross_entropy(
         )
     else:
         losses, stats = sharding.token_losses(backend, problem, hidden, head, y, bias, vocab_order)
-        total = (w * losses).reshape(tokens) if reduction == "none" else jnp.sum(w * losses)
+        each = formula.weighted(w, losses)
+        total = each.reshape(tokens) if reduction == "none" else jnp.sum(each)
     if stats is None:
         return total
     stats = stats._replace(loss=jnp.where(invalid, jnp.nan, stats.loss))
@@ -160,9 +163,13 @@ def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Exp
     """
     call = inspect.signature(linear_cross_entropy).bind(hidden, head, labels, **options)
     call.apply_defaults()
+    given = call.arguments
+    for name in ("hidden", "head", "labels", "bias", "weights", "vocab_order"):
+        if given[name] is not None and not hasattr(given[name], "dtype"):
+            given[name] = jnp.asarray(given[name])  # a list or a number
     options = dict(call.kwargs)
     implementation = options.pop("implementation")
-    return backends.explain(_problem(hidden, head, labels, **options), implementation)
+    return backends.explain(_problem(*call.args, **options), implementation)
 
 
 def check_labels(labels: Any, vocab_size: int, *, ignore_index: int = -100) -> None:
@@ -240,15 +247,19 @@ def _problem(
             "gradient_filter='fused' makes the gradients before it knows a token's cotangent: "
             "reduction='none' needs another filter, or take 'sum' or 'mean'"
         )
-    if not isinstance(ignore_index, (int, np.integer)):
+    if not isinstance(options["return_stats"], bool):
+        raise TypeError(f"return_stats={options['return_stats']!r}; must be True or False")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)):
         raise TypeError(f"ignore_index={ignore_index!r}; must be a Python int")
     if not INT32.min < ignore_index < INT32.max:
         raise ValueError(f"ignore_index={ignore_index}; must lie strictly inside int32")
     for name in ("label_smoothing", "logit_scale", "z_loss"):
-        options[name] = _static_float(name, options[name])
-    for name in ("softcap", "gradient_filter"):
-        if options[name] is not None and not isinstance(options[name], str):
-            options[name] = _static_float(name, options[name])
+        options[name] = number(name, options[name])
+    if options["softcap"] is not None:
+        options["softcap"] = number("softcap", options["softcap"])
+    epsilon = options["gradient_filter"]
+    if epsilon is not None and not isinstance(epsilon, str):
+        options["gradient_filter"] = number("gradient_filter", epsilon)
 
     device = _device(hidden)
     return Problem(
@@ -270,20 +281,10 @@ def _require_integers(labels: Any) -> None:
         raise TypeError(f"labels have dtype {labels.dtype}; must be integers, one class a token")
 
 
-def _static_float(name: str, value: Any) -> float:
-    if isinstance(value, Tracer):
-        raise TypeError(
-            f"{name} is traced ({value}); it shapes the program, so pass a Python number"
-        )
-    if isinstance(value, (bool, str)) or np.ndim(value) != 0:
-        raise TypeError(f"{name}={value!r}; must be a number")
-    return float(value)
-
-
 def _saturate(labels: Any) -> Array:
     """Labels as int32, those beyond its range at its ends: a wrapped label could look valid."""
     xp = np if isinstance(labels, np.ndarray) else jnp
-    info = np.iinfo(labels.dtype)
+    info = jnp.iinfo(labels.dtype)
     labels = xp.clip(labels, max(info.min, INT32.min), min(info.max, INT32.max))
     return jnp.asarray(labels.astype(np.int32))
 

@@ -6,7 +6,7 @@ the shared tests take it up under that name (tests/contract.py).
 
 import dataclasses
 import importlib
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -90,14 +90,14 @@ def refusal(name: str, problem: Problem) -> str | None:
     return backend.refuses(problem)
 
 
-def choose(problem: Problem, implementation: str = "auto") -> Backend:
+def choose(problem: Problem, implementation: Any = "auto") -> Backend:
     """The backend for a problem: the first able one for "auto", else the named one.
 
     Raises ValueError for an unknown name, or when the named backend refuses the problem.
     """
     if implementation == "auto":
         return _load(next(name for name in MODULES if refusal(name, problem) is None))
-    if implementation not in MODULES:
+    if not isinstance(implementation, str) or implementation not in MODULES:
         names = ", ".join(repr(name) for name in ("auto", *MODULES))
         raise ValueError(f"implementation={implementation!r}; must be one of {names}")
     if reason := refusal(implementation, problem):
@@ -105,7 +105,7 @@ def choose(problem: Problem, implementation: str = "auto") -> Backend:
     return _load(implementation)
 
 
-def explain(problem: Problem, implementation: str = "auto") -> Explanation:
+def explain(problem: Problem, implementation: Any = "auto") -> Explanation:
     """The choice of `choose` with the reason of every backend."""
     chosen = choose(problem, implementation).name
     reasons = {}

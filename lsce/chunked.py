@@ -146,11 +146,13 @@ def _backward(
     """
     layout = problem.head_layout
     g = jnp.where(labels >= 0, g, 0.0 * g)
-    # A token without a say may hold NaN in its hidden row and its lse, and 0 · NaN is not 0.
-    active = g != 0.0
+    # A token without a say may hold NaN in its hidden row and its lse, and 0 · NaN is not 0. Where
+    # there is none, 0 · p stays as it is: its derivative in g is not 0.
+    active = (g != 0.0) | ((labels >= 0) & jnp.isfinite(lse))
     hidden = jnp.where(active[:, None], hidden, jnp.zeros_like(hidden))
+    weight = formula.softmax_weight(problem, jnp.where(active, lse, 0.0))
+    softmax = jnp.where(active, g * weight, 0.0)
     lse = jnp.where(active, lse, jnp.inf)
-    softmax = jnp.where(active, g * formula.softmax_weight(problem, lse), 0.0)
     target = (1.0 - problem.label_smoothing) * g
     smoothing = (problem.label_smoothing / problem.v) * g
     vectors = problem.label_smoothing > 0.0 and problem.softcap is None

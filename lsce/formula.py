@@ -49,3 +49,8 @@ def token_loss(
 def softmax_weight(problem: Problem, lse: Float[Array, " N"]) -> Float[Array, " N"] | float:
     """The factor of p in dL/dz: 1 + 2λ·lse."""
     return 1.0 if problem.z_loss == 0.0 else 1.0 + 2.0 * problem.z_loss * lse
+
+
+def weighted(weights: Float[Array, " N"], losses: Float[Array, " N"]) -> Float[Array, " N"]:
+    """w·L, and 0 where w is 0: the loss of a removed token may be infinite, and 0 · ∞ is NaN."""
+    return weights * jnp.where((weights == 0.0) & ~jnp.isfinite(losses), 0.0, losses)

@@ -163,3 +163,24 @@ def test_wilson_ends_are_where_the_score_test_just_rejects(successes, trials):
     assert narrow[1] - narrow[0] < high - low
     with pytest.raises(ValueError, match=r"level must lie in \(0, 1\), got 1"):
         wilson_interval(1, 2, level=1)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "message"),
+    [
+        (11, 10, r"successes must lie between 0 and trials, got 11"),
+        (-1, 10, "successes must lie between 0 and trials, got -1"),
+        ([1, np.nan], 10, r"got nan at \[1\]"),
+        (1, -1, "trials must be finite and at least 0, got -1"),
+        (1, np.inf, "trials must be finite"),
+    ],
+)
+def test_impossible_counts_have_no_wilson_interval(successes, trials, message):
+    with pytest.raises(ValueError, match=message):
+        wilson_interval(successes, trials)
+
+
+def test_wilson_intervals_of_many_proportions():
+    low, high = wilson_interval([[0, 3], [5, 10]], 10)
+    assert low.shape == high.shape == (2, 2)
+    assert (low[1, 0], high[1, 0]) == wilson_interval(5, 10)

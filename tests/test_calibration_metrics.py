@@ -34,6 +34,7 @@ CLASS_METRICS = {
     "ace": calibration.adaptive_calibration_error,
     "tace": calibration.thresholded_adaptive_calibration_error,
     "decomposition": lambda p, y: calibration.brier_decomposition(p, y).reliability,
+    "uncertainty": lambda p, y: calibration.brier_decomposition(p, y).uncertainty,
 }
 
 
@@ -302,6 +303,7 @@ def test_class_metrics_against_numpy(name):
         "ace": lambda: per_class(30, adaptive=True),
         "tace": lambda: per_class(30, adaptive=True, threshold=0.01),
         "decomposition": reliability,
+        "uncertainty": lambda: 1 - (onehot.mean(0) ** 2).sum(),
     }[name]()
     assert float(CLASS_METRICS[name](probs, labels)) == pytest.approx(expected, abs=1e-6)
 
@@ -391,6 +393,14 @@ def test_invalid_confidences_raise_outside_jit_and_give_nan_inside(name, bad):
     assert np.isnan(jax.jit(metric)(confidence, correct))
 
 
+def test_an_invalid_confidence_alone_in_its_bin_is_not_passed_over():
+    confidence, correct = ragged_samples(n=5)
+    alone = functools.partial(calibration.debiased_l2, bins=5)
+    assert float(jax.jit(alone)(confidence, correct)) == 0
+    confidence[2] = np.nan
+    assert np.isnan(jax.jit(alone)(confidence, correct))
+
+
 @pytest.mark.parametrize("name", SAMPLE_METRICS)
 def test_invalid_correctness_raises_outside_jit_and_gives_nan_inside(name):
     confidence, correct = ragged_samples(n=50)
@@ -418,6 +428,18 @@ def test_invalid_labels_raise_outside_jit_and_give_nan_inside(name, bad):
     with pytest.raises(ValueError, match=rf"labels must lie in \[0, 7\), got {bad} at \[17\]"):
         CLASS_METRICS[name](probs, labels)
     assert np.isnan(jax.jit(CLASS_METRICS[name])(probs, labels))
+
+
+@pytest.mark.parametrize("name", CLASS_METRICS)
+def test_rows_above_one_raise_outside_jit_and_give_nan_inside(name):
+    probs, labels = ragged_classes(n=50)
+    probs[17] = 0.5
+    with pytest.raises(ValueError, match=r"sum of a row of probs must be at most 1, got 3.5 at"):
+        CLASS_METRICS[name](probs, labels)
+    assert np.isnan(jax.jit(CLASS_METRICS[name])(probs, labels))
+    # bfloat16 rounds each of many probabilities: its rows may exceed 1 by more.
+    rounded = jnp.asarray(np.full((50, 7), 1.02 / 7), jnp.bfloat16)
+    assert np.isfinite(jax.jit(CLASS_METRICS[name])(rounded, labels))
 
 
 def test_rounding_above_one_is_not_a_mistake():
@@ -486,6 +508,13 @@ MISTAKES = [
         ),
         ValueError,
         "threshold .* 2.0",
+    ),
+    (
+        lambda p, a: calibration.thresholded_adaptive_calibration_error(
+            p[:, None], np.zeros(10, int), threshold="0.5"
+        ),
+        TypeError,
+        "threshold='0.5'",
     ),
 ]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CANDIDATES, Case, Inputs, assert_no_worse, assert_stats, case, ours
+from contract import CANDIDATES, Case, Inputs, assert_no_worse, assert_stats, case, ours, truth
 
 import lsce
 
@@ -236,6 +236,33 @@ def test_a_class_masked_by_its_bias(candidate, this):
     smoothed = ours(candidate, given._replace(labels=labels, bias=bias), label_smoothing=0.1)
     assert smoothed.value == np.inf
     np.testing.assert_array_equal(smoothed.stats.mean_logit[labels >= 0], -np.inf)
+    # Under a softcap its logit is −cap.
+    options = {"label_smoothing": 0.1, "softcap": 3.0}
+    capped = ours(candidate, given._replace(labels=labels, bias=bias), **options)
+    expected = truth(given._replace(labels=labels, bias=bias), **options)
+    assert_equal(capped.value, expected.value, rtol=1e-5)
+    assert_equal(capped.stats.mean_logit, expected.stats.mean_logit, rtol=1e-4, atol=1e-5)
+    assert all(np.isfinite(grad.astype(np.float32)).all() for grad in capped.grads.values())
+
+
+@pytest.mark.parametrize("gradient_filter", [None, "fused"])
+def test_an_infinite_loss_can_be_removed(loss, this, gradient_filter):
+    """A label whose class a bias of −∞ takes away costs infinitely much, unless its weight is 0."""
+    given = this.inputs
+    labels, lost = given.labels.copy(), len(given.head) - 1
+    labels[labels == lost] = 0
+    bias = np.where(np.arange(len(given.head)) < lost, 0.0, -np.inf).astype(given.head.dtype)
+    options = {"label_smoothing": 0.0, "bias": bias, "gradient_filter": gradient_filter}
+    wrong = np.arange(len(labels)) % 3 == 0
+    removed = given._replace(labels=np.where(wrong, lost, labels))
+    weights = np.where(wrong, 0.0, 1.0).astype(np.float32)
+    assert np.isposinf(loss(given.hidden, given.head, removed.labels, **options))
+    expected = value_and_grads(
+        loss, given._replace(labels=np.where(wrong, -100, labels)), **options
+    )
+    got = value_and_grads(loss, removed, weights=weights, **options)
+    assert_equal(got, expected, rtol=1e-5, atol=1e-7)
+    assert all(np.any(grad) for grad in got[1])
 
 
 def test_large_logits(candidate):

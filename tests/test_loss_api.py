@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import sys
 import types
+from fractions import Fraction
 
 import beartype
 import jax
@@ -62,6 +63,10 @@ REFUSED = {
     "smoothing NaN": ({"label_smoothing": float("nan")}, ValueError, "label_smoothing=nan"),
     "smoothing no number": ({"label_smoothing": "0.1"}, TypeError, "label_smoothing='0.1'"),
     "smoothing an array": ({"label_smoothing": zeros(V)}, TypeError, "label_smoothing=array"),
+    "smoothing a boolean": ({"label_smoothing": True}, TypeError, "label_smoothing=True"),
+    "smoothing complex": ({"label_smoothing": 0.1 + 0j}, TypeError, "label_smoothing="),
+    "smoothing nothing": ({"label_smoothing": None}, TypeError, "label_smoothing=None"),
+    "softcap no number": ({"softcap": "30"}, TypeError, "softcap='30'"),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap=0.0"),
     "softcap infinite": ({"softcap": float("inf")}, ValueError, "softcap=inf"),
     "scale 0": ({"logit_scale": 0}, ValueError, "logit_scale=0.0"),
@@ -69,6 +74,7 @@ REFUSED = {
     "reduction": ({"reduction": "avg"}, ValueError, "reduction='avg'"),
     "layout": ({"head_layout": "vh"}, ValueError, "head_layout='vh'"),
     "filter of 1": ({"gradient_filter": 1}, ValueError, "gradient_filter=1.0"),
+    "filter a boolean": ({"gradient_filter": True}, TypeError, "gradient_filter=True"),
     "filter's name": ({"gradient_filter": "exact"}, ValueError, "gradient_filter='exact'"),
     "fused with none": (
         {"gradient_filter": "fused", "reduction": "none"},
@@ -76,8 +82,11 @@ REFUSED = {
         "gradient_filter='fused'.*reduction='none'",
     ),
     "ignore_index float": ({"ignore_index": -100.0}, TypeError, "ignore_index=-100.0"),
+    "ignore_index boolean": ({"ignore_index": False}, TypeError, "ignore_index=False"),
+    "statistics no boolean": ({"return_stats": "yes"}, TypeError, "return_stats='yes'"),
     "ignore_index far": ({"ignore_index": 2**31 - 1}, ValueError, "ignore_index=2147483647"),
     "implementation": ({"implementation": "cuda"}, ValueError, "implementation='cuda'.*'chunked'"),
+    "no name": ({"implementation": ["chunked"]}, ValueError, r"implementation=\['chunked'\]"),
 }
 
 
@@ -102,16 +111,24 @@ def test_traced_options_are_refused(name):
 
 def test_options_may_be_any_python_or_numpy_number():
     expected = lsce.linear_cross_entropy(**arguments(label_smoothing=1.0, softcap=3.0))
-    got = lsce.linear_cross_entropy(**arguments(label_smoothing=1, softcap=np.float32(3)))
-    assert got == expected
+    for one, three in (
+        (1, np.float32(3)),
+        (jnp.bfloat16(1), Fraction(3)),
+        (np.int8(1), jnp.int8(3)),
+    ):
+        got = lsce.linear_cross_entropy(**arguments(label_smoothing=one, softcap=three))
+        assert got == expected
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int32", "int64", "uint64"])
+@pytest.mark.parametrize(
+    "dtype", ["int4", "int8", "uint8", "int16", "uint32", "int32", "int64", "uint64"]
+)
 @pytest.mark.parametrize("wrap", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 def test_labels_of_any_integer_dtype(dtype, wrap):
     expected = lsce.linear_cross_entropy(**arguments())
     assert (
-        lsce.linear_cross_entropy(**arguments(labels=wrap(np.arange(N, dtype=dtype)))) == expected
+        lsce.linear_cross_entropy(**arguments(labels=wrap(np.arange(N).astype(jnp.dtype(dtype)))))
+        == expected
     )
 
 
@@ -128,6 +145,19 @@ def test_labels_do_not_wrap_around(label):
 def test_labels_may_be_a_list():
     expected = lsce.linear_cross_entropy(**arguments())
     assert lsce.linear_cross_entropy(**arguments(labels=list(range(N)))) == expected
+
+
+def test_every_array_may_be_a_list():
+    given = arguments(bias=np.arange(V) / V, weights=np.linspace(0.5, 1, N), vocab_order=range(V))
+    listed = {name: np.asarray(x).tolist() for name, x in given.items()}
+    assert lsce.linear_cross_entropy(**listed) == lsce.linear_cross_entropy(
+        **arguments(
+            bias=np.float32(given["bias"]),
+            weights=np.float32(given["weights"]),
+            vocab_order=np.arange(V),
+        )
+    )
+    assert lsce.explain(**listed).implementation == "chunked"
 
 
 def test_ignore_index_may_be_a_class():

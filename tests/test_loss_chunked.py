@@ -134,6 +134,40 @@ def test_second_derivatives(softcap, monkeypatch):
     assert np.abs(expected).max() > 1e-2
 
 
+def test_second_derivatives_in_a_weight_of_zero(monkeypatch):
+    """How the gradients change as a removed token comes back, as influence functions ask."""
+    monkeypatch.setattr(chunked, "tile_size", lambda problem: Tile(8, 20))
+    this = case((16, 8, 32), label_smoothing=0.1, z_loss=0.1).inputs
+    hidden, head = jnp.asarray(this.hidden), jnp.asarray(this.head)
+    direction = np.random.default_rng(2).standard_normal(head.shape).astype(np.float32)
+    weights = jnp.asarray(np.arange(16) % 2, jnp.float32)
+
+    def change(implementation):
+        def along(weights):
+            d_head = jax.grad(lambda c: total(c, weights))(head)
+            return jnp.vdot(d_head, direction)
+
+        def total(head, weights):
+            return lsce.linear_cross_entropy(
+                hidden,
+                head,
+                this.labels,
+                weights=weights,
+                label_smoothing=0.1,
+                z_loss=0.1,
+                reduction="sum",
+                implementation=implementation,
+            )
+
+        return np.asarray(jax.grad(along)(weights))
+
+    got, expected = change("chunked"), change("reference")
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    back = (weights == 0) & (this.labels >= 0)
+    assert np.abs(expected[back]).min() > 1e-3
+    assert not expected[this.labels < 0].any()
+
+
 N, D, V = 6, 4, 11
 
 

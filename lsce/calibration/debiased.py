@@ -40,7 +40,8 @@ def debiased_l2(
     if debias:
         accuracy = table.correct / jnp.maximum(table.weight, 1)
         chance = accuracy * (1 - accuracy) / jnp.maximum(table.weight - 1, 1)
-        squared = jnp.where(table.weight == 1, 0, squared - chance)
+        alone = (table.weight == 1) & ~jnp.isnan(squared)
+        squared = jnp.where(alone, 0, squared - chance)
     return jnp.sqrt(jnp.maximum(jnp.sum(table.share * squared), 0))
 
 

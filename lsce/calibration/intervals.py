@@ -18,7 +18,7 @@ def wilson_interval(
 
     With p = successes/n and z the normal quantile of (1 + level)/2, the ends are
     (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n). Never outside [0, 1], and of positive width
-    for p = 0 and p = 1 too; (0, 1) where n = 0.
+    for p = 0 and p = 1 too; (0, 1) where n = 0. ValueError unless 0 ≤ successes ≤ trials < ∞.
 
     Source: Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953.
 
@@ -28,8 +28,13 @@ def wilson_interval(
     """
     level = validate.unit_interval("level", level, open_ends=True)
     z = NormalDist().inv_cdf((1 + level) / 2)
-    n = np.maximum(np.asarray(trials, np.float64), 1)
-    p = np.asarray(successes, np.float64) / n
+    k, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
+    k, n = np.broadcast_arrays(k, n)
+    validate.refuse("trials", n, ~((n >= 0) & (n < np.inf)), "be finite and at least 0")
+    possible = (k >= 0) & (k <= n * (1 + validate.ROUNDING))
+    validate.refuse("successes", k, ~possible, "lie between 0 and trials")
+    n = np.where(n > 0, n, 1)
+    p = np.minimum(k / n, 1)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     seen = np.asarray(trials) > 0

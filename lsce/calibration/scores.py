@@ -115,7 +115,8 @@ def _decompose(probs, labels, bins: int) -> BrierDecomposition:
         )
 
     per_class = jax.lax.map(terms, (probs.T, jnp.arange(probs.shape[1])))
-    return jax.tree.map(jnp.sum, per_class)
+    poison = 0 * jnp.sum(probs)  # NaN where a row is; the labels' own terms would hide it
+    return jax.tree.map(lambda term: jnp.sum(term) + poison, per_class)
 
 
 def mean(values: Float[Array, " N"]) -> Float[Array, ""]:

@@ -15,6 +15,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from lsce.arguments import number
+
 ROUNDING = 1e-6
 """How far above 1 a float32 softmax may round; such values are read as 1."""
 
@@ -44,10 +46,11 @@ def positive_int(name: str, value: int) -> int:
 
 def unit_interval(name: str, value: float, *, open_ends: bool = False) -> float:
     """`value`, refused unless it is a number in [0, 1], or in (0, 1) with `open_ends`."""
+    value = number(name, value)
     inside = 0 < value < 1 if open_ends else 0 <= value <= 1
     if not inside:
         raise ValueError(f"{name} must lie in {'(0, 1)' if open_ends else '[0, 1]'}, got {value}")
-    return float(value)
+    return value
 
 
 def real_array(name: str, x: ArrayLike) -> Float[Array, "*samples"]:
@@ -130,13 +133,14 @@ def classified(probs: ArrayLike, labels: ArrayLike) -> tuple[Float[Array, "N K"]
     """
     p = real_array("probs", probs)
     y = label_vector(labels, p, "probs")
+    most = 1 + (1e-3 if to_array(probs).dtype.itemsize >= 4 else 0.05)
     if known(probs):
         host = np.asarray(probs, np.float64)
         refuse("probs", probs, ~((host >= 0) & (host <= 1 + ROUNDING)), "lie in [0, 1]")
         sums = host.sum(1)
-        slack = 1e-3 if jnp.asarray(probs).dtype.itemsize >= 4 else 0.05
-        refuse("the sum of a row of probs", sums, sums > 1 + slack, "be at most 1")
-    return p, y
+        refuse("the sum of a row of probs", sums, sums > most, "be at most 1")
+    # Here and not with the rest (`poisoned_classes`): later the dtype they came in is not known.
+    return jnp.where(jnp.sum(p, axis=1, keepdims=True) > most, jnp.nan, p), y
 
 
 def label_vector(labels: ArrayLike, scores: Float[Array, "N K"], name: str) -> Int[Array, " N"]:

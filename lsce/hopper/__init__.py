@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lsce import formula
 from lsce.hopper import filtering, tiles
 from lsce.problem import Problem
 from lsce.stats import TokenStats
@@ -84,7 +85,7 @@ class Hopper:
             padding = arrays[0].shape[0] - problem.n
             return fused.weighted_sum(call, *arrays, jnp.pad(weights, (0, padding))), None
         losses, stats = self.token_losses(problem, hidden, head, labels, bias, vocab_order)
-        return jnp.sum(weights * losses), stats
+        return jnp.sum(formula.weighted(weights, losses)), stats
 
 
 BACKEND = Hopper()
