@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -205,3 +206,27 @@ def test_a_run_s_own_flags_and_not_the_defaults_are_checked_when_it_goes_on(tmp_
     for other, expected in (("--epochs=2", (None, 2.0)), ("--steps=9", (9, None))):
         resumed = parse([*again, other])
         assert (resumed.steps, resumed.epochs) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        ("bfloat16", ["loss: hopper"]),
+        ("float32", ["loss: chunked", "      hopper refuses: needs bfloat16 hidden and head"]),
+    ],
+)
+def test_on_a_gpu_a_run_says_why_its_kernels_stay_idle(dtype, said, monkeypatch, caplog):
+    import jax
+
+    from lsce import api
+    from train import loop
+    from train.shapes import PRESETS
+
+    h100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(api, "_device", lambda array: h100)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    caplog.set_level("INFO", "train")
+    loop.check_loss(TrainConfig(dtype=dtype), dataclasses.replace(PRESETS["tiny"], dtype=dtype))
+    assert len(caplog.messages) == len(said)
+    for message, start in zip(caplog.messages, said, strict=True):
+        assert message.startswith(start)

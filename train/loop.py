@@ -216,6 +216,10 @@ def check_loss(config: TrainConfig, shape: ModelConfig) -> None:
         **loss_options(config),
     )
     logger.info("loss: %s", choice.implementation)
+    reason = choice.reasons["hopper"]
+    # Elsewhere nobody expects a GPU's kernels.
+    if jax.default_backend() == "gpu" and reason.startswith("refuses"):
+        logger.info("      hopper %s", reason)
 
 
 def as_row(metrics: StepMetrics, rate: jax.typing.ArrayLike) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Hopper:
                 return f"needs an NVIDIA Hopper GPU (H100, H200, …), not {problem.chip!r}"
         dtypes = problem.hidden_dtype, problem.head_dtype
         if any(dtype != jnp.bfloat16 for dtype in dtypes):
-            return "needs bfloat16 hidden and head, not {} and {}".format(*dtypes)
+            return "needs bfloat16 hidden and head, not {} and {}; cast them".format(*dtypes)
         return None
 
     def token_losses(
