@@ -5,6 +5,7 @@ each mode runs at a small ragged shape: the interpreter takes seconds for a chip
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +206,69 @@ def test_fused(shape, layout, options, monkeypatch):
             CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
         )
     assert_no_worse(got, this, slack=3.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [((400, 64, 256), (0, 1, 2)), ((200, 512, 1024), (0,))],
+    ids=["groups", "P within dC"],
+)
+def test_fused_gradients_do_not_depend_on_what_is_frozen(shape, wanted, monkeypatch):
+    monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
+    given = case(shape, "bfloat16").inputs
+    arrays = [jnp.asarray(x) for x in (given.hidden, given.head, np.linspace(0, 1, shape[0]))]
+
+    def loss(hidden, head, weights):
+        return lsce.linear_cross_entropy(
+            hidden,
+            head,
+            given.labels,
+            weights=weights,
+            label_smoothing=0.1,
+            reduction="sum",
+            gradient_filter="fused",
+            implementation="hopper",
+        )
+
+    with hopper.interpreted():
+        both = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays)
+        alone = {i: jax.jit(jax.grad(loss, argnums=i))(*arrays) for i in wanted}
+    assert all(np.any(grad) for grad in both)
+    losses = lsce.linear_cross_entropy(
+        *arrays[:2], given.labels, label_smoothing=0.1, reduction="none"
+    )
+    for i, got in alone.items():
+        if i < 2:
+            np.testing.assert_array_equal(got, both[i])
+        else:
+            np.testing.assert_allclose(got, losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [8192, 16_384], ids=["P within dC", "groups"])
+def test_fused_products_that_nobody_asked_for_are_not_made(n):
+    p = problem(n=n, gradient_filter="fused")
+    call = Call(p, None, tiles.choose(p), ctas=132)
+    arrays = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((n, p.d), jnp.bfloat16),
+            ((p.v, p.d), jnp.bfloat16),
+            ((n,), jnp.int32),
+            ((n,), jnp.float32),
+        )
+    ]
+
+    def kernels(argnums) -> list[bool]:
+        step = jax.jit(jax.grad(functools.partial(fused.weighted_sum, call), argnums=argnums))
+        text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        names = "probabilities", "hidden_gradient", "head_gradient"
+        return [f"lsce_{name}" in text for name in names]
+
+    assert kernels((0, 1)) == [True, True, True]
+    assert kernels(0) == [True, True, False]
+    assert kernels(1) == [True, False, True]
+    assert kernels(3) == [False, False, False]
 
 
 @pytest.mark.slow

@@ -16,11 +16,13 @@ from one to the next as a sum of two bfloat16 arrays, 16 bits of mantissa, and r
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from lsce import formula, sharding
@@ -29,6 +31,7 @@ from lsce.hopper.forward import LOG2E
 from lsce.hopper.gradients import Call
 from lsce.hopper.loss import hot_sums, results, run_forward, target_logit
 from lsce.hopper.tiles import BLOCK, fused_layout
+from lsce.wanted import Wanted
 
 SHIFT = 16.0
 """Nats above the bound at which P̃ is 1: leaves 104 for a token whose probability the bound missed,
@@ -74,11 +77,14 @@ class Part(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_sum(call: Call, hidden, head, labels, weights):
     """Σ_n w_n·L_n, float32, for hidden [N, D], head [V, D], labels [N], weights [N]."""
-    live = labels >= 0
-    n = jnp.int32(labels.shape[0])
-    sums = run_forward(call, hidden, head, None, None, n)
+    return jnp.sum(formula.weighted(weights, _losses(call, hidden, head, labels)))
+
+
+def _losses(call: Call, hidden, head, labels) -> Float[Array, " N"]:
+    """The losses alone, which need no P."""
+    sums = run_forward(call, hidden, head, None, None, jnp.int32(labels.shape[0]))
     target = target_logit(call, hidden, head, None, labels)
-    return jnp.sum(weights * results(call, sums, target, labels, live)[0])
+    return results(call, sums, target, labels, labels >= 0)[0]
 
 
 class Tokens(NamedTuple):
@@ -105,6 +111,18 @@ class Storage(NamedTuple):
 
 
 def _fwd(call: Call, hidden, head, labels, weights):
+    wanted = Wanted.of(hidden, head, None)
+    hidden, head, labels, weights = (x.value for x in (hidden, head, labels, weights))
+    if wanted.hidden or wanted.head:
+        losses, dhidden, dhead = _with_gradients(call, wanted, hidden, head, labels, weights)
+    else:  # the weights' gradient is the losses
+        losses, dhidden, dhead = _losses(call, hidden, head, labels), hidden[:0], head[:0]
+    saved = sharding.varying((dhidden, dhead, losses), like=hidden)
+    return jnp.sum(formula.weighted(weights, losses)), (wanted.as_residuals(), *saved)
+
+
+def _with_gradients(call: Call, wanted: Wanted, hidden, head, labels, weights):
+    """The losses, dE and dC of their weighted sum; no rows of a gradient that nobody asked for."""
     p, tiles = call.problem, call.tiles.fused
     n, d = hidden.shape
     rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
@@ -122,22 +140,23 @@ def _fwd(call: Call, hidden, head, labels, weights):
 
     count, own = fused_layout(rows, d, p.v, tiles.tile_c)
     most = -(-rows // (2 * BLOCK) // count) * 2 * BLOCK
-    storage = _storage(call, head, own, most, carried=count > 1)
+    storage = _storage(call, head, own, most, carried=count > 1 and wanted.head)
     zero = jnp.int32(0).reshape(1)
     lse, dhidden = [], []
     for g in range(count):
         group = slice(g * most, min((g + 1) * most, rows))
         tokens = Tokens(*(x[group] for x in (e, y, w, r, target)))
         carry = None if count == 1 else (storage.low_ref, g > 0, g < count - 1)
-        lse_g, dh, zero = _gradients(call, tokens, head, center, poison, storage, carry, zero)
+        lse_g, dh, zero = _gradients(
+            call, wanted, tokens, head, center, poison, storage, carry, zero
+        )
         lse.append(lse_g)
         dhidden.append((dh + poison).astype(hidden.dtype))
     lse, dhidden = jnp.concatenate(lse)[:n], jnp.concatenate(dhidden)[:n]
+    dhead = storage.dhead_ref[...] if wanted.head else head[:0]
     lse = jnp.maximum(lse, target[:n])
     losses = formula.token_loss(p, lse, target[:n], mean_logit[:n])
-    losses = jnp.where(is_live, losses, 0.0)
-    saved = sharding.varying((dhidden, storage.dhead_ref[...], losses), like=hidden)
-    return jnp.sum(weights * losses), saved
+    return jnp.where(is_live, losses, 0.0), dhidden, dhead
 
 
 def _storage(call: Call, head, own: int, rows: int, *, carried: bool) -> Storage:
@@ -153,8 +172,18 @@ def _storage(call: Call, head, own: int, rows: int, *, carried: bool) -> Storage
     return Storage(parts, own, dhead_ref, low_ref)
 
 
-def _gradients(call: Call, tokens: Tokens, head, center, poison, storage: Storage, carry, zero):
-    """P of a group, then both products: its lse, its rows of dE, and a zero that comes after."""
+def _gradients(
+    call: Call,
+    wanted: Wanted,
+    tokens: Tokens,
+    head,
+    center,
+    poison,
+    storage: Storage,
+    carry,
+    zero,
+):
+    """P of a group, then the products: its lse, its rows of dE, and a zero that comes after."""
     p, tiles = call.problem, call.tiles.fused
     rows, d = tokens.hidden.shape
     blocks = rows // BLOCK
@@ -193,7 +222,8 @@ def _gradients(call: Call, tokens: Tokens, head, center, poison, storage: Storag
     slope = 1.0 if p.softcap is None else 1.0 - (tokens.target / p.softcap) ** 2
     hit = jnp.exp(tokens.target - tokens.bound) * slope
     hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
-    dh_ref = jax.new_ref(jnp.zeros((tiles.hidden_splits, rows, padded_d), jnp.float32))
+    sums = (tiles.hidden_splits, rows, padded_d) if wanted.hidden else (1, 0, 0)
+    dh_ref = jax.new_ref(jnp.zeros(sums, jnp.float32))
     for part in storage.parts:
         backward.change_entries(
             part.p_ref,
@@ -202,17 +232,18 @@ def _gradients(call: Call, tokens: Tokens, head, center, poison, storage: Storag
             ctas=call.ctas,
             interpret=call.interpret,
         )
-        backward.accumulate_hidden(
-            part.p_ref,
-            head,
-            work,
-            zero + part.chunk,
-            dh_ref,
-            gathered=False,
-            dense=True,
-            panels=part.panels,
-            **options,
-        )
+        if wanted.hidden:
+            backward.accumulate_hidden(
+                part.p_ref,
+                head,
+                work,
+                zero + part.chunk,
+                dh_ref,
+                gathered=False,
+                dense=True,
+                panels=part.panels,
+                **options,
+            )
     s = tokens.weights * p.label_smoothing / p.v * p.logit_scale
     constant = jnp.zeros(padded_d, jnp.float32)
     if p.label_smoothing > 0.0:
@@ -220,7 +251,7 @@ def _gradients(call: Call, tokens: Tokens, head, center, poison, storage: Storag
         constant = constant.at[:d].set(row)
     scaled = (tokens.hidden.astype(jnp.float32) * scale[:, None]).astype(tokens.hidden.dtype)
     # The last columns first: their P lies where the others' dC goes.
-    for part in reversed(storage.parts):
+    for part in reversed(storage.parts) if wanted.head else ():
         backward.head_gradient(
             part.p_ref,
             scaled,
@@ -233,24 +264,35 @@ def _gradients(call: Call, tokens: Tokens, head, center, poison, storage: Storag
             panels=part.panels,
             **options,
         )
-    after = _zero_after(storage.dhead_ref[0, 0], dh_ref[0, 0, 0])
-    dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * p.v)[:, None] * center[None, :]
-    return lse, dh, after
+    ends = [storage.dhead_ref[0, 0]] if wanted.head else []
+    ends += [dh_ref[0, 0, 0]] if wanted.hidden else []
+    dh = jnp.zeros((0, d))
+    if wanted.hidden:
+        dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * p.v)[:, None] * center[None, :]
+    return lse, dh, _zero_after(*ends)
 
 
-def _zero_after(high: Array, sums: Array) -> Int[Array, " 1"]:
-    """0, known once two products are: the next group's P then overwrites this group's.
+def _zero_after(*ends: Array) -> Int[Array, " 1"]:
+    """0, known once these results of the products are: the next group's P then overwrites this one.
 
     Without that dependency XLA would copy P, in fear of overwriting what is still to be read.
     """
-    bits = lax.bitcast_convert_type(high, jnp.uint16).astype(jnp.uint32)
-    bits += lax.bitcast_convert_type(sums, jnp.uint32) >> 16
-    return (bits >> 17).astype(jnp.int32).reshape(1)
+    halves = [
+        lax.bitcast_convert_type(end, jnp.uint16).astype(jnp.uint32)
+        if end.dtype.itemsize == 2
+        else lax.bitcast_convert_type(end, jnp.uint32) >> 16
+        for end in ends
+    ]
+    return (functools.reduce(operator.add, halves) >> 17).astype(jnp.int32).reshape(1)
 
 
 def _bwd(call: Call, saved, g):
-    dhidden, dhead, losses = saved
-    return g.astype(dhidden.dtype) * dhidden, g.astype(dhead.dtype) * dhead, None, g * losses
+    if isinstance(g, SymbolicZero):
+        return None, None, None, None
+    wanted, dhidden, dhead, losses = saved
+    wanted = Wanted.from_residuals(wanted)
+    of = lambda grad, asked: g.astype(grad.dtype) * grad if asked else None
+    return of(dhidden, wanted.hidden), of(dhead, wanted.head), None, g * losses
 
 
-weighted_sum.defvjp(_fwd, _bwd)
+weighted_sum.defvjp(_fwd, _bwd, symbolic_zeros=True)
