@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import Candidate, assert_no_worse, assert_stats, case, ours
+from contract import Candidate, Case, assert_no_worse, assert_stats, case, ours
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -206,6 +206,55 @@ def test_fused(shape, layout, options, monkeypatch):
             CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
         )
     assert_no_worse(got, this, slack=3.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [((400, 64, 256), [0, 1]), ((300, 512, 1024), [1])],
+    ids=["groups", "P within dC"],
+)
+def test_fused_leaves_out_tokens_without_a_loss(shape, blocks, monkeypatch):
+    """Here all but 70, which fit a block: of one group of tokens in two nothing is left."""
+    monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
+    computed, whole = [], plan.whole
+
+    def recorded(blocks, live, *args, **options):
+        jax.debug.callback(lambda live: computed.append(int(live)), live)
+        return whole(blocks, live, *args, **options)
+
+    monkeypatch.setattr(plan, "whole", recorded)
+    this = case(shape, "bfloat16", label_smoothing=0.1, weights=True)
+    keep = np.random.default_rng(3).permutation(np.flatnonzero(this.inputs.labels >= 0))[:70]
+    ignored = ~np.isin(np.arange(shape[0]), keep)
+    inputs = this.inputs._replace(labels=np.where(ignored, -100, this.inputs.labels))
+    this = Case(inputs, this.options)
+    hidden = np.where(ignored[:, None], np.nan, inputs.hidden).astype(inputs.hidden.dtype)
+    options = this.options | {"gradient_filter": "fused", "return_stats": False}
+    with hopper.interpreted():
+        got = ours(CANDIDATE, inputs._replace(hidden=hidden), **options)
+        jax.effects_barrier()
+    assert sorted(computed) == blocks
+    assert_no_worse(got, this, slack=3.0)
+    assert not np.any(got.grads["hidden"][ignored])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [False, True], ids=["none with a loss", "an invalid label"])
+def test_fused_of_no_labels_and_wrong_ones(wrong):
+    given = case((40, 64, 256), "bfloat16").inputs
+    labels = np.full_like(given.labels, -100)
+    if wrong:
+        labels[[3, 5]] = 7, 256
+    options = {"gradient_filter": "fused", "return_stats": False, "label_smoothing": 0.1}
+    with hopper.interpreted():
+        got = ours(CANDIDATE, given._replace(labels=labels), **options, reduction="sum")
+    if wrong:
+        assert np.isnan(got.value)
+        assert all(np.isnan(grad.astype(np.float32)).any() for grad in got.grads.values())
+    else:
+        assert got.value == 0.0
+        assert not any(np.any(grad) for grad in got.grads.values())  # NaN counts as True
 
 
 @pytest.mark.slow

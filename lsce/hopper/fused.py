@@ -8,6 +8,8 @@
 so that nothing of P has to be touched again once l is known. The target enters as one changed entry
 a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1.
 
+Tokens without a loss cost nothing: the others come first, and only their blocks are computed.
+
 P is bfloat16, N·V of it. Up to a size all of it is kept: that of the last columns lies where dC of
 the others will be, which is written last. Beyond that the tokens come in groups, and dC is carried
 from one to the next as a sum of two bfloat16 arrays, 16 bits of mantissa, and rounded at the end.
@@ -23,13 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula, sharding
 from lsce.hopper import backward, plan
 from lsce.hopper.forward import LOG2E
 from lsce.hopper.gradients import Call
-from lsce.hopper.loss import hot_sums, results, run_forward, target_logit
+from lsce.hopper.loss import arrange, hot_sums, places, results, run_forward, target_logit
 from lsce.hopper.tiles import BLOCK, fused_layout
 from lsce.wanted import Wanted
 
@@ -88,7 +90,7 @@ def _losses(call: Call, hidden, head, labels) -> Float[Array, " N"]:
 
 
 class Tokens(NamedTuple):
-    """A group of tokens, in whole pairs of blocks; those without a loss are 0, their label −1."""
+    """A group of tokens, in whole pairs of blocks; rows without a loss are 0, their label −1."""
 
     hidden: Float[Array, "rows D"]
     labels: Int[Array, " rows"]
@@ -97,6 +99,8 @@ class Tokens(NamedTuple):
     """r of the formulas above."""
     target: Float[Array, " rows"]
     """The target's logit."""
+    in_use: Bool[Array, " rows"]
+    """Those with a loss, which come first: the blocks behind them are not computed."""
 
 
 class Storage(NamedTuple):
@@ -124,39 +128,36 @@ def _fwd(call: Call, hidden, head, labels, weights):
 def _with_gradients(call: Call, wanted: Wanted, hidden, head, labels, weights):
     """The losses, dE and dC of their weighted sum; no rows of a gradient that nobody asked for."""
     p, tiles = call.problem, call.tiles.fused
-    n, d = hidden.shape
-    rows = -(-n // (2 * BLOCK)) * 2 * BLOCK
-    is_live = labels >= 0
-    pad = ((0, rows - n),)
-    e = jnp.where(is_live[:, None], hidden, 0)
-    e = jnp.pad(e, (*pad, (0, 0))) if rows != n else e
-    y = jnp.pad(labels, pad[0], constant_values=-1)
-    w = jnp.pad(jnp.where(is_live, weights, 0.0), pad[0])
-    poison = jnp.where(is_live, 0.0, weights * 0.0).sum()
+    rows = arrange(hidden, labels, places(labels), 2 * BLOCK)
+    e, y, n = rows.hidden, rows.labels, rows.hidden.shape[0]
+    w = jnp.zeros(n, jnp.float32).at[rows.place].set(weights, unique_indices=True)
+    poison = jnp.where(rows.in_use, 0.0, w * 0.0).sum()
+    w = jnp.where(rows.in_use, w, 0.0)
     target = target_logit(call, e, head, None, y)
     r = jnp.maximum(hot_sums(call, e, head, None, y, stats=False).lse, target) + SHIFT
     center = jnp.mean(head, axis=0, dtype=jnp.float32)
     mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
-    count, own = fused_layout(rows, d, p.v, tiles.tile_c)
-    most = -(-rows // (2 * BLOCK) // count) * 2 * BLOCK
+    count, own = fused_layout(n, e.shape[1], p.v, tiles.tile_c)
+    most = -(-n // (2 * BLOCK) // count) * 2 * BLOCK
     storage = _storage(call, head, own, most, carried=count > 1 and wanted.head)
     zero = jnp.int32(0).reshape(1)
     lse, dhidden = [], []
     for g in range(count):
-        group = slice(g * most, min((g + 1) * most, rows))
-        tokens = Tokens(*(x[group] for x in (e, y, w, r, target)))
+        group = slice(g * most, min((g + 1) * most, n))
+        tokens = Tokens(*(x[group] for x in (e, y, w, r, target, rows.in_use)))
         carry = None if count == 1 else (storage.low_ref, g > 0, g < count - 1)
         lse_g, dh, zero = _gradients(
             call, wanted, tokens, head, center, poison, storage, carry, zero
         )
         lse.append(lse_g)
         dhidden.append((dh + poison).astype(hidden.dtype))
-    lse, dhidden = jnp.concatenate(lse)[:n], jnp.concatenate(dhidden)[:n]
+    lse = jnp.maximum(jnp.concatenate(lse), target)
+    losses = formula.token_loss(p, lse, target, mean_logit)
+    losses = jnp.where(labels >= 0, losses[rows.place], 0.0)
+    dhidden = jnp.concatenate(dhidden)[rows.place] if wanted.hidden else hidden[:0]
     dhead = storage.dhead_ref[...] if wanted.head else head[:0]
-    lse = jnp.maximum(lse, target[:n])
-    losses = formula.token_loss(p, lse, target[:n], mean_logit[:n])
-    return jnp.where(is_live, losses, 0.0), dhidden, dhead
+    return losses, dhidden, dhead
 
 
 def _storage(call: Call, head, own: int, rows: int, *, carried: bool) -> Storage:
@@ -189,9 +190,10 @@ def _gradients(
     blocks = rows // BLOCK
     options = {"tiles": tiles, "ctas": call.ctas, "interpret": call.interpret}
     padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
-    slots = storage.own * blocks
-    column_tiles = p.v // tiles.tile_c
-    work = plan.whole(blocks, jnp.int32(blocks), column_tiles, slots=slots, group=tiles.cluster)
+    live = (tokens.in_use.sum(dtype=jnp.int32) + BLOCK - 1) // BLOCK
+    work = plan.whole(
+        blocks, live, p.v // tiles.tile_c, slots=storage.own * blocks, group=tiles.cluster
+    )
     ones, none = jnp.ones(rows), jnp.zeros(rows)
     vectors = backward.Vectors(tokens.bound * LOG2E, ones, none, none, ones, jnp.full(rows, -1))
     l = none
@@ -216,6 +218,7 @@ def _gradients(
         )
         # Slots are column tile · blocks + block.
         l = l + part.kept_ref[: part.tiles * rows].reshape(part.tiles, rows).sum(0)
+    l = jnp.where(tokens.in_use, l, 1.0)  # where nobody wrote there may be anything
     lse = tokens.bound + jnp.log(l)
     factor = formula.softmax_weight(p, lse) * p.logit_scale
     scale = tokens.weights * factor / l

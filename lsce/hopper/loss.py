@@ -36,12 +36,14 @@ def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
     vocab_order = None if vocab_order is None else vocab_order.value
     bias = None if bias is None else bias.value
     threshold, drop = None, 0.0
+    # A cluster of the products' kernels takes two blocks.
+    unit = max(2, call.tiles.sparse.group) * BLOCK
     if call.epsilon is None:
-        rows = arrange(call, hidden, labels, places(labels))
+        rows = arrange(hidden, labels, places(labels), unit)
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
     else:
         hot = hot_sums(call, hidden, head, bias, labels, stats=True)
-        rows = arrange(call, hidden, labels, places(labels, hot))
+        rows = arrange(hidden, labels, places(labels, hot), unit)
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
         bound = jnp.zeros_like(target).at[rows.place].set(hot.lse, unique_indices=True)
         drop = filtering.log_epsilon(call.epsilon, rows.live, call.problem.v)
@@ -68,7 +70,7 @@ token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 
 class Rows(NamedTuple):
-    """The tokens with a loss first, padded to whole groups of blocks.
+    """The tokens with a loss first, padded with zeros to whole groups of blocks.
 
     Blocks of tokens without a loss are never visited, and a NaN in their hidden state goes nowhere.
     """
@@ -103,11 +105,10 @@ def places(labels: Int[Array, " N"], hot: Sums | None = None) -> Int[Array, " N"
 
 
 def arrange(
-    call: Call, hidden: Float[Array, "N D"], labels: Int[Array, " N"], place: Int[Array, " N"]
+    hidden: Float[Array, "N D"], labels: Int[Array, " N"], place: Int[Array, " N"], unit: int
 ) -> Rows:
+    """The tokens in their places, in a multiple of `unit` rows."""
     n = labels.shape[0]
-    # A cluster of the products' kernels takes two blocks.
-    unit = max(2, call.tiles.sparse.group) * BLOCK
     rows = -(-n // unit) * unit
     live = (labels >= 0).sum(dtype=jnp.int32)
     index = jnp.arange(n, dtype=jnp.int32)

@@ -118,13 +118,16 @@ def _placed(values: Array, place: Array, valid: Array, size: int) -> Int[Array, 
 
 
 def whole(blocks: int, live: Int[Array, ""], tiles: int, *, slots: int, group: int) -> Work:
-    """All tiles of the first `live` blocks, in whole groups; the number of chunks is static."""
+    """All tiles of the first `live` blocks, in whole groups.
+
+    The number of chunks is static, and so is each pair's slot: a tile has one for every block.
+    """
     live = (live + group - 1) // group * group
     per_chunk = slots // blocks
     chunks = -(-tiles // per_chunk)
     first_tile = jnp.minimum(jnp.arange(chunks + 1) * per_chunk, tiles).astype(jnp.int32)
     t, b = jnp.arange(tiles, dtype=jnp.int32), jnp.arange(blocks, dtype=jnp.int32)
-    tile_slot = t % per_chunk * live
+    tile_slot = t % per_chunk * blocks
     groups = jnp.maximum(live // group, 1)
     i = jnp.arange(tiles * (blocks // group), dtype=jnp.int32)
     return Work(
