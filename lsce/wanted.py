@@ -26,10 +26,14 @@ class Wanted(NamedTuple):
         return cls(hidden.perturbed, head.perturbed, bias is not None and bias.perturbed)
 
     def as_residuals(self) -> list[Float[Array, "_"]]:
-        """Three arrays, of length 1 for an input that wants its gradient and 0 for a frozen one."""
-        return [jnp.zeros(int(wanted)) for wanted in self]
+        """Three arrays, of length 2 for an input that wants its gradient and 1 for a frozen one.
+
+        None is empty: they enter and leave `shard_map`s, and XLA's partitioner (jax 0.11.2) crashes
+        the process where an empty array does that on several devices.
+        """
+        return [jnp.zeros(1 + int(wanted)) for wanted in self]
 
     @classmethod
     def from_residuals(cls, residuals: list[Float[Array, "_"]]) -> "Wanted":
         """What `as_residuals` was called on."""
-        return cls(*[array.size > 0 for array in residuals])
+        return cls(*[array.size > 1 for array in residuals])

@@ -175,6 +175,7 @@ IN_SHARD_MAP = """
 """
 
 LOWERED = """
+    from jax._src import core
     from lsce import hopper, sharding
     from lsce.problem import Problem
 
@@ -199,10 +200,23 @@ LOWERED = """
         arrays = hidden, head, labels, None, None
         return sharding.token_losses(hopper.BACKEND, problem, *arrays)[0].sum()
 
+    # Where an empty array enters or leaves a `shard_map`, XLA's partitioner crashes the process.
+    def crossing(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "shard_map":
+                yield from (x.aval.shape for x in (*equation.invars, *equation.outvars))
+            for inner in core.jaxprs_in_params(equation.params):
+                yield from crossing(inner)
+
     local = lambda *arrays: jax.lax.psum(total(*arrays), "data")
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
     for gradient_filter in (None, "auto", "fused"):
         for function in (total, lambda *arrays: mapped(*arrays)):
+            for argnums in ((0, 1), 0, 1):
+                traced = jax.jit(jax.grad(function, argnums=argnums)).trace(*given)
+                shapes = list(crossing(traced.jaxpr.jaxpr))
+                assert len(shapes) > 4
+                assert not any(0 in shape for shape in shapes), shapes
             gradient = jax.jit(jax.grad(function, argnums=(0, 1)))
             text = gradient.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
             assert text.count("mosaic_gpu") >= 4

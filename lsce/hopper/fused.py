@@ -120,13 +120,13 @@ def _fwd(call: Call, hidden, head, labels, weights):
     if wanted.hidden or wanted.head:
         losses, dhidden, dhead = _with_gradients(call, wanted, hidden, head, labels, weights)
     else:  # the weights' gradient is the losses
-        losses, dhidden, dhead = _losses(call, hidden, head, labels), hidden[:0], head[:0]
+        losses, dhidden, dhead = _losses(call, hidden, head, labels), hidden[:1], head[:1]
     saved = sharding.varying((dhidden, dhead, losses), like=hidden)
     return jnp.sum(formula.weighted(weights, losses)), (wanted.as_residuals(), *saved)
 
 
 def _with_gradients(call: Call, wanted: Wanted, hidden, head, labels, weights):
-    """The losses, dE and dC of their weighted sum; no rows of a gradient that nobody asked for."""
+    """The losses, dE and dC of their weighted sum; a row in place of one that nobody asked for."""
     p, tiles = call.problem, call.tiles.fused
     rows = arrange(hidden, labels, places(labels), 2 * BLOCK)
     e, y, n = rows.hidden, rows.labels, rows.hidden.shape[0]
@@ -155,8 +155,8 @@ def _with_gradients(call: Call, wanted: Wanted, hidden, head, labels, weights):
     lse = jnp.maximum(jnp.concatenate(lse), target)
     losses = formula.token_loss(p, lse, target, mean_logit)
     losses = jnp.where(labels >= 0, losses[rows.place], 0.0)
-    dhidden = jnp.concatenate(dhidden)[rows.place] if wanted.hidden else hidden[:0]
-    dhead = storage.dhead_ref[...] if wanted.head else head[:0]
+    dhidden = jnp.concatenate(dhidden)[rows.place] if wanted.hidden else hidden[:1]
+    dhead = storage.dhead_ref[...] if wanted.head else head[:1]
     return losses, dhidden, dhead
 
 
@@ -251,7 +251,7 @@ def _gradients(
     constant = jnp.zeros(padded_d, jnp.float32)
     if p.label_smoothing > 0.0:
         row = jnp.dot(-s, tokens.hidden.astype(jnp.float32), precision="highest")
-        constant = constant.at[:d].set(row)
+        constant = jnp.pad(row, (0, padded_d - d))
     scaled = (tokens.hidden.astype(jnp.float32) * scale[:, None]).astype(tokens.hidden.dtype)
     # The last columns first: their P lies where the others' dC goes.
     for part in reversed(storage.parts) if wanted.head else ():

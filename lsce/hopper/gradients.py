@@ -240,7 +240,7 @@ class Loop:
         self.constant = jnp.zeros(padded_d, jnp.float32)
         if p.label_smoothing > 0.0 and wanted.head:
             row = jnp.dot(-c.s * c.kappa, saved.hidden.astype(jnp.float32), precision="highest")
-            self.constant = self.constant.at[:d].set(row)
+            self.constant = jnp.pad(row, (0, padded_d - d))
         self.constant = self.constant + c.poison
         self.p_ref = jax.new_ref(lax.empty((slots * BLOCK, tiles.tile_c), saved.hidden.dtype))
         self.kept_ref = jax.new_ref(lax.empty((slots * BLOCK,), jnp.float32))
