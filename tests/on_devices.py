@@ -7,14 +7,17 @@ import textwrap
 from pathlib import Path
 
 
-def run(count: int, *scripts: str, arguments: tuple[Path, ...] = ()) -> str:
-    """The last line that the scripts, one after the other in one process, print."""
+def run(count: int, *scripts: str, arguments: tuple[Path, ...] = (), flags: str = "") -> str:
+    """The last line that the scripts, one after the other in one process, print.
+
+    `flags` are more of XLA's.
+    """
     ran = subprocess.run(
         [sys.executable, "-c", "".join(map(textwrap.dedent, scripts)), *arguments],
         cwd=Path(__file__).parent.parent,
         env={
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {flags}",
             "JAX_PLATFORMS": "cpu",
         },
         capture_output=True,

@@ -1,0 +1,128 @@
+"""The Hopper kernels compiled for H100s that need not be there: memory, and several of them.
+
+Needs jax's CUDA plugin (`pip install "jax[cuda13]"`) and no GPU: XLA compiles for a chip that it is
+told of, without autotuning, which would have to run something. The memory is what a device measured, to the digit (benchmarks/NOTES.md).
+"""
+
+import importlib.util
+import json
+
+import on_devices
+import pytest
+
+PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not any(map(importlib.util.find_spec, PLUGINS)), reason="needs jax's CUDA plugin"
+    ),
+]
+
+START = '''
+    import functools
+    import json
+    import re
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
+    import lsce
+    from lsce import api
+
+    CHIP = """
+        platform_name: "CUDA"
+        device_description_str: "NVIDIA H100 80GB HBM3"
+        dnn_version_info { major: 9 minor: 10 }
+        runtime_version { major: 13 }
+        gpu_device_info {
+            cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+            core_count: 132
+            clock_rate_ghz: 1.98
+            fpus_per_core: 128
+            threads_per_warp: 32
+            threads_per_block_limit: 1024
+            threads_per_core_limit: 2048
+            registers_per_core_limit: 65536
+            registers_per_block_limit: 65536
+            shared_memory_per_block: 49152
+            shared_memory_per_block_optin: 232448
+            shared_memory_per_core: 233472
+            block_dim_limit_x: 2147483647
+            block_dim_limit_y: 65535
+            block_dim_limit_z: 65535
+            l2_cache_size: 52428800
+            memory_bandwidth: 3352320000000
+            device_memory_size: 84978434048
+        }
+    """
+
+    def h100s(count):
+        return topologies.get_topology_desc(
+            "H100", "cuda", target_config=CHIP, topology=f"1x1x{count}"
+        ).devices
+
+    def compiled(function, tokens, head, n=8192, d=2304, v=256_000):
+        """A function of (hidden, head, labels), the arguments with these shardings."""
+        shapes = ((n, d), jnp.bfloat16, tokens), ((v, d), jnp.bfloat16, head), ((n,), int, tokens)
+        given = (jax.ShapeDtypeStruct(shape, dtype, sharding=s) for shape, dtype, s in shapes)
+        return jax.jit(function).lower(*given).compile()
+
+    loss = functools.partial(
+        lsce.linear_cross_entropy, label_smoothing=0.1, implementation="hopper"
+    )
+'''
+
+MEMORY = """
+    device = h100s(1)[0]
+    api._device = lambda array: device
+    here = SingleDeviceSharding(device)
+
+    def megabytes(function, **shape):
+        memory = compiled(function, here, here, **shape).memory_analysis()
+        return (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+
+    some = lambda gradient_filter: functools.partial(loss, gradient_filter=gradient_filter)
+    gradients = lambda gradient_filter: jax.value_and_grad(some(gradient_filter), (0, 1))
+    print(json.dumps({
+        "forward": megabytes(loss),
+        "default": megabytes(gradients("auto")),
+        "exact": megabytes(gradients(None)),
+        "fused": megabytes(gradients("fused")),
+        "fused, frozen head": megabytes(jax.grad(some("fused")), n=16384),
+    }))
+"""
+
+SEVERAL = """
+    devices = h100s(4)
+    api._device = lambda array: devices[0]
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = Mesh(np.array(devices), ("data",), axis_types=(kind,))
+        split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        for gradient_filter in ("auto", None, "fused"):
+            some = functools.partial(loss, gradient_filter=gradient_filter)
+            for argnums in ((0, 1), 0, 1) if kind == AxisType.Auto else ((0, 1),):
+                with jax.set_mesh(mesh):
+                    text = compiled(jax.value_and_grad(some, argnums), split, whole).as_text()
+                sums = re.findall(r"= [^=]*bf16.256000,2304.[^=]* all-reduce(?:-start)?[(]", text)
+                assert len(sums) == (argnums != 0), (kind, gradient_filter, argnums, sums)
+                assert "all-gather" not in text
+    print("once")
+"""
+
+
+def run(script: str) -> str:
+    return on_devices.run(1, START, script, flags="--xla_gpu_autotune_level=0")
+
+
+def test_memory_at_the_papers_shape():
+    memory = json.loads(run(MEMORY))
+    assert memory["forward"] <= 1.1
+    assert 1161 < memory["default"] <= 1400
+    assert 1161 < memory["exact"] <= 1500
+    assert 1161 < memory["fused"] <= 5000
+    assert memory["fused, frozen head"] < memory["fused"] / 1.5  # of twice the tokens
+
+
+def test_on_four_devices_the_heads_gradient_is_summed_once():
+    assert run(SEVERAL) == "once"
