@@ -1,7 +1,8 @@
 """The Hopper kernels compiled for H100s that need not be there: memory, and several of them.
 
 Needs jax's CUDA plugin (`pip install "jax[cuda13]"`) and no GPU: XLA compiles for a chip that it is
-told of, without autotuning, which would have to run something. The memory is what a device measured, to the digit (benchmarks/NOTES.md).
+told of, without autotuning, which would have to run something. The memory is what a device
+measured, to the digit (benchmarks/NOTES.md).
 """
 
 import importlib.util
