@@ -1,7 +1,9 @@
 """The reliability diagram: what is drawn, not how beautiful it is."""
 
+import itertools
 import subprocess
 import sys
+import time
 from statistics import NormalDist
 
 import numpy as np
@@ -54,6 +56,23 @@ def test_it_shows_the_bins_and_the_numbers():
     assert "calibrated" in labels(accuracy)
     assert "gap, over-confident" in labels(accuracy)
     assert labels(histogram) == ["accuracy", "mean confidence"]
+
+
+@pytest.mark.parametrize("confident", [False, True])
+def test_the_histogram_s_legend_stands_where_few_samples_are(confident):
+    confidence, correct = samples()
+    figure = reliability_diagram(confidence * (1 if confident else 0.4), correct)
+    figure.canvas.draw()
+    ax = figure.axes[1]
+    middle = ax.transAxes.inverted().transform(ax.get_legend().get_window_extent())[:, 0].mean()
+    assert (middle < 0.5) == confident
+
+
+def test_a_machine_however_slow_draws_without_a_warning(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", itertools.count(0.0, 10.0).__next__)
+        reliability_diagram(*samples(), path=tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize(
