@@ -76,15 +76,24 @@ def calls(out: Path) -> list[str]:
         ("--out a b --seed 0 1", "--out takes one folder"),
         ("--remat maybe true", "--remat takes true and false, not 'maybe'"),
         ("--resume --seed 0 1", "--resume is for single runs"),
-        ("--data no.jsonl --seed 0 1", "no file no.jsonl"),
+        ("--data no.jsonl --seed 0 1", "--data: no file no.jsonl"),
+        ("--held-out 0 0.1", "--held-out 0 leaves nothing to compare"),
+        ("--implementation auto hoper", "implementation='hoper'; must be one of"),
+        ("--implementation auto hopper", "hopper"),
+        ("--batch-size 7 --devices 1 7", "--devices must be at most "),
     ],
 )
-def test_a_mistake_is_one_clear_line(flags, message, capsys):
+def test_a_mistake_is_one_clear_line_before_anything_is_made(
+    flags, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
     assert sweep.main(flags.split()) == 2
     said = capsys.readouterr()
     assert message in said.err
     assert said.err.count("\n") == 1
     assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_lists_the_flags_and_how_to_give_several_values(capsys):
@@ -217,7 +226,14 @@ def test_a_folder_or_a_result_that_is_none_is_named(stand_in, tmp_path, capfd):
     flags = ["--label-smoothing", "0", "0.1", "--out"]
     (tmp_path / "file").touch()
     assert sweep.main([*flags, str(tmp_path / "file")]) == 2
-    assert f"File exists: '{tmp_path / 'file'}'" in capfd.readouterr().err
+    assert f"{tmp_path / 'file'} is a file: name a folder" in capfd.readouterr().err
+    assert sweep.main([*flags, str(tmp_path)]) == 2
+    assert f"{tmp_path} is not empty and is not a sweep's" in capfd.readouterr().err
+    (tmp_path / "bad.jsonl").write_text("[]")
+    bad = ["--data", str(tmp_path / "bad.jsonl")]
+    assert sweep.main([*bad, *flags, str(tmp_path / "none")]) == 2
+    assert "bad.jsonl:1: expected a JSON object" in capfd.readouterr().err
+    assert not (tmp_path / "none").exists()
     damaged = tmp_path / "sweep" / "label_smoothing=0" / "eval.json"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("{")

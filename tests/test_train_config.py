@@ -49,6 +49,9 @@ def refused(capsys, *arguments: str) -> str:
         (["--seed", "-1"], "--seed must be in [0, 2**32), not -1"),
         (["--model", "huge"], "--model must be one of nano, tiny, small, smollm2-135m, not huge"),
         (["--data", "nowhere.jsonl"], "--data: no file nowhere.jsonl"),
+        (["--data", "."], "--data: . is a folder, name the JSONL files in it"),
+        (["--data"], "--data needs a file, or several"),
+        (["--data", "a", "--data=b"], "--data is given twice: put all files behind one --data"),
         (["--steps", "9", "--epochs", "1"], "--steps 9 and --epochs 1.0 contradict each other"),
         (["--steps", "9", "--warmup-steps", "10"], "--warmup-steps 10 is more than all 9 steps"),
         (["--warmup-steps", "-1"], "--warmup-steps must be at least 0, not -1"),
@@ -148,7 +151,9 @@ def test_a_folder_that_is_no_run_is_never_removed(tmp_path, capsys):
         assert "is not empty and is not a run: name another folder" in message
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "file").touch()
-    assert "is a file: name a folder" in refused(capsys, "--out", str(tmp_path / "file"))
+    for out in ("file", "file/run"):
+        message = refused(capsys, "--out", str(tmp_path / out))
+        assert f"{tmp_path / 'file'} is a file: name a folder" in message
 
 
 def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path, monkeypatch):
@@ -203,6 +208,8 @@ def test_a_run_s_own_flags_and_not_the_defaults_are_checked_when_it_goes_on(tmp_
     again = ["--resume", "--out", str(tmp_path / "run"), "--data", str(moved)]
     resumed = parse([*again, "--devices", "3", "--warmup-steps", "260"])
     assert (resumed.devices, resumed.warmup_steps, resumed.data) == (3, 260, (moved,))
+    assert run_folder.claim(parse(again)) == tmp_path / "run"
+    assert run_folder.load(tmp_path / "run").data == (moved,)
     for other, expected in (("--epochs=2", (None, 2.0)), ("--steps=9", (9, None))):
         resumed = parse([*again, other])
         assert (resumed.steps, resumed.epochs) == expected

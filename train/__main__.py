@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
     Raises:
       SystemExit: for --help and for flags that cannot be read, after printing.
-      ValueError: if there is no run to resume.
+      ValueError: if there is no run to resume, or for a --data without files or given twice.
     """
 
     def read(default: TrainConfig, **options: Any) -> TrainConfig:
@@ -62,10 +62,8 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     given = _given(sys.argv[1:] if arguments is None else arguments)
     if not given.resume or given.help or given.overwrite:
         return read(TrainConfig(), config=(tyro.conf.FlagCreatePairsOff,))
-    changes: dict[str, Any] = {}
-    if given.data:
-        changes["data"] = ()  # the run's files may have moved
     # Either takes the place of the other.
+    changes: dict[str, Any] = {}
     if given.epochs and not given.steps:
         changes["steps"] = None
     if given.steps and not given.epochs:
@@ -74,15 +72,25 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _given(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags that say where the other flags' defaults come from; tyro reads and checks all."""
+    """The flags that say where the other flags' defaults come from; tyro reads and checks all.
+
+    But for a --data that is empty, as after a pattern that matches nothing: tyro would take that
+    for no flag at all, and of two it would take the last.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("-h", "--help", action="store_true")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--overwrite", action="store_true")
     first.add_argument("--out", type=Path, nargs="?")
-    for name in ("--data", "--steps", "--epochs"):
+    first.add_argument("--data", nargs="*", action="append", default=[])
+    for name in ("--steps", "--epochs"):
         first.add_argument(name, nargs="*")
-    return first.parse_known_args(arguments)[0]
+    given = first.parse_known_args(arguments)[0]
+    if [] in given.data:
+        raise ValueError("--data needs a file, or several")
+    if len(given.data) > 1:
+        raise ValueError("--data is given twice: put all files behind one --data")
+    return given
 
 
 def _stop(status: int, message: object) -> int:

@@ -101,8 +101,6 @@ class TrainConfig:
     """Steps from one row of metrics.jsonl to the next."""
 
     def __post_init__(self) -> None:
-        for path in self.data:
-            _require(path.is_file(), f"--data: no file {path}")
         _require(0 <= self.held_out < 1, f"--held-out must be in [0, 1), not {self.held_out}")
         _require(
             self.vocab_size >= MIN_VOCAB_SIZE,

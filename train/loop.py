@@ -81,15 +81,7 @@ def prepare(config: TrainConfig) -> Run:
     Raises ValueError or OSError, with a message for the user, for what is wrong with the
     configuration, the folder or the data. Nothing in the folder has changed then.
     """
-    shape = dataclasses.replace(
-        PRESETS[config.model],
-        vocab_size=config.vocab_size,
-        dropout=config.dropout,
-        dtype=config.dtype,
-        remat=config.remat,
-    )
-    check_loss(config, shape)
-    devices.check(config.devices)
+    shape = check(config)
     run_folder.find(config)
     data = loader.build(
         data=config.data,
@@ -140,6 +132,23 @@ def prepare(config: TrainConfig) -> Run:
     else:
         logger.info("steps: all %d are done", total_steps)
     return Run(config, out, data, rate, checkpointer, state, first_step, total_steps)
+
+
+def check(config: TrainConfig) -> ModelConfig:
+    """The model's shape, if this machine can train it so, as far as is known without the data.
+
+    Raises ValueError otherwise.
+    """
+    shape = dataclasses.replace(
+        PRESETS[config.model],
+        vocab_size=config.vocab_size,
+        dropout=config.dropout,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
+    check_loss(config, shape)
+    devices.check(config.devices)
+    return shape
 
 
 def train(run: Run) -> Evaluation:

@@ -66,9 +66,13 @@ def read_jsonl(path: str | Path) -> list[Record]:
     Raises:
       ValueError: naming file and line, for a line that is not UTF-8 or not a JSON object, a missing
         field, a field of the wrong type, an unknown role, or a chat in which the assistant never
-        speaks; and for a file without records.
+        speaks; and for a file that is not there or has no records.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"--data: no file {path}")
+    if path.is_dir():
+        raise ValueError(f"--data: {path} is a folder, name the JSONL files in it")
     records = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
@@ -97,7 +101,7 @@ def split(records: Sequence[Record], held_out: float = 0.1) -> tuple[list[Record
     if len(set(hashes)) < 2:
         raise ValueError(
             f"cannot hold out {held_out:g} of {len(records)} record(s) with fewer than two"
-            " different prompts: give more data, or held_out=0"
+            " different prompts: give more data, or hold nothing out (--held-out 0)"
         )
     bound = max(round(held_out * 2**64), min(hashes) + 1)
     bound = min(bound, max(hashes))

@@ -35,8 +35,7 @@ def find(config: TrainConfig) -> Path:
             )
         return out
     out = config.out or RUNS / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder")
+    check_place(out)
     contents = {path.name for path in out.iterdir()} if out.is_dir() else set()
     # A run that was killed before it wrote anything else is no loss.
     if config.out and contents - {RUN_FILE}:
@@ -48,6 +47,13 @@ def find(config: TrainConfig) -> Path:
                 " remove it, or another --out"
             )
     return out
+
+
+def check_place(out: Path) -> None:
+    """Raises ValueError where no folder can be, because there is a file."""
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {out}: {path} is a file: name a folder")
 
 
 def claim(config: TrainConfig) -> Path:

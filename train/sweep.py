@@ -6,12 +6,14 @@ that run only; the same command again skips the runs that are done and resumes t
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -90,10 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the grid; returns 0, 1 if a run failed, 2 for a user's mistake, 128 + n for signal n."""
     try:
         jobs = grid(sys.argv[1:] if arguments is None else arguments)
-        for job in jobs:
-            check_folder(job)
+        check_folders(jobs)
         load(jobs)
+        check_runs([job.config for job in jobs if not job.evaluation.is_file()])
         jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
+        save(jobs, {})  # which makes the folder a sweep's
     except (ValueError, OSError) as error:
         print(f"python -m train.sweep: {error}", file=sys.stderr)
         return 2
@@ -140,6 +143,10 @@ def grid(arguments: Sequence[str]) -> list[Job]:
     for combination in itertools.product(*choices.values()):
         flags = dict(zip(choices, combination, strict=True))
         config = read([part for option in flags.values() for part in option])
+        if not config.held_out:
+            raise ValueError(
+                "--held-out 0 leaves nothing to compare: runs are scored on held-out records"
+            )
         settings = {field: getattr(config, field) for field in varied}
         name = run_name(settings)
         if name in jobs:
@@ -232,6 +239,17 @@ def read(arguments: Sequence[str]) -> SweepConfig:
     raise ValueError(message.removeprefix(f"Error parsing {SweepConfig.__name__}: "))
 
 
+def check_folders(jobs: Sequence[Job]) -> None:
+    """Raises ValueError if the sweep's folder is something else's, or holds other runs so named."""
+    out = jobs[0].folder.parent
+    run_folder.check_place(out)
+    contents = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if SWEEP not in contents and contents - {job.name for job in jobs}:
+        raise ValueError(f"--out {out} is not empty and is not a sweep's: name another folder")
+    for job in jobs:
+        check_folder(job)
+
+
 def check_folder(job: Job) -> None:
     """Raises ValueError if another sweep left a run of the same name with other settings."""
     if not (job.folder / run_folder.RUN_FILE).is_file():
@@ -246,6 +264,26 @@ def check_folder(job: Job) -> None:
                 f"{job.folder} holds a run with {flag(name)} {before}, not {now}:"
                 " name another --out for this sweep"
             )
+
+
+def check_runs(configs: Sequence[SweepConfig]) -> None:
+    """Raises ValueError for what would stop one of the runs after others have taken their hours.
+
+    In a process of its own: one that has looked for a GPU keeps the GPU's memory.
+    """
+    if configs:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+            process.submit(_check_runs, configs).result()
+
+
+def _check_runs(configs: Sequence[SweepConfig]) -> None:
+    from train import loop, records
+
+    for config in configs:
+        loop.check(config)
+    for path in configs[0].data:
+        records.read_jsonl(path)
 
 
 def run(job: Job) -> tuple[int, int | None]:
