@@ -33,11 +33,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from benchmarks.cases import Case
-from benchmarks.inputs import Inputs
+from benchmarks.inputs import Inputs, open_numpy
 
 LATENT = 256
 PATCHES = 128
 CHUNK = 2048
+HIDDEN = "hidden.npy"
 TAIL = 1.25
 """Popularity is sign(x)|x|^TAIL of a normal x, which fits Gemma's quantiles up to 1 in 10,000."""
 
@@ -194,14 +195,14 @@ def read(folder: pathlib.Path, *, n: int | None = None, v: int | None = None) ->
     `n` takes the first n tokens and `v` the first v classes; tokens whose label lies outside are
     left out. ValueError if the pieces do not fit or fewer than n tokens remain.
     """
-    hidden = np.load(folder / "hidden.npy").view(ml_dtypes.bfloat16)
-    labels = np.load(folder / "labels.npy").astype(np.int32)
-    scales = np.load(folder / "head_scales.npy")
+    hidden = open_numpy(folder / HIDDEN).view(ml_dtypes.bfloat16)
+    labels = open_numpy(folder / "labels.npy").astype(np.int32)
+    scales = open_numpy(folder / "head_scales.npy")
     head = np.empty((len(scales), hidden.shape[1]), ml_dtypes.bfloat16)
     paths = sorted(folder.glob("head_q*.npy"), key=lambda path: int(path.stem[len("head_q") :]))
     row = 0
     for path in paths:
-        q = np.load(path)
+        q = open_numpy(path)
         stop = row + len(q)
         if q.shape[1] != head.shape[1] or q.shape[1] != 32 * scales.shape[1] or stop > len(head):
             raise ValueError(
@@ -215,10 +216,20 @@ def read(folder: pathlib.Path, *, n: int | None = None, v: int | None = None) ->
             f"{folder} holds {row} of {len(head)} head rows, {len(hidden)} hidden states and "
             f"{len(labels)} labels"
         )
-    head = head[:v]
+    return first(Activations(hidden, head, labels), folder, n=n, v=v)
+
+
+def first(
+    found: Activations, path: pathlib.Path, *, n: int | None = None, v: int | None = None
+) -> Activations:
+    """The first v classes and the first n tokens whose labels are among them, of what `path` held.
+
+    ValueError if fewer than n tokens remain.
+    """
+    hidden, head, labels = found.hidden, found.head[:v], found.labels
     inside = np.flatnonzero((labels >= 0) & (labels < len(head)))[:n]
     if n is not None and len(inside) < n:
-        raise ValueError(f"{folder} has {len(inside)} tokens with labels < {len(head)}, not {n=}")
+        raise ValueError(f"{path} has {len(inside)} tokens with labels < {len(head)}, not {n=}")
     return Activations(hidden[inside], head, labels[inside])
 
 

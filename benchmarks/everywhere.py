@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import activations, cases, report, runner
+from benchmarks import activations, cases, flags, report, runner
 from benchmarks.errors import Reference
 from benchmarks.inputs import Inputs
 from benchmarks.report import Report, Row
-from benchmarks.settings import Run, Settings, positive
+from benchmarks.settings import Run, Settings
 
 TOKENS = (2048, 8192, 32768)
 SETTINGS = Settings(label_smoothing=0.1)
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         if options.from_files:
-            measured = sum(map(report.read, options.from_files), Report())
+            measured = comparable(sum(map(report.read, options.from_files), Report()))
         else:
             measured = Report()
             for name in options.case:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 if options.json:  # after each case, so that an interrupted run leaves what it has
                     report.write(measured, options.json)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"benchmarks.everywhere: {error}", file=sys.stderr)
         return 2
     print(markdown(measured))
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--n",
         nargs="+",
-        type=int,
+        type=flags.count,
         default=TOKENS,
         metavar="TOKENS",
         help=f"by default {', '.join(map(str, TOKENS))}",
@@ -76,12 +76,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--seconds",
-        type=positive,
+        type=flags.positive,
         default=1.0,
         help="about how long to time each; default 1",
     )
     add("--errors", action="store_true", help="also compare the gradients with exact ones")
-    add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
+    add("--json", type=flags.new_file, metavar="FILE", help="write the rows there")
     add(
         "--from",
         dest="from_files",
@@ -93,7 +93,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")
     options = parser.parse_args(arguments)
     options.real = dict(options.real)
+    if options.from_files and options.json:
+        parser.error("--from measures nothing that --json could keep: leave one of them out")
+    for name, folder in options.real.items():
+        if name not in options.case:
+            parser.error(f"--real {name}={folder}, but --case is {' '.join(options.case)}")
+        if not (folder / activations.HIDDEN).is_file():
+            parser.error(f"--real {name}={folder}: there is no {folder / activations.HIDDEN}")
     return options
+
+
+def comparable(rows: Report) -> Report:
+    """Of rows and what was skipped, ours and optax's; ValueError if there are no such rows."""
+    found = Report(
+        tuple(row for row in rows.rows if row.run in (OURS, NAIVE)),
+        tuple(skipped for skipped in rows.skipped if skipped.run in (OURS, NAIVE)),
+    )
+    if not found.rows:
+        raise ValueError(f"no row is of {OURS} or {NAIVE}: were they measured by this module?")
+    return found
 
 
 def _real(text: str) -> tuple[str, pathlib.Path]:
@@ -150,7 +168,12 @@ def inputs_for(case: cases.Case, folder: pathlib.Path | None) -> Inputs:
         return activations.draw(case)
     import jax
 
-    arrays: Any = jax.device_put(activations.read(folder, v=case.v))
+    found = activations.read(folder, v=case.v)
+    if (len(found.head), found.head.shape[1]) != (case.v, case.d):
+        raise ValueError(
+            f"{folder} holds a head {found.head.shape}, not {(case.v, case.d)} of {case}"
+        )
+    arrays: Any = jax.device_put(found)
     return Inputs("real", *arrays)
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from benchmarks import flags
+
 Record = dict[str, Any]
 LENGTH = 512
 PIECE = 45_000_000
@@ -71,8 +73,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("texts", type=pathlib.Path, metavar="JSONL", help="instruction records")
     add("folder", type=pathlib.Path, metavar="FOLDER", help="where the pieces go")
     add("--format", choices=FORMATS, default="alpaca", help="default %(default)s")
-    add("--tokens", type=int, default=8192, help="at least as many; default %(default)s")
-    add("--classes", type=int, help="count only tokens whose label is below this")
+    add("--tokens", type=flags.count, default=8192, help="at least as many; default %(default)s")
+    add("--classes", type=flags.count, help="count only tokens whose label is below this")
     return parser.parse_args(arguments)
 
 

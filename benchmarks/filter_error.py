@@ -2,7 +2,8 @@
 
 Which tiles the Hopper backend computes follows from its plan, and what it leaves out from them. So
 a CPU can say what a filter does to a real model's gradients, in float32, without running a kernel.
-FOLDER holds activations as `benchmarks.extract` writes them.
+ACTIVATIONS are a folder that `benchmarks.extract` wrote, or an .npz file of your own, with arrays
+`hidden` [N, D], `head` [V, D] and `labels` [N].
 
 Two things differ on a GPU: bfloat16 products add an error of about 0.0024 in quadrature, and the
 kernel, which knows only the maximum so far, keeps a little more than is counted here.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
-from benchmarks import activations, runner
+from benchmarks import activations, flags, inputs, runner
 from benchmarks.errors import relative_error
 from lsce.hopper import filtering, plan
 from lsce.hopper.forward import Sums
@@ -59,12 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     try:
         for n in options.n:
-            arrays = activations.read(options.folder, n=n, v=options.v)
+            arrays = read(options.activations, n, options.v)
             for power in options.power or [None]:
                 epsilon = "auto" if power is None else 2.0**power
-                rows.append(measure(options.folder.name, arrays, epsilon, options.commit))
+                rows.append(measure(options.activations.name, arrays, epsilon, options.commit))
                 print(line(rows[-1]), flush=True)
                 if options.json:
+                    options.json.parent.mkdir(parents=True, exist_ok=True)
                     text = json.dumps([row._asdict() for row in rows], indent=1)
                     options.json.write_text(text + "\n")
     except (ValueError, OSError) as error:
@@ -79,18 +81,34 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "python -m benchmarks.filter_error", description=about, epilog=notes
     )
     add = parser.add_argument
-    add("folder", type=pathlib.Path, metavar="FOLDER", help="activations of a real model")
-    add("--n", type=int, nargs="+", default=[2048], help="tokens, in whole blocks of 128")
-    add("--v", type=int, help="only the first so many classes")
+    add("activations", type=pathlib.Path, metavar="ACTIVATIONS", help="of a real model")
+    add("--n", type=flags.count, nargs="+", default=[2048], help="tokens, in whole blocks of 128")
+    add("--v", type=flags.count, help="only the first so many classes")
     add(
         "--power",
-        type=float,
+        type=_power,
         nargs="+",
         help="ε = 2^POWER, such as -10; by default the default filter",
     )
-    add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
+    add("--json", type=flags.new_file, metavar="FILE", help="write the rows there")
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")
     return parser.parse_args(arguments)
+
+
+def _power(text: str) -> float:
+    power = float(text)
+    if not -126 <= power < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be below 0, as -10 is, and at least -126")
+    return power
+
+
+def read(path: pathlib.Path, n: int, v: int | None) -> activations.Activations:
+    """The first n tokens and v classes of a folder or an .npz file."""
+    if path.suffix != ".npz":
+        return activations.read(path, n=n, v=v)
+    found = inputs.load(path, "float32")
+    whole = activations.Activations(found.hidden, found.head, found.labels)
+    return activations.first(whole, path, n=n, v=v)
 
 
 def line(row: Row) -> str:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import pathlib
+import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -84,9 +86,17 @@ def save(inputs: Inputs, path: pathlib.Path) -> None:
     np.savez(path, labels=inputs.labels, kind=inputs.kind, **arrays)
 
 
+def open_numpy(path: pathlib.Path) -> Any:
+    """What `np.load` gives; ValueError names the path where that is none of NumPy's files."""
+    try:
+        return np.load(path)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a file of NumPy arrays, or a damaged one") from error
+
+
 def load(path: pathlib.Path, dtype: str | None = None) -> Inputs:
     """Reads an .npz file with `hidden`, `head` and `labels`; float arrays are cast to `dtype`."""
-    with np.load(path) as file:
+    with open_numpy(path) as file:
         arrays = {name: file[name] for name in file.files}
     for name in ("hidden", "head"):
         if (bits := arrays.pop(f"{name}_bfloat16", None)) is not None:

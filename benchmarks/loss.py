@@ -8,15 +8,14 @@ for fwdbwd; its share, and "× matmul", are against a bare product E·Cᵀ timed
 
 import argparse
 import itertools
-import pathlib
 import sys
 
 import jax
 
-from benchmarks import cases, errors, inputs, report, runner
+from benchmarks import cases, errors, flags, inputs, report, runner
 from benchmarks.jax_framework import JaxFramework
 from benchmarks.jax_losses import LOSSES
-from benchmarks.settings import MODES, Run, Settings, gradient_filter, positive
+from benchmarks.settings import MODES, Run, Settings, gradient_filter
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             total += measured
             if options.json:  # after each case, so that an interrupted run leaves what it has
                 report.write(total, options.json)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"benchmarks.loss: {error}", file=sys.stderr)
         return 2
     return 0 if total.rows else 1
@@ -71,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--n",
         nargs="+",
-        type=int,
+        type=flags.count,
         default=[None],
         help="tokens, instead of the case's own number",
     )
@@ -113,15 +112,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"{inputs.CHOICES}; default %(default)s",
     )
     add("--dtype", help="bfloat16 or float32; bfloat16 unless on a CPU")
-    add("--seed", type=int, default=0, help="of the random inputs; default 0")
+    add("--seed", type=flags.seed, default=0, help="of the random inputs; default 0")
     add(
         "--seconds",
-        type=positive,
+        type=flags.positive,
         default=2.0,
         help="about how long to time each row; default 2",
     )
     add("--errors", action="store_true", help="compare the gradients with exact ones in float32")
-    add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
+    add("--json", type=flags.new_file, metavar="FILE", help="write the rows there")
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")
     return parser.parse_args(arguments)
 

@@ -1,7 +1,7 @@
 """What to measure: one implementation of the loss, in one mode, with one set of options."""
 
-import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,16 @@ class Settings:
     vocab_order: bool = False
     """Whether a permutation of the vocabulary is handed over, made before the clock starts."""
     stats: bool = False
+
+    def __post_init__(self) -> None:
+        # Here and not in the loss alone, because most peers would compute something.
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label smoothing must be in [0, 1], not {self.label_smoothing}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be finite and above 0, not {self.softcap}")
+        epsilon = self.gradient_filter
+        if not (epsilon is None or isinstance(epsilon, str) or 0 <= epsilon < 1):
+            raise ValueError(f"gradient filter must be in [0, 1), not {epsilon}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +96,6 @@ def gradient_filter(text: str) -> float | str | None:
         raise ValueError(
             f"gradient filter {text!r}; must be auto, none (exact), fused or a number ε"
         ) from None
-
-
-def positive(text: str) -> float:
-    """A number above 0 from a command line."""
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return number
 
 
 def run_from_json(fields: dict[str, Any]) -> Run:

@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks import cases, inputs, report, runner, worker
+from benchmarks import cases, flags, inputs, report, runner, worker
 from benchmarks.report import Report, Row
-from benchmarks.settings import MODES, Mode, Run, Settings, positive
+from benchmarks.settings import MODES, Mode, Run, Settings
 
 LABEL_SMOOTHING = 0.1
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         if options.from_files:
-            measured = sum(map(report.read, options.from_files), Report())
+            measured = one_case(sum(map(report.read, options.from_files), Report()))
         else:
             case = cases.find(options.case, options.n)
             data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.lines,
                 options.json,
             )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"benchmarks.table: {error}", file=sys.stderr)
         return 2
     print(markdown(measured))
@@ -88,21 +88,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"one of {', '.join(cases.CASES)}; default %(default)s",
     )
-    add("--n", type=int, help="tokens, instead of the case's own number")
+    add("--n", type=flags.count, help="tokens, instead of the case's own number")
     add(
         "--inputs",
         default="peaked",
         help=f"{inputs.CHOICES}; default %(default)s",
     )
     add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
-    add("--seed", type=int, default=0, help="of the random inputs; default 0")
+    add("--seed", type=flags.seed, default=0, help="of the random inputs; default 0")
     add(
         "--seconds",
-        type=positive,
+        type=flags.positive,
         default=2.0,
         help="about how long to time each row; default 2",
     )
-    add("--json", type=pathlib.Path, metavar="FILE", help="write the rows there")
+    add("--json", type=flags.new_file, metavar="FILE", help="write the rows there")
     add(
         "--from",
         dest="from_files",
@@ -126,7 +126,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="only lines whose title contains one of these; by default all",
     )
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.from_files and options.json:
+        parser.error("--from measures nothing that --json could keep: leave one of them out")
+    for part in options.lines:
+        if not any(part in line.title for line in LINES):
+            titles = ", ".join(line.title for line in LINES)
+            parser.error(f"--lines: no title contains {part!r}; the titles are {titles}")
+    return options
+
+
+def one_case(rows: Report) -> Report:
+    """The rows again; ValueError if they are not of one case, of which alone a table can be."""
+    of = {f"{row.case} at N = {row.n:,}, {row.dtype}, {row.inputs} inputs" for row in rows.rows}
+    if len(of) > 1:
+        raise ValueError(
+            f"rows of one case are wanted, not of {'; '.join(sorted(of))}."
+            " Several cases are for python -m benchmarks.everywhere --from"
+        )
+    return rows
 
 
 def measure(

@@ -18,7 +18,6 @@ import functools
 import importlib.metadata
 import itertools
 import json
-import pathlib
 import platform
 import sys
 from collections.abc import Callable, Iterable
@@ -31,8 +30,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import activations, cases, inputs, memory, runner, timing
-from benchmarks.settings import positive
+from benchmarks import activations, cases, flags, inputs, memory, runner, timing
 from lsce import hopper
 from lsce.hopper import tiles
 from lsce.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
@@ -367,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
             if reason := hopper.BACKEND.refuses(problem_of(case)):
                 raise ValueError(f"{hopper.BACKEND.name} {reason}")
         entries = tune_all(shapes, options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"benchmarks.tune: {error}", file=sys.stderr)
         return 2
     print("\n".join(entries))
@@ -417,7 +415,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"any of {', '.join(cases.CASES)}",
     )
-    add("--n", type=int, help="tokens, instead of the case's own number")
+    add("--n", type=flags.count, help="tokens, instead of the case's own number")
     add(
         "--stage",
         nargs="+",
@@ -432,7 +430,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--seconds",
-        type=positive,
+        type=flags.positive,
         default=0.5,
         help="about how long to time each; default 0.5",
     )
@@ -444,7 +442,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="most temporaries of a winner, relative to where its stage began; default 1.25, and "
         "never so much that a quarter of naive optax's memory is exceeded",
     )
-    add("--json", type=pathlib.Path, metavar="FILE", help="write all trials there")
+    add("--json", type=flags.new_file, metavar="FILE", help="write all trials there")
     add("--commit", help="recorded instead of git's answer, where the checkout has no git")
     return parser.parse_args(arguments)
 

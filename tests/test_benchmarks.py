@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import cases, errors, inputs, loss, memory, report, runner, timing
+from benchmarks import cases, errors, inputs, loss, memory, report, runner, table, timing
 from benchmarks.jax_framework import JaxFramework
 from benchmarks.jax_losses import LOSSES
 from benchmarks.settings import Run, Settings, gradient_filter, run_from_json, unsupported
@@ -318,13 +319,13 @@ def test_what_cannot_run_is_skipped_with_a_reason_and_the_rest_goes_on(small: in
         Run("naive-integer", "fwd", smoothed),
         Run("jax-cce", "fwd", smoothed),
         Run("naive", "fwd", Settings(stats=True)),
-        Run("auto", "fwd", Settings(label_smoothing=7.0)),
+        Run("auto", "fwd", Settings(gradient_filter="most")),
         Run("naive", "fwd", smoothed),
     )
     assert [row.run.implementation for row in outcome.rows] == ["naive"]
     reasons = [skipped.reason for skipped in outcome.skipped]
     assert reasons[:3] == ["has no smoothing", "has no smoothing", "has no statistics"]
-    assert "7.0" in reasons[3]
+    assert "most" in reasons[3]
 
 
 def test_an_absent_peer_is_skipped_by_name(small: inputs.Inputs, monkeypatch: pytest.MonkeyPatch):
@@ -350,8 +351,8 @@ def test_refusals_name_every_missing_option():
 
 
 def test_a_report_survives_its_file(tmp_path: pathlib.Path, small: inputs.Inputs):
-    runs = Run("auto", "fwd", Settings(gradient_filter=None)), Run("auto", "fwd", Settings(7.0))
-    outcome = measured(small, *runs)
+    exact, smoothed = Settings(gradient_filter=None), Settings(0.1)
+    outcome = measured(small, Run("auto", "fwd", exact), Run("naive-integer", "fwd", smoothed))
     assert len(outcome.rows) == len(outcome.skipped) == 1
     path = tmp_path / "folder" / "report.json"
     report.write(outcome, path)
@@ -414,6 +415,10 @@ def test_one_command_measures_the_whole_grid(
         ("--inputs spiky", "must be one of flat, peaked"),
         ("--inputs absent.npz", "absent.npz"),
         ("--dtype int8", "must be one of bfloat16, float32"),
+        ("--label-smoothing 0 2", "label smoothing must be in [0, 1], not 2.0"),
+        ("--label-smoothing nan", "label smoothing must be in [0, 1], not nan"),
+        ("--softcap 0", "softcap must be finite and above 0, not 0.0"),
+        ("--gradient-filter 1", "gradient filter must be in [0, 1), not 1.0"),
     ],
 )
 def test_a_wrong_flag_is_named_with_the_valid_values(
@@ -421,6 +426,39 @@ def test_a_wrong_flag_is_named_with_the_valid_values(
 ):
     assert loss.main(flags.split()) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--json .", "argument --json: '.' is a folder: name a file"),
+        ("--json FILE/rows.json", "which is a file"),
+        ("--n 0", "argument --n: 0 must be at least 1"),
+        ("--seed -1", "argument --seed: -1 must be at least 0"),
+        ("--seconds inf", "argument --seconds: inf must be finite and above 0"),
+    ],
+)
+@pytest.mark.parametrize("main", [loss.main, table.main], ids=["loss", "table"])
+def test_a_value_that_no_module_takes_is_refused_before_anything_is_measured(
+    main: Callable[[list[str]], int],
+    flags: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(flags.replace("FILE", str(tmp_path / "file")).split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_numpy_s_is_named(tmp_path: pathlib.Path):
+    for name in ("x.npz", "hidden.npy"):
+        (tmp_path / name).write_text("no array")
+        path = tmp_path / name if name.endswith("z") else tmp_path
+        with pytest.raises(ValueError, match=rf"{name} is not a file of NumPy arrays"):
+            inputs.of(str(path), SMALL, "float32")
 
 
 def test_a_run_without_any_row_fails(capsys: pytest.CaptureFixture[str]):

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks import activations, everywhere, report
+from benchmarks import activations, cases, everywhere, report
 from benchmarks.report import Report
 
 
@@ -58,7 +58,11 @@ def test_the_last_measurement_counts(measured: Report):
     assert "commit abc, def" in text
 
 
-def test_real_activations_come_from_a_folder(tmp_path: pathlib.Path):
+def test_real_activations_come_from_a_folder(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
     rng = np.random.default_rng(0)
     d, v = 96, 1021
     np.save(tmp_path / "hidden.npy", rng.integers(0x3F00, 0x3F80, (40, d)).astype(np.uint16))
@@ -66,6 +70,10 @@ def test_real_activations_come_from_a_folder(tmp_path: pathlib.Path):
     np.save(tmp_path / "head_q0.npy", rng.integers(-9, 9, (v, d)).astype(np.int8))
     np.save(tmp_path / "head_scales.npy", np.full((v, d // 32), 0.01, np.float16))
     assert len(activations.read(tmp_path).labels) == 40
+    command = ["--case", "tiny", "--n", "32", "--real", f"tiny={tmp_path}"]
+    assert everywhere.main(command) == 2
+    assert "holds a head (1021, 96), not (1021, 72) of tiny" in capsys.readouterr().err
+    monkeypatch.setitem(cases.CASES, "tiny", cases.Case("tiny", 127, d, v))
     measured = everywhere.measure("tiny", (32, 64), seconds=0.01, commit="abc", folder=tmp_path)
     assert [(row.n, row.inputs) for row in measured.rows] == [(32, "real")] * 2
     assert "holds 40 tokens, not 64" in everywhere.markdown(measured)
@@ -89,3 +97,31 @@ def test_mistakes_are_named(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         everywhere.main(["--real", "somewhere"])
     assert "CASE=FOLDER" in capsys.readouterr().err
+    for flags, message in (
+        (["--real", f"tiny={tmp_path}"], f"--real tiny={tmp_path}, but --case is gemma2-2b"),
+        (["--real", f"gemma2-2b={tmp_path}"], f"there is no {tmp_path / 'hidden.npy'}"),
+        (
+            ["--from", "a.json", "--json", "b.json"],
+            "--from measures nothing that --json could keep",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            everywhere.main(flags)
+        assert message in capsys.readouterr().err
+
+
+def test_other_rows_of_a_file_are_not_taken_for_these(
+    measured: Report, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    ours = measured.rows[0]
+    fused = dataclasses.replace(ours.run.settings, gradient_filter="fused")
+    other = dataclasses.replace(
+        ours, run=dataclasses.replace(ours.run, settings=fused), matmul_ratio=12.34
+    )
+    path = tmp_path / "rows.json"
+    report.write(measured + Report(rows=(other,)), path)
+    assert everywhere.main(["--from", str(path)]) == 0
+    assert capsys.readouterr().out == everywhere.markdown(measured) + "\n"
+    report.write(Report(rows=(other,)), path)
+    assert everywhere.main(["--from", str(path)]) == 2
+    assert "no row is of " in capsys.readouterr().err

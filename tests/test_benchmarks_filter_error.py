@@ -1,5 +1,6 @@
 """The errors of a filter worked out on a CPU: against NumPy on the tiles that the plan names."""
 
+import json
 import pathlib
 
 import jax.numpy as jnp
@@ -87,6 +88,30 @@ def test_the_default_filter_is_the_backends(arrays: activations.Activations):
 def test_a_filter_that_is_no_probability_is_refused(arrays: activations.Activations):
     with pytest.raises(ValueError, match="ε = 32 must be above 0 and below 1"):
         filter_error.measure("drawn", arrays, 32.0)
+
+
+def test_arrays_of_one_s_own_come_in_one_file(
+    arrays: activations.Activations, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "mine.npz"
+    hidden, head = (np.asarray(x, np.float32) for x in arrays[:2])
+    np.savez(path, hidden=hidden, head=head, labels=arrays.labels)
+    rows = tmp_path / "new" / "rows.json"
+    command = [str(path), "--n", str(N), "--power", "-5", "--commit", "abc", "--json", str(rows)]
+    assert filter_error.main(command) == 0
+    (row,) = json.loads(rows.read_text())
+    expected = filter_error.measure("mine.npz", arrays, 2.0**-5, "abc")
+    assert row == {**expected._asdict(), "time": row["time"]}
+    assert capsys.readouterr().out.startswith("mine.npz: N, V = 256, 500: ε = 2^-5.00")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--power", "1e9"], ["--power", "0"], ["--n", "-128"], ["--v", "-5"], ["--json", "."]]
+)
+def test_a_wrong_number_is_named(flags: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        filter_error.main(["folder", *flags])
+    assert f"argument {flags[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("n", [0, 100])

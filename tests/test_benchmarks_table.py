@@ -147,3 +147,21 @@ def test_a_wrong_name_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "must be one of gemma2-2b" in capsys.readouterr().err
     assert table.main(["--from", "absent.json"]) == 2
     assert "absent.json" in capsys.readouterr().err
+    for flags, message in (
+        (["--lines", "ours"], "--lines: no title contains 'ours'; the titles are **lsce**, "),
+        (
+            ["--from", "a.json", "--json", "b.json"],
+            "--from measures nothing that --json could keep",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            table.main(flags)
+        assert message in capsys.readouterr().err
+
+
+def test_rows_of_several_cases_make_no_table(capsys: pytest.CaptureFixture[str]):
+    results = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+    assert table.main(["--from", str(results / "h100-everywhere-0218359.json")]) == 2
+    said = capsys.readouterr()
+    assert "rows of one case are wanted, not of gemma2-2b at N = 2,048, bfloat16" in said.err
+    assert said.out == ""

@@ -388,8 +388,8 @@ def test_an_unknown_case_is_named(capsys):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--seconds", "-1"], "-1 must be above 0"),
-        (["--seconds", "nan"], "nan must be above 0"),
+        (["--seconds", "-1"], "-1 must be finite and above 0"),
+        (["--seconds", "nan"], "nan must be finite and above 0"),
         (["--memory", "0.5"], "0.5 must be at least 1"),
         (["--stage", "fused"], "invalid choice: 'fused'"),
     ],

@@ -188,8 +188,8 @@ def cut_rows_after(metrics: Path, step: int) -> set[int]:
                 continue
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{metrics}:{number} is not a row of metrics: {line[:80]!r}. Remove the line, or the"
-                " file, to go on"
+                f"{metrics}:{number} is not a row of metrics: {line[:80]!r}."
+                " Remove the line to go on"
             ) from error
         kept.append(line)
         if any(name.startswith(HELD_OUT) for name in row):
