@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lsce import backends, formula, sharding
-from lsce.arguments import number
+from lsce.arguments import array, boolean, integer, number
 from lsce.problem import GradientFilter, HeadLayout, Problem
 
 Reduction = Literal["mean", "sum", "none"]
@@ -66,7 +66,8 @@ def linear_cross_entropy(
         gradients in the forward pass (on Hopper a token with a loss above 104 nats then makes the
         loss infinite), "auto" leaves it to the backend.
       vocab_order: a permutation of the classes by how active they are (`lsce.vocabulary_order`);
-        it may speed a backend up and changes no result.
+        a hint that may change a backend's speed, and no exact result. Which probabilities below
+        the gradient filter are dropped may depend on it.
       return_stats: also return a `TokenStats`, from the same pass.
       implementation: "auto" or a backend's name; `lsce.explain` says which and why.
 
@@ -94,10 +95,11 @@ def linear_cross_entropy(
     >>> print(f"{linear_cross_entropy(hidden, head, jnp.array([0]), label_smoothing=0.1):.4f}")
     0.3633
     """
-    hidden, head = jnp.asarray(hidden), jnp.asarray(head)
+    hidden, head = array("hidden", hidden), array("head", head)
     y: Any = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     bias, weights, vocab_order = (
-        None if x is None else jnp.asarray(x) for x in (bias, weights, vocab_order)
+        None if x is None else array(name, x)
+        for name, x in (("bias", bias), ("weights", weights), ("vocab_order", vocab_order))
     )
     problem = _problem(
         hidden,
@@ -165,8 +167,9 @@ def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Exp
     call.apply_defaults()
     given = call.arguments
     for name in ("hidden", "head", "labels", "bias", "weights", "vocab_order"):
-        if given[name] is not None and not hasattr(given[name], "dtype"):
-            given[name] = jnp.asarray(given[name])  # a list or a number
+        left_out = given[name] is None and name in ("bias", "weights", "vocab_order")
+        if not left_out and not hasattr(given[name], "dtype"):
+            given[name] = array(name, given[name])  # a list, or a mistake
     options = dict(call.kwargs)
     implementation = options.pop("implementation")
     return backends.explain(_problem(*call.args, **options), implementation)
@@ -178,6 +181,11 @@ def check_labels(labels: Any, vocab_size: int, *, ignore_index: int = -100) -> N
     Looks at the values on the host, so it takes concrete arrays only: under `jit` the loss itself
     turns NaN at such a label. TypeError for labels that are not integers or are traced.
     """
+    vocab_size, ignore_index = (
+        integer(name, x) for name, x in (("vocab_size", vocab_size), ("ignore_index", ignore_index))
+    )
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size}; must be at least 1")
     if isinstance(labels, Tracer):
         raise TypeError(
             "check_labels reads values, and these labels are traced: call it outside jit"
@@ -206,9 +214,9 @@ def _problem(
     **options: Any,
 ) -> Problem:
     """Checks one call, of which only shapes, dtypes and Python values are read."""
-    for name, array in {"hidden": hidden, "head": head, "bias": bias}.items():
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {array.dtype}; must be a float dtype")
+    for name, x in {"hidden": hidden, "head": head, "bias": bias}.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} has dtype {x.dtype}; must be a float dtype")
     _require_integers(labels)
     if hidden.ndim < 1 or hidden.shape[:-1] != labels.shape:
         raise ValueError(
@@ -247,10 +255,8 @@ def _problem(
             "gradient_filter='fused' makes the gradients before it knows a token's cotangent: "
             "reduction='none' needs another filter, or take 'sum' or 'mean'"
         )
-    if not isinstance(options["return_stats"], bool):
-        raise TypeError(f"return_stats={options['return_stats']!r}; must be True or False")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)):
-        raise TypeError(f"ignore_index={ignore_index!r}; must be a Python int")
+    boolean("return_stats", options["return_stats"])
+    ignore_index = integer("ignore_index", ignore_index)
     if not INT32.min < ignore_index < INT32.max:
         raise ValueError(f"ignore_index={ignore_index}; must lie strictly inside int32")
     for name in ("label_smoothing", "logit_scale", "z_loss"):

@@ -28,7 +28,8 @@ class Backend(Protocol):
     labels[n] = −1 says that token n has no loss: its loss and statistics are 0, and so are its
     gradients even where its hidden row is NaN. The cotangent of such a token is multiplied by 0
     and not dropped: the API marks a call with an invalid label by a NaN cotangent, which must
-    reach the gradients. `vocab_order` may change the speed and never the result.
+    reach the gradients. `vocab_order` may change the speed, and which of the probabilities below
+    the filter are dropped; nothing else.
     """
 
     name: str

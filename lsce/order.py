@@ -11,7 +11,7 @@ def vocabulary_order(
 
     `activity` is how often each token occurs in the data (`jnp.bincount(tokens, length=V)`) or its
     mean logit over some tokens (`head @ hidden.mean(0)`). Pass the result to
-    `lsce.linear_cross_entropy(..., vocab_order=...)`; it changes the speed and never the result.
+    `lsce.linear_cross_entropy(..., vocab_order=...)`; it may change the speed, and no exact result.
     Raises ValueError unless `activity` has one axis.
     """
     activity = jnp.asarray(activity)

@@ -68,6 +68,27 @@ def test_the_histogram_s_legend_stands_where_few_samples_are(confident):
     assert (middle < 0.5) == confident
 
 
+@pytest.mark.parametrize(("scale", "power"), [(1.0, 2.0), (0.4, 0.3)])
+def test_no_dot_lies_under_the_legend(scale, power):
+    confidence, _ = samples()
+    confidence *= scale
+    correct = np.random.default_rng(1).random(len(confidence)) < confidence**power
+    figure = reliability_diagram(confidence, correct)
+    figure.canvas.draw()
+    ax = figure.axes[0]
+    (dots,) = (line for line in ax.lines if line.get_marker() == "o")
+    legend = ax.get_legend().get_window_extent()
+    places = ax.transData.transform(np.stack(dots.get_data(), axis=1))
+    assert len(places) > 4
+    assert not any(legend.contains(x, y) for x, y in places)
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_a_path_that_names_no_file_is_refused(path):
+    with pytest.raises(ValueError, match=f"path='{path}' must name a file"):
+        reliability_diagram(*samples(), path=path)
+
+
 def test_a_machine_however_slow_draws_without_a_warning(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(time, "perf_counter", itertools.count(0.0, 10.0).__next__)

@@ -155,6 +155,8 @@ def test_interval_mistakes_are_named():
         interval(mean, x, samples=0)
     with pytest.raises(ValueError, match=r"level must lie in \(0, 1\), got 95"):
         interval(mean, x, level=95)
+    with pytest.raises(TypeError, match=r"key=0; must be a key such as jax.random.key\(0\)"):
+        calibration.bootstrap_interval(mean, x, key=0)
     with pytest.raises(ValueError, match=r"method must be .* got 'bca'"):
         interval(mean, x, method="bca")
     with pytest.raises(ValueError, match="confidence must be a probability"):

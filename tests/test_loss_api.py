@@ -47,6 +47,10 @@ REFUSED = {
         TypeError,
         "hidden has dtype int32",
     ),
+    "no head": ({"head": None}, TypeError, "head=None; must be an array"),
+    "hidden states in words": ({"hidden": "E"}, TypeError, "hidden='E'; must be an array"),
+    "no labels": ({"labels": None}, TypeError, "labels"),
+    "bias in words": ({"bias": "b"}, TypeError, "bias='b'; must be an array"),
     "integer head": ({"head": zeros(V, D, dtype=np.int8)}, TypeError, "head has dtype int8"),
     "integer bias": ({"bias": zeros(V, dtype=np.int32)}, TypeError, "bias has dtype int32"),
     "bias of another V": ({"bias": zeros(V + 1)}, ValueError, r"\(12,\).*\(11,\)"),
@@ -96,7 +100,9 @@ def test_refusals_name_the_value(changes, error, message):
         lsce.linear_cross_entropy(**arguments(**changes))
     # The same words without any array: nothing was computed or compiled to find out.
     shapes = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype) if name in ("hidden", "head", "labels") else x
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        if name in ("hidden", "head", "labels") and isinstance(x, np.ndarray)
+        else x
         for name, x in arguments(**changes).items()
     }
     with pytest.raises(error, match=message):
@@ -200,6 +206,15 @@ class TestCheckLabels:
             ValueError, match=r"2 of 6 labels.*\[0, 11\).*the first is 11 at \[0, 2\]"
         ):
             lsce.check_labels(np.array([[0, -100, 11], [-1, 3, 4]]), V)
+
+    def test_a_number_of_classes_that_is_none_is_refused(self):
+        for size, error in ((0, ValueError), ("32", TypeError), (np.nan, TypeError)):
+            with pytest.raises(error, match=f"vocab_size={size!r}"):
+                lsce.check_labels(np.zeros(3, np.int32), size)
+        with pytest.raises(TypeError, match="vocab_size=array"):
+            lsce.check_labels(V, np.zeros(3, np.int32))
+        with pytest.raises(TypeError, match="ignore_index=None"):
+            lsce.check_labels(np.zeros(3, np.int32), V, ignore_index=None)
 
     def test_floats_and_tracers_are_refused(self):
         with pytest.raises(TypeError, match="float64"):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real
 
+from lsce.arguments import boolean
 from lsce.calibration import validate
 from lsce.calibration.bins import bin_samples
 
@@ -53,7 +54,9 @@ def expected_calibration_error(
     '0.1000'
     """
     samples = validate.samples(confidence, correct, weights)
-    table = bin_samples(*samples, validate.positive_int("bins", bins), equal_mass)
+    table = bin_samples(
+        *samples, validate.positive_int("bins", bins), boolean("equal_mass", equal_mass)
+    )
     return jnp.sum(table.share * jnp.abs(table.gap))
 
 
@@ -73,7 +76,9 @@ def maximum_calibration_error(
     Source: Naeini et al., 2015, https://doi.org/10.1609/aaai.v29i1.9602.
     """
     samples = validate.samples(confidence, correct, weights)
-    table = bin_samples(*samples, validate.positive_int("bins", bins), equal_mass)
+    table = bin_samples(
+        *samples, validate.positive_int("bins", bins), boolean("equal_mass", equal_mass)
+    )
     return jnp.max(jnp.abs(table.gap))
 
 

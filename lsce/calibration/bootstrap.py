@@ -65,6 +65,8 @@ def bootstrap_interval(
     tail = (1 - validate.unit_interval("level", level, open_ends=True)) / 2
     if method not in ("percentile", "basic"):
         raise ValueError(f'method must be "percentile" or "basic", got {method!r}')
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key={key!r}; must be a key such as jax.random.key(0)")
     data = tuple(validate.to_array(x) for x in arrays)
     lengths = [x.shape[:1] for x in data]
     if not data or lengths != lengths[:1] * len(data) or lengths[0] in ((), (0,)):

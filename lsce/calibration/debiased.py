@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Real
 
+from lsce.arguments import boolean
 from lsce.calibration import validate
 from lsce.calibration.bins import bin_samples
 from lsce.calibration.bootstrap import Interval, bootstrap_interval
@@ -37,7 +38,7 @@ def debiased_l2(
     samples = validate.samples(confidence, correct)
     table = bin_samples(*samples, validate.positive_int("bins", bins), equal_mass=True)
     squared = jnp.square(table.gap)
-    if debias:
+    if boolean("debias", debias):
         accuracy = table.correct / jnp.maximum(table.weight, 1)
         chance = accuracy * (1 - accuracy) / jnp.maximum(table.weight - 1, 1)
         alone = (table.weight == 1) & ~jnp.isnan(squared)

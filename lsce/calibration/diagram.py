@@ -52,10 +52,13 @@ def reliability_diagram(
       The figure, which no global state of pyplot knows of.
 
     Raises ImportError without matplotlib (`pip install "lsce[plot]"`), ValueError as
-    `CalibrationState.update` does. No samples are no error: the diagram then says so.
+    `CalibrationState.update` does and for a path that names no file. No samples are no error: the
+    diagram then says so.
 
     Source: DeGroot and Fienberg, 1983; Guo et al., 2017, https://arxiv.org/abs/1706.04599.
     """
+    if path is not None and (not os.fspath(path) or os.path.isdir(path)):
+        raise ValueError(f"path={os.fspath(path)!r} must name a file")
     if isinstance(confidence, CalibrationState):
         if correct is not None:
             raise TypeError("correct must be left out when a CalibrationState is given")
@@ -148,7 +151,10 @@ def _draw_accuracy(ax: Axes, result: CalibrationResult) -> None:
         )
     ax.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     ax.tick_params(labelbottom=False)
-    ax.legend(loc="upper left", fontsize="x-small", framealpha=0.95)
+    # Bars reach into the upper left only where a model is under-confident and unsure.
+    unsure = result.confidence < min(result.accuracy, 0.5)
+    place = "lower right" if unsure else "upper left"
+    ax.legend(loc=place, fontsize="x-small", framealpha=0.95)
 
 
 def _draw_histogram(ax: Axes, result: CalibrationResult) -> None:

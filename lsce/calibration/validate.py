@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from lsce.arguments import number
+from lsce.arguments import integer, number
 
 ROUNDING = 1e-6
 """How far above 1 a float32 softmax may round; such values are read as 1."""
@@ -37,11 +37,10 @@ def to_array(x: ArrayLike) -> Array:
 
 def positive_int(name: str, value: int) -> int:
     """`value`, refused unless it is a Python integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a Python integer, got {value!r} of {type(value).__name__}")
+    value = integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
+    return value
 
 
 def unit_interval(name: str, value: float, *, open_ends: bool = False) -> float:
