@@ -62,9 +62,11 @@ def linear_cross_entropy(
         "none" = w·L of each token.
       head_layout: "vd" for a head [V, D], "dv" for [D, V].
       gradient_filter: permission to drop small probabilities from the gradient, never from the
-        loss: None is exact, a float ε drops those below ε, "fused" lets a backend make the
+        loss: None is exact, a float ε drops those below ε, "fused" lets a backend make exact
         gradients in the forward pass (on Hopper a token with a loss above 104 nats then makes the
-        loss infinite), "auto" leaves it to the backend.
+        loss infinite; with a bias, statistics, smoothing under a softcap, or a V that is no
+        multiple of 256 they are made afterwards all the same, as `lsce.explain` says), "auto"
+        leaves it to the backend.
       vocab_order: a permutation of the classes by how active they are (`lsce.vocabulary_order`);
         a hint that may change a backend's speed, and no exact result. Which probabilities below
         the gradient filter are dropped may depend on it.
@@ -76,7 +78,8 @@ def linear_cross_entropy(
       (loss, TokenStats). Gradients come in the dtypes of the inputs, summed in float32.
       A label outside [0, V) that is not `ignore_index` makes its token's loss NaN, and with it the
       gradients; `lsce.check_labels` looks for such labels on the host.
-      Forward-mode differentiation needs implementation="reference"; others raise TypeError.
+      Forward-mode differentiation needs implementation="reference", where others raise TypeError,
+      and second derivatives need "chunked" or "reference".
 
     On a mesh of devices, outside `shard_map`, the call is that over all tokens; each device
     computes a part of them, with the whole head. Inside `shard_map` it is the device's own: a

@@ -66,6 +66,10 @@ class FusedBackend(Backend, Protocol):
         """Σ_n w_n·L_n, differentiable in the weights too."""
         ...
 
+    def unfused(self, problem: Problem) -> str | None:
+        """Why `weighted_sum` makes this problem's gradients afterwards; None if it does not."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -108,11 +112,15 @@ def choose(problem: Problem, implementation: Any = "auto") -> Backend:
 
 def explain(problem: Problem, implementation: Any = "auto") -> Explanation:
     """The choice of `choose` with the reason of every backend."""
-    chosen = choose(problem, implementation).name
-    reasons = {}
+    backend = choose(problem, implementation)
+    chosen, reasons = backend.name, {}
     for name in MODULES:
         if name == chosen:
             reasons[name] = "chosen: " + ("by name" if implementation == name else "the first able")
+            if problem.gradient_filter == "fused":
+                able = isinstance(backend, FusedBackend)
+                why = backend.unfused(problem) if able else f"{chosen} has no other way"
+                reasons[name] += f"; gradients are made afterwards: {why}" if why else ""
         else:
             reason = refusal(name, problem)
             reasons[name] = f"refuses: {reason}" if reason else "able, not needed"

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import Candidate, Case, assert_no_worse, assert_stats, case, ours
-from hypothesis import HealthCheck, example, given, settings
+from contract import Candidate, Case, Inputs, assert_no_worse, assert_stats, case, ours
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
-from lsce import hopper
+from lsce import backends, hopper
 from lsce.hopper import filtering, fused, handover, marks, plan, stretches, tiles
 from lsce.hopper.forward import Sums
 from lsce.hopper.gradients import Call
@@ -33,6 +33,15 @@ H100 = "NVIDIA H100 80GB HBM3"
 def strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def sixty_four_bits():
+    """For all threads, the interpreter's among them, as `jax.enable_x64` is not."""
+    jax.config.update("jax_enable_x64", True)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_enable_x64", False)
 
 
 def problem(**changes) -> Problem:
@@ -91,6 +100,77 @@ def test_filtered(options):
         assert (got.stats.below_filter[this.inputs.labels >= 0] > 0.9).all()
     else:
         assert 0 < got.stats.below_filter.mean() < 0.1
+
+
+@pytest.mark.slow
+def test_what_is_no_class_is_not_smoothed():
+    """The last tile is computed, and what fills it up there stands for a class unlike the others:
+    under the cap its slope is 0, while theirs is 1."""
+    this = case((150, 64, 600), "bfloat16", label_smoothing=0.5, softcap=5.0, spread=0.1)
+    head = this.inputs.head.copy()
+    head[-1] = 3 * np.sign(this.inputs.hidden.astype(np.float32).mean(0))
+    this = Case(this.inputs._replace(head=head), this.options)
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=2.0**-2)
+    assert (got.stats.below_filter[this.inputs.labels >= 0] > filtering.FLAT).all()
+    assert_no_worse(got, this)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epsilon", [None, 2.0**-12])
+def test_a_large_bias_does_not_reach_the_rows_that_fill_a_block(epsilon):
+    """Their logits are the bias, and its exponential is infinite in float32."""
+    this = case((20, 64, 131), "bfloat16", label_smoothing=0.1, bias=True)
+    bias = this.inputs.bias.copy()
+    bias[7] = 200.0
+    this = Case(this.inputs._replace(bias=bias), this.options)
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
+    assert_no_worse(got, this)
+    for name, true in this.truth.grads.items():
+        error = np.linalg.norm(got.grads[name].astype(np.float64) - true)
+        assert error < 0.01 * np.linalg.norm(true), name
+
+
+@pytest.mark.slow
+def test_a_given_order_changes_the_gradients_within_what_the_filter_may():
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((150, 64)).astype(jnp.bfloat16)
+    head = (rng.standard_normal((1000, 64)) * 5 / 8).astype(jnp.bfloat16)
+    labels = (hidden.astype(np.float32) @ head.astype(np.float32).T).argmax(1)
+    this = Case(Inputs(hidden, head, labels.astype(np.int32)), {"label_smoothing": 0.1})
+    order = rng.permutation(1000).astype(np.int32)
+    with hopper.interpreted():
+        plain, ordered = (
+            ours(CANDIDATE, this.inputs, **this.options, gradient_filter=2.0**-6, **changes)
+            for changes in ({}, {"vocab_order": order})
+        )
+    assert plain.value == ordered.value
+    assert np.any(plain.grads["head"] != ordered.grads["head"])
+    for got in (plain, ordered):
+        for name, true in this.truth.grads.items():
+            error = np.linalg.norm(got.grads[name].astype(np.float64) - true)
+            assert error < 0.05 * np.linalg.norm(true), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gradient_filter", "bias"), [(None, True), (2.0**-12, True), ("fused", False)]
+)
+def test_64_bit_mode_changes_nothing(gradient_filter, bias, sixty_four_bits):
+    this = case((40, 64, 256), "bfloat16", label_smoothing=0.1, weights=True, bias=bias)
+    options = this.options | {"gradient_filter": gradient_filter, "return_stats": False}
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **options)
+        jax.config.update("jax_enable_x64", False)
+        expected = ours(CANDIDATE, this.inputs, **options)
+    assert got.value.dtype == np.float32
+    np.testing.assert_allclose(got.value, expected.value, rtol=1e-6)
+    for name, grad in expected.grads.items():
+        assert got.grads[name].dtype == grad.dtype
+        tolerance = 1e-2 if grad.dtype == jnp.bfloat16 else 1e-5
+        distance = np.linalg.norm((got.grads[name] - grad).astype(np.float64))
+        assert distance < tolerance * np.linalg.norm(grad.astype(np.float64)), name
 
 
 @pytest.mark.slow
@@ -332,14 +412,63 @@ def test_fused_beyond_its_range_is_infinite_and_not_wrong():
     assert got.value == np.inf
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+def test_fused_removes_a_token_beyond_its_range(z_loss):
+    this = case((40, 64, 256), "bfloat16", weights=True, z_loss=z_loss)
+    token = np.flatnonzero(this.inputs.labels >= 0)[0]
+    hidden, weights = this.inputs.hidden.copy(), this.inputs.weights.copy()
+    hidden[token] *= 100
+    weights[token] = 0.0
+    this = Case(this.inputs._replace(hidden=hidden, weights=weights), this.options)
+    assert this.truth.stats.loss[token] > 200
+    options = this.options | {"gradient_filter": "fused", "return_stats": False}
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **options)
+    assert_no_worse(got, this)
+    assert not np.any(got.grads["hidden"][token])
+
+
+@pytest.mark.slow
+def test_fused_scales_its_gradients_by_a_factor_that_bfloat16_does_not_hold():
+    given = case((40, 64, 256), "bfloat16").inputs
+
+    def loss(hidden, head, factor):
+        return factor * lsce.linear_cross_entropy(
+            hidden, head, given.labels, gradient_filter="fused", implementation="hopper"
+        )
+
+    with hopper.interpreted():
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        one, scaled = (
+            step(jnp.asarray(given.hidden), jnp.asarray(given.head), jnp.float32(factor))
+            for factor in (1.0, 0.7012)
+        )
+    for before, after in zip(one, scaled, strict=True):
+        before, after = (np.asarray(x, np.float64).ravel() for x in (before, after))
+        assert before @ after / (before @ before) == pytest.approx(0.7012, rel=1e-3)
+
+
 def test_fused_says_why_not():
-    p = problem()
-    call = Call(p, None, tiles.choose(p), ctas=132)
-    hidden, head = np.zeros((4, p.d)), np.broadcast_to(0.0, (p.v, p.d))
-    assert fused.refuses(call, hidden, head, None) is None
-    assert "bias" in fused.refuses(call, hidden, head, np.zeros(p.v))
-    capped = dataclasses.replace(call, problem=problem(softcap=30.0, label_smoothing=0.1))
-    assert "softcap" in fused.refuses(capped, hidden, head, None)
+    def reason(**changes) -> str | None:
+        changes = {"gradient_filter": "fused"} | changes
+        return hopper.BACKEND.unfused(problem(**changes))
+
+    assert reason() is None
+    assert "bias" in reason(has_bias=True)
+    assert "statistics" in reason(return_stats=True)
+    assert "softcap" in reason(softcap=30.0, label_smoothing=0.1)
+    assert "multiples" in reason(v=50_257)
+    said = backends.explain(problem(gradient_filter="fused", has_bias=True)).reasons
+    assert said["hopper"] == (
+        "chosen: the first able; gradients are made afterwards: there is a bias"
+    )
+    assert backends.explain(problem(gradient_filter="fused")).reasons["hopper"] == (
+        "chosen: the first able"
+    )
+    on_a_cpu = problem(gradient_filter="fused", platform="cpu")
+    assert backends.explain(on_a_cpu).reasons["chunked"].endswith("chunked has no other way")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -465,6 +594,24 @@ def test_refusals_name_what_is_missing():
     assert "A100" in refuses(problem(chip="NVIDIA A100-SXM4-80GB"))
     assert "float32" in refuses(problem(head_dtype=np.dtype(np.float32)))
     assert "GH100X" in refuses(problem(chip="NVIDIA GH100X"))
+    assert refuses(problem(softcap=1000.0)) is None
+    assert "softcap, too little for 1e+06" in refuses(problem(softcap=1e6))
+    assert refuses(problem(n=65_536, v=300_000)) is None
+    assert "not 1,048,576 × 262,144" in refuses(problem(n=2**20, v=2**18))
+
+
+@given(n=st.integers(1, 2**22), d=st.integers(1, 1024), v=st.integers(2, 2**21), most=st.booleans())
+def test_what_is_not_refused_is_counted_in_32_bits(n, d, v, most):
+    """The largest number in `plan.work`, where every pair is active."""
+    if most:
+        n = min((2**37 - 1) // v, 2**22)
+    p = problem(n=n, d=8 * d, v=v)
+    assume(hopper.BACKEND.refuses(p) is None)
+    sparse = tiles.choose(p).sparse
+    blocks, column_tiles = -(-n // 256) * 2, -(-v // sparse.tile_c)
+    slots = sparse.slots_for(blocks, column_tiles)
+    a_chunk = sparse.width // sparse.tile_c - 1
+    assert column_tiles * max(blocks * a_chunk, slots - blocks) < 2**31
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ from lsce.stats import TokenStats
 if TYPE_CHECKING:
     from lsce.hopper.gradients import Call
 
+HIGHEST_SOFTCAP = 1000.0
+MOST_LOGITS = 2**37
+"""N·V below which `plan.work` counts in int32, with the widest chunks of `tiles.heuristic`."""
+
 _interpreter: tuple[Any, tiles.Tiles] | None = None
 
 
@@ -41,7 +45,19 @@ class Hopper:
         dtypes = problem.hidden_dtype, problem.head_dtype
         if any(dtype != jnp.bfloat16 for dtype in dtypes):
             return "needs bfloat16 hidden and head, not {} and {}; cast them".format(*dtypes)
+        if problem.softcap is not None and problem.softcap > HIGHEST_SOFTCAP:
+            return (
+                f"computes a logit to 1e-7 of the softcap, too little for {problem.softcap:g}:"
+                f" at most {HIGHEST_SOFTCAP:g}"
+            )
+        if problem.n * problem.v >= MOST_LOGITS:
+            return f"counts at most 2^37 logits, not {problem.n:,} × {problem.v:,}"
         return None
+
+    def unfused(self, problem: Problem) -> str | None:
+        from lsce.hopper import fused
+
+        return fused.refuses(_call(problem))
 
     def token_losses(
         self,
@@ -81,7 +97,7 @@ class Hopper:
         from lsce.hopper import fused
 
         call, *arrays = _prepare(problem, hidden, head, labels)
-        if fused.refuses(call, arrays[0], arrays[1], bias) is None:
+        if fused.refuses(call) is None:
             padding = arrays[0].shape[0] - problem.n
             return fused.weighted_sum(call, *arrays, jnp.pad(weights, (0, padding))), None
         losses, stats = self.token_losses(problem, hidden, head, labels, bias, vocab_order)
@@ -95,6 +111,16 @@ def _prepare(
     problem: Problem, hidden: Array, head: Array, labels: Array
 ) -> tuple[Call, Array, Array, Array]:
     """The static side of a call, and the arrays in the form that the kernels take."""
+    if problem.head_layout == "dv":
+        head = head.T
+    # TMA's boxes: whole rows of 128 bytes, and more than one group of eight rows.
+    hidden = _pad(hidden, 8, 64)
+    head = _pad(head, 8, 64)
+    labels = jnp.pad(labels, (0, hidden.shape[0] - problem.n), constant_values=-1)
+    return _call(problem), hidden, head, labels
+
+
+def _call(problem: Problem) -> Call:
     from lsce.hopper.gradients import Call
 
     epsilon = problem.gradient_filter
@@ -106,13 +132,7 @@ def _prepare(
     if _interpreter is not None:
         interpret, small = _interpreter
         call = dataclasses.replace(call, interpret=interpret, tiles=small, ctas=2)
-    if problem.head_layout == "dv":
-        head = head.T
-    # TMA's boxes: whole rows of 128 bytes, and more than one group of eight rows.
-    hidden = _pad(hidden, 8, 64)
-    head = _pad(head, 8, 64)
-    labels = jnp.pad(labels, (0, hidden.shape[0] - problem.n), constant_values=-1)
-    return call, hidden, head, labels
+    return call
 
 
 @contextlib.contextmanager

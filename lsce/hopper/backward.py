@@ -13,6 +13,7 @@ has one owner that adds in a fixed order: the same inputs give the same bits.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -197,15 +198,8 @@ def probabilities(
                     column = plgpu.broadcasted_iota(
                         jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA
                     )
-                    if v % tile_c:
-                        # Only the last tile has columns that are no classes.
-                        end = v - t * tile_c - part.start
-                        p = lax.cond(
-                            end < z.shape[1],
-                            lambda p, column=column, end=end: jnp.where(column < end, p, 0.0),
-                            lambda p: p,
-                            p,
-                        )
+                    classes = functools.partial(_classes, column, v - t * tile_c - part.start)
+                    p = classes(p) if v % tile_c else p
                     kept = p.sum(axis=1) if kept is None else kept + p.sum(axis=1)
                     out = p
                     if not only_p:
@@ -214,7 +208,9 @@ def probabilities(
                     if slope is not None:
                         out = out * slope
                         if smooth:
-                            out = out - wide(of_row(s_gmem)) * (slope - wide(of_row(kappa_gmem)))
+                            slope = slope - wide(of_row(kappa_gmem))
+                            slope = classes(slope) if v % tile_c else slope
+                            out = out - wide(of_row(s_gmem)) * slope
                     there = pl.ds(left + part.start, z.shape[1])
                     store(out.astype(dtype), p_smem.at[wg], p_gmem.at[to, there])
                 kept_gmem[pl.ds(slot * BLOCK + begin, part_rows)] = kept
@@ -256,6 +252,14 @@ def probabilities(
         p_ref,
         kept_ref,
     )
+
+
+def _classes(column, end, x):
+    """x, but 0 in columns from `end` on: of the last tile, what is no class.
+
+    Gathered, such a column has a row of the head all the same, which a class has too.
+    """
+    return lax.cond(end < x.shape[1], lambda x: jnp.where(column < end, x, 0.0), lambda x: x, x)
 
 
 def change_entries(p_ref, row, column, value, *, ctas: int, interpret: Any) -> None:

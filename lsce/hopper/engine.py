@@ -213,7 +213,7 @@ def pieces(rows: int, columns: int) -> list[slice]:
 
 def share(count, ctas, cta):
     """How many of `count` items CTA number `cta` takes when it takes every `ctas`-th."""
-    return lax.div(count - 1 - cta + ctas, ctas)
+    return lax.div(count - 1 - cta + ctas, i32(ctas))
 
 
 def launch(

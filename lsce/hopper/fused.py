@@ -8,7 +8,8 @@
 so that nothing of P has to be touched again once l is known. The target enters as one changed entry
 a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1.
 
-Tokens without a loss cost nothing: the others come first, and only their blocks are computed.
+Tokens without a loss or of weight 0 cost nothing: the others come first, and only their blocks are
+computed. Where the weights' gradient is asked for, which is the losses, a forward pass makes those.
 
 P is bfloat16, N·V of it. Up to a size all of it is kept: that of the last columns lies where dC of
 the others will be, which is written last. Beyond that the tokens come in groups, and dC is carried
@@ -40,16 +41,16 @@ SHIFT = 16.0
 and e^−71 below which terms vanish. A token with a loss above 104 nats makes the loss infinite."""
 
 
-def refuses(call: Call, hidden: Any, head: Any, bias: Any) -> str | None:
+def refuses(call: Call) -> str | None:
     """Why the gradients are made afterwards, as in exact mode, in spite of the wish."""
     p, tiles = call.problem, call.tiles.fused
     if p.return_stats:
         return "the statistics need a pass of their own"
-    if bias is not None:
+    if p.has_bias:
         return "there is a bias"
     if call.dense_smoothing:
         return "smoothing under a softcap is not of rank 1"
-    if p.v % tiles.tile_c or head.shape[0] != p.v or hidden.shape[1] % tiles.head_d:
+    if p.v % tiles.tile_c or -(-p.d // 64) * 64 % tiles.head_d:
         return f"V and D are no multiples of the tiles {tiles.tile_c} and {tiles.head_d}"
     return None
 
@@ -115,19 +116,27 @@ class Storage(NamedTuple):
 
 
 def _fwd(call: Call, hidden, head, labels, weights):
-    wanted = Wanted.of(hidden, head, None)
+    wanted, of_weights = Wanted.of(hidden, head, None), weights.perturbed
     hidden, head, labels, weights = (x.value for x in (hidden, head, labels, weights))
+    dhidden, dhead = hidden[:1], head[:1]
     if wanted.hidden or wanted.head:
         losses, dhidden, dhead = _with_gradients(call, wanted, hidden, head, labels, weights)
-    else:  # the weights' gradient is the losses
-        losses, dhidden, dhead = _losses(call, hidden, head, labels), hidden[:1], head[:1]
-    saved = sharding.varying((dhidden, dhead, losses), like=hidden)
+        if of_weights:  # also of those that are 0
+            losses = _losses(call, hidden, head, labels)
+    else:
+        losses = _losses(call, hidden, head, labels)
+    dweights = formula.counted(weights, losses) if of_weights else losses[:1]
+    saved = sharding.varying((dhidden, dhead, dweights), like=hidden)
     return jnp.sum(formula.weighted(weights, losses)), (wanted.as_residuals(), *saved)
 
 
 def _with_gradients(call: Call, wanted: Wanted, hidden, head, labels, weights):
-    """The losses, dE and dC of their weighted sum; a row in place of one that nobody asked for."""
+    """The losses, dE and dC of their weighted sum; a row in place of one that nobody asked for.
+
+    The losses of tokens of weight 0 are 0.
+    """
     p, tiles = call.problem, call.tiles.fused
+    labels = jnp.where(weights == 0.0, -1, labels)
     rows = arrange(hidden, labels, places(labels), 2 * BLOCK)
     e, y, n = rows.hidden, rows.labels, rows.hidden.shape[0]
     w = jnp.zeros(n, jnp.float32).at[rows.place].set(weights, unique_indices=True)
@@ -194,8 +203,9 @@ def _gradients(
     work = plan.whole(
         blocks, live, p.v // tiles.tile_c, slots=storage.own * blocks, group=tiles.cluster
     )
-    ones, none = jnp.ones(rows), jnp.zeros(rows)
-    vectors = backward.Vectors(tokens.bound * LOG2E, ones, none, none, ones, jnp.full(rows, -1))
+    ones, none = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
+    no_target = jnp.full(rows, -1, jnp.int32)
+    vectors = backward.Vectors(tokens.bound * LOG2E, ones, none, none, ones, no_target)
     l = none
     for part in storage.parts:
         backward.probabilities(
@@ -269,7 +279,7 @@ def _gradients(
         )
     ends = [storage.dhead_ref[0, 0]] if wanted.head else []
     ends += [dh_ref[0, 0, 0]] if wanted.hidden else []
-    dh = jnp.zeros((0, d))
+    dh = jnp.zeros((0, d), jnp.float32)
     if wanted.hidden:
         dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * p.v)[:, None] * center[None, :]
     return lse, dh, _zero_after(*ends)
@@ -292,10 +302,17 @@ def _zero_after(*ends: Array) -> Int[Array, " 1"]:
 def _bwd(call: Call, saved, g):
     if isinstance(g, SymbolicZero):
         return None, None, None, None
-    wanted, dhidden, dhead, losses = saved
+    wanted, dhidden, dhead, dweights = saved
     wanted = Wanted.from_residuals(wanted)
-    of = lambda grad, asked: g.astype(grad.dtype) * grad if asked else None
-    return of(dhidden, wanted.hidden), of(dhead, wanted.head), None, g * losses
+    # In float32, since bfloat16 does not hold every g.
+    of = lambda grad, asked: (g * grad.astype(jnp.float32)).astype(grad.dtype) if asked else None
+    of_weights = dweights.shape[0] > 1  # of at least 16 tokens
+    return (
+        of(dhidden, wanted.hidden),
+        of(dhead, wanted.head),
+        None,
+        of(dweights, of_weights),
+    )
 
 
 weighted_sum.defvjp(_fwd, _bwd, symbolic_zeros=True)

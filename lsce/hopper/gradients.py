@@ -61,6 +61,7 @@ class Coefficients(NamedTuple):
     """One value a row, the cotangent included; 0 in rows without a loss."""
 
     lse: Float[Array, " rows"]
+    """∞ in rows without a loss."""
     a: Float[Array, " rows"]
     """Of p."""
     b: Float[Array, " rows"]
@@ -118,7 +119,8 @@ def coefficients(call: Call, saved: Saved, cotangent: Float[Array, " N"]) -> Coe
             mean_square = jnp.where(in_use, saved.sums.extra["mean_square_logit"], 0.0)
             kappa = formula.softcap_slope(p, jnp.sqrt(mean_square)) * jnp.ones_like(g)
     return Coefficients(
-        lse=lse,
+        # Infinite, so that p is 0: exp(z − 0) of a large bias is ∞, and ∞ · 0 would reach dC.
+        lse=jnp.where(in_use, lse, jnp.inf),
         a=g * formula.softmax_weight(p, lse),
         b=g * (1.0 - p.label_smoothing),
         s=g * p.label_smoothing / p.v,
@@ -149,7 +151,9 @@ def exact(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products
         return dbias
 
     # A static number of chunks: XLA then looks at no condition between them.
-    dbias = lax.fori_loop(0, chunks, body, jnp.zeros(chunks * columns if wanted.bias else 0))
+    dbias = lax.fori_loop(
+        0, chunks, body, jnp.zeros(chunks * columns if wanted.bias else 0, jnp.float32)
+    )
     kept = jnp.ones_like(c.a)
     return Products(loop.dhidden(), dhead_ref[...] if wanted.head else (), dbias[:v], kept)
 
@@ -198,7 +202,7 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
 
     column_tiles = active.shape[0]
     static = tiles.static_chunks(column_tiles, blocks, slots)
-    carry = jnp.zeros(v if wanted.bias else 0), jnp.zeros_like(c.a)
+    carry = jnp.zeros(v if wanted.bias else 0, jnp.float32), jnp.zeros_like(c.a)
     carry = lax.fori_loop(0, static, body, carry)
     if static < tiles.most_chunks(column_tiles, blocks, slots):
         carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)

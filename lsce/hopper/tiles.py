@@ -242,7 +242,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     group = -(-n // fused_layout(n, d, v, tile_c).groups)
     at_once = range(column_tiles, column_tiles + 1)
     # Gathered rows of the head: about 38 MB, but never more than a fifth of it.
-    width = max(min(19_000_000 // d, v // 5) // 512, 4) * 512
+    width = max(min(19_000_000 // d, v // 5, 32_768) // 512, 4) * 512
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
     splits = min(max(ctas // (-(-n // BLOCK) * -(-d // wide) or 1), 1), 4)
     width, slots = within_a_quarter(n, d, v, width, BackwardTiles().slots_per_block)
