@@ -209,7 +209,8 @@ def probabilities(
                         out = out * slope
                         if smooth:
                             slope = slope - wide(of_row(kappa_gmem))
-                            slope = classes(slope) if v % tile_c else slope
+                            # What is no class has a class's row of the head, if gathered.
+                            slope = classes(slope) if gathered and v % tile_c else slope
                             out = out - wide(of_row(s_gmem)) * slope
                     there = pl.ds(left + part.start, z.shape[1])
                     store(out.astype(dtype), p_smem.at[wg], p_gmem.at[to, there])
@@ -255,10 +256,7 @@ def probabilities(
 
 
 def _classes(column, end, x):
-    """x, but 0 in columns from `end` on: of the last tile, what is no class.
-
-    Gathered, such a column has a row of the head all the same, which a class has too.
-    """
+    """x, but 0 in columns from `end` on: of the last tile, what is no class."""
     return lax.cond(end < x.shape[1], lambda x: jnp.where(column < end, x, 0.0), lambda x: x, x)
 
 
