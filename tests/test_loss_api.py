@@ -235,6 +235,7 @@ class Stub:
     def __post_init__(self):
         if self.fused:
             self.weighted_sum = self._weighted_sum
+            self.unfused = lambda problem: None
 
     def refuses(self, problem):
         return self.reason
