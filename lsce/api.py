@@ -123,14 +123,14 @@ def linear_cross_entropy(
     )
     backend = backends.choose(problem, implementation)
 
-    tokens = y.shape
-    hidden = hidden.reshape(problem.n, problem.d)
-    y = _saturate(y).reshape(problem.n)
+    tokens = _saturate(y)
+    hidden = sharding.flat(hidden, problem.n, problem.d)
+    y = sharding.flat(tokens, problem.n)
     live = y != ignore_index
     valid = (y >= 0) & (y < problem.v)
     w = jnp.ones(problem.n, jnp.float32)
     if weights is not None:
-        w = weights.astype(jnp.float32).reshape(problem.n)
+        w = sharding.flat(weights.astype(jnp.float32), problem.n)
         # A removed token must not bring in a NaN of its hidden state as 0 · NaN.
         live &= (w != 0.0) | jnp.all(jnp.isfinite(hidden), axis=1)
     invalid = live & ~valid & (w != 0.0)
@@ -147,11 +147,12 @@ def linear_cross_entropy(
     else:
         losses, stats = sharding.token_losses(backend, problem, hidden, head, y, bias, vocab_order)
         each = formula.weighted(w, losses)
-        total = each.reshape(tokens) if reduction == "none" else jnp.sum(each)
+        total = sharding.shaped(each, tokens) if reduction == "none" else jnp.sum(each)
     if stats is None:
         return total
     stats = stats._replace(loss=jnp.where(invalid, jnp.nan, stats.loss))
-    return total, jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(tokens), stats)
+    stats = jax.lax.stop_gradient(stats)
+    return total, jax.tree.map(lambda x: sharding.shaped(x, tokens), stats)
 
 
 def _normalised(weights: Float[Array, " N"]) -> Float[Array, " N"]:

@@ -37,9 +37,11 @@ def token_loss(
     mean_logit: Float[Array, " N"],
 ) -> Float[Array, " N"]:
     """L, where `mean_logit` = (1/V) Σ_v z_v."""
-    loss = lse - (1.0 - problem.label_smoothing) * target_logit
+    # A term whose factor is 0 is left out: a class masked by a bias of −∞ makes it 0 · ∞.
+    loss = lse
+    if problem.label_smoothing < 1.0:
+        loss = loss - (1.0 - problem.label_smoothing) * target_logit
     if problem.label_smoothing > 0.0:
-        # Left out at β = 0: a class masked by a bias of −∞ has a mean logit of −∞.
         loss = loss - problem.label_smoothing * mean_logit
     if problem.z_loss > 0.0:
         loss = loss + problem.z_loss * jnp.square(lse)

@@ -1,13 +1,14 @@
 """What a backend is asked to do: a call's shapes, dtypes and options, known before it compiles."""
 
 import dataclasses
-import math
 from typing import Literal, get_args
 
 import numpy as np
 
 HeadLayout = Literal["vd", "dv"]
 GradientFilter = float | None | Literal["auto", "fused"]
+LARGEST = 1e30
+"""Of an option: its inverse, too, is a float32 that nothing flushes to 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Problem:
             raise ValueError(f"head_layout={self.head_layout!r}; must be 'vd' or 'dv'")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing={self.label_smoothing}; must lie in [0, 1]")
-        if not (math.isfinite(self.logit_scale) and self.logit_scale > 0.0):
-            raise ValueError(f"logit_scale={self.logit_scale}; must be positive and finite")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0.0):
-            raise ValueError(f"softcap={self.softcap}; must be positive and finite, or None")
-        if not (math.isfinite(self.z_loss) and self.z_loss >= 0.0):
-            raise ValueError(f"z_loss={self.z_loss}; must be ≥ 0 and finite")
+        if not 0.0 < self.logit_scale <= LARGEST:
+            raise ValueError(f"logit_scale={self.logit_scale}; must be in (0, {LARGEST:g}]")
+        if self.softcap is not None and not 0.0 < self.softcap <= LARGEST:
+            raise ValueError(f"softcap={self.softcap}; must be in (0, {LARGEST:g}], or None")
+        if not 0.0 <= self.z_loss <= LARGEST:
+            raise ValueError(f"z_loss={self.z_loss}; must be in [0, {LARGEST:g}]")
         self._check_gradient_filter()
 
     def _check_gradient_filter(self):

@@ -11,6 +11,7 @@ results differ from device to device, so that JAX knows what to sum.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -42,24 +43,66 @@ def weighted_sum(backend: Any, problem: Problem, *arrays: Any) -> Any:
 
 
 def _mesh(arrays: Any) -> Any:
-    """The mesh of several devices on which some of the arrays lie, outside any `shard_map`."""
+    """The mesh of devices on which some of the arrays lie, outside any `shard_map`.
+
+    None for one device, unless the mesh is explicit: its arrays carry shardings all the same, which
+    backends know nothing of.
+    """
     for x in jax.tree.leaves(arrays):
         mesh = jax.typeof(x).sharding.mesh
-        if mesh.size > 1 and AxisType.Manual not in mesh.axis_types:
+        if AxisType.Manual not in mesh.axis_types and (mesh.size > 1 or _is_explicit(mesh)):
             return mesh
     return None
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return AxisType.Explicit in mesh.axis_types and AxisType.Manual not in mesh.axis_types
+
+
+def _axes(mesh: Any, n: int) -> tuple[str, ...]:
+    """The axes that n tokens are split over: as many as divide them."""
+    axes, devices = [], 1
+    for name, size in mesh.shape.items():
+        if n % (devices * size) == 0:
+            axes.append(name)
+            devices *= size
+    return tuple(axes)
+
+
+def _explicitly(mesh: Any, axes: tuple[str, ...]) -> NamedSharding:
+    """The first dimension split over those of the axes that a sharding may name."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = tuple(name for name in axes if types[name] == AxisType.Explicit)
+    return NamedSharding(mesh, PartitionSpec(explicit or None))
+
+
+def flat(x: Any, n: int, *trailing: int) -> Any:
+    """x of any leading axes as [n, …]; on an explicit mesh split as the tokens will be.
+
+    There a reshape that joins axes needs to be told how its result lies.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if not _is_explicit(mesh):
+        return x.reshape(n, *trailing)
+    return lax.reshape(x, (n, *trailing), out_sharding=_explicitly(mesh, _axes(mesh, n)))
+
+
+def shaped(x: Any, like: Any) -> Any:
+    """x of [N] in the shape of `like`, and on an explicit mesh split as that is."""
+    mesh = jax.typeof(x).sharding.mesh
+    if not _is_explicit(mesh):
+        return x.reshape(like.shape)
+    spec = jax.typeof(like).sharding.spec
+    return lax.reshape(x, like.shape, out_sharding=NamedSharding(mesh, spec))
 
 
 @functools.cache
 def _on_devices(backend: Any, fused: bool, problem: Problem, mesh: Any) -> Any:
     """(arrays with an entry a token, arrays of all tokens) → what the backend returns."""
-    axes, devices = [], 1
-    for name, size in mesh.shape.items():
-        if problem.n % (devices * size) == 0:
-            axes.append(name)
-            devices *= size
+    axes = _axes(mesh, problem.n)
+    devices = math.prod(mesh.shape[name] for name in axes)
     local = dataclasses.replace(problem, n=problem.n // devices)
-    by_token, whole = PartitionSpec(tuple(axes)), PartitionSpec()
+    by_token, whole = PartitionSpec(axes), PartitionSpec()
 
     def on_one(tokens: Any, shared: Any) -> Any:
         head, bias, vocab_order = shared
@@ -79,12 +122,10 @@ def _on_devices(backend: Any, fused: bool, problem: Problem, mesh: Any) -> Any:
     )
 
     def call(tokens: Any, shared: Any) -> Any:
-        if AxisType.Explicit not in mesh.axis_types:
-            return split(tokens, shared)
-        as_given = jax.typeof(tokens[1]).sharding.spec
-        tokens = jax.reshard(tokens, NamedSharding(mesh, by_token))
-        results = split(tokens, jax.reshard(shared, NamedSharding(mesh, whole)))
-        return results if fused else jax.reshard(results, NamedSharding(mesh, as_given))
+        if _is_explicit(mesh):
+            tokens = jax.reshard(tokens, _explicitly(mesh, axes))
+            shared = jax.reshard(shared, NamedSharding(mesh, whole))
+        return split(tokens, shared)
 
     return jax.jit(call)
 

@@ -139,6 +139,15 @@ def test_error_bars_of_the_debiased_error():
     assert 0.05 < float(low) < 0.1 < float(high) < 0.15
     assert float(low) < float(estimate) < float(high)
 
+    from lsce.calibration.bootstrap import _resample
+
+    compiled = _resample._cache_size()
+    again = calibration.debiased_l2_interval(
+        confidence, correct, key=jax.random.key(0), samples=200
+    )
+    assert _resample._cache_size() == compiled
+    assert again == (low, estimate, high)
+
 
 def test_interval_mistakes_are_named():
     x, key = np.ones(5, np.float32), jax.random.key(0)

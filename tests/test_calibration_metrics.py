@@ -119,6 +119,15 @@ def test_float64_is_kept_in_x64_mode(oracle, metric, expected):
         assert float(value) == pytest.approx(expected, abs=1e-7)
 
 
+def test_float32_is_kept_in_x64_mode():
+    probs, labels = np.full((3, 4), 0.25, np.float32), np.arange(3, dtype=np.int32)
+    with jax.enable_x64():
+        for metric in (calibration.brier_score, calibration.negative_log_likelihood):
+            assert metric(probs, labels).dtype == jnp.float32
+        for metric in (calibration.expected_calibration_error, calibration.top_label_brier_score):
+            assert metric(probs[0], np.ones(4, bool)).dtype == jnp.float32
+
+
 def ragged_samples(n=127, seed=1):
     r = np.random.default_rng(seed)
     confidence = r.random(n).astype(np.float32)

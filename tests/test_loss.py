@@ -236,6 +236,8 @@ def test_a_class_masked_by_its_bias(candidate, this):
     smoothed = ours(candidate, given._replace(labels=labels, bias=bias), label_smoothing=0.1)
     assert smoothed.value == np.inf
     np.testing.assert_array_equal(smoothed.stats.mean_logit[labels >= 0], -np.inf)
+    assert np.any(given.labels >= kept)
+    assert ours(candidate, given._replace(bias=bias), label_smoothing=1.0).value == np.inf
     # Under a softcap its logit is −cap.
     options = {"label_smoothing": 0.1, "softcap": 3.0}
     capped = ours(candidate, given._replace(labels=labels, bias=bias), **options)

@@ -51,10 +51,17 @@ START = """
 """
 
 ON_A_MESH = """
+    def mesh_of(shape, names, kinds):
+        devices = jax.devices()[: int(np.prod(shape))]
+        return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+
     meshes = [
         ((4,), ("data",), P("data"), P()),
         ((2, 2), ("data", "model"), P("data"), P("model")),
         ((2, 2), ("data", "model"), P("data", None, "model"), P(None, "model")),
+        ((2, 2), ("data", "model"), P(None, "data"), P()),  # parts of sequences
+        ((1,), ("data",), P("data"), P("data")),  # a script for several devices on one
+        ((1, 1), ("data", "model"), P(None, "data"), P(None, "model")),
     ]
     for implementation, reduction in (
         ("chunked", "mean"), ("chunked", "sum"), ("chunked", "none"), ("reference", "mean")
@@ -65,7 +72,7 @@ ON_A_MESH = """
         for (shape, names, hidden, head), kind in itertools.product(
             meshes if usual else meshes[1:2], (AxisType.Auto, AxisType.Explicit)
         ):
-            mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+            mesh = mesh_of(shape, names, (kind,) * len(names))
             given = put(mesh, hidden, head)
             check(jax.jit(run)(*given), truth)
             if usual:
@@ -73,6 +80,19 @@ ON_A_MESH = """
                     check(jax.jit(run)(*given), truth)
             if kind == AxisType.Auto and usual:
                 check(run(*given), truth)  # without jit
+
+    # What is one entry a token lies as the labels do, where the sharding is part of the type.
+    mesh = mesh_of((2, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    each, stats = jax.jit(lambda a, y: loss(a, y, reduction="none")[1])(
+        *put(mesh, P(None, "data"), P())
+    )
+    assert {jax.typeof(x).sharding.spec for x in (each, *stats)} == {P(None, "data")}
+
+    # Axes of both kinds.
+    run = step(implementation="chunked")
+    for kinds in itertools.permutations((AxisType.Explicit, AxisType.Auto)):
+        mesh = mesh_of((2, 2), ("data", "model"), kinds)
+        check(jax.jit(run)(*put(mesh, P("data"), P("model"))), jax.jit(run)(arrays, labels))
 
     # Nothing is gathered where the tokens lie on the devices as they should.
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))

@@ -9,6 +9,7 @@ add.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -63,8 +64,14 @@ def debiased_l2_interval(
 
     Source: Kumar, Liang and Ma, 2019, section 5.
     """
-    plug_in = functools.partial(debiased_l2, bins=bins, debias=False)
+    metric = _plug_in(validate.positive_int("bins", bins))
     low, _, high = bootstrap_interval(
-        plug_in, confidence, correct, key=key, samples=samples, level=level, method="basic"
+        metric, confidence, correct, key=key, samples=samples, level=level, method="basic"
     )
     return Interval(jnp.maximum(low, 0), debiased_l2(confidence, correct, bins=bins), high)
+
+
+@functools.cache
+def _plug_in(bins: int) -> Callable[..., Float[Array, ""]]:
+    """The same function each time, so that `bootstrap_interval` compiles it once."""
+    return functools.partial(debiased_l2, bins=bins, debias=False)
