@@ -1,6 +1,7 @@
 # make train    train a small language model on real text, evaluate it, draw its reliability diagram
 # make test     formatting, lint, types and every test
 # make lint     the first three of those
+# make test-gpu the tests that a GPU can run, on it
 #
 # The first call makes .venv and installs the pinned packages there; later ones install nothing.
 # Flags go in ARGS (make train ARGS="--steps 50"), jax's GPU packages in EXTRAS (EXTRAS=cuda13).
@@ -13,7 +14,7 @@ JOBS ?= 2
 JAX := 0.11.2
 INSTALLED := $(VENV)/installed$(EXTRAS:%=-%)
 
-.PHONY: train test lint lock python
+.PHONY: train test test-gpu lint lock python
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -25,7 +26,10 @@ lint: $(INSTALLED)
 	$(PYTHON) -m pyright
 
 test: lint
-	$(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+
+test-gpu: $(INSTALLED)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n $(JOBS) tests/test_loss.py tests/test_hopper_gpu.py $(ARGS)
 
 # A Python that can make an environment. Each is started, not just looked up: a pyenv shim on the
 # PATH fails when its version is not selected, and Debian's python3 may come without venv.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 from typing import Any
@@ -75,9 +76,11 @@ class Report:
 
 
 def write(report: Report, path: pathlib.Path) -> None:
-    """Writes the report as JSON, making the folder it goes into."""
+    """Writes the report as JSON, making the folder it goes into. Cut off, it leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    whole = path.with_name(path.name + ".tmp")
+    whole.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    os.replace(whole, path)
 
 
 def read(path: pathlib.Path) -> Report:

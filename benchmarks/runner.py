@@ -95,21 +95,19 @@ def measure_runs(
             timing, bare = beside(both, framework.wait, seconds=seconds)
             result = prepared.call()
             loss = prepared.loss(result)
-            errors = {}
-            if run.mode == "fwdbwd" and (exact := reference(run.settings)):
-                pairs = zip(prepared.gradients(result), exact, strict=True)
-                errors = dict(
-                    zip(
-                        ("hidden_error", "head_error"),
-                        (relative_error(gradient, truth) for gradient, truth in pairs),
-                        strict=True,
-                    )
-                )
         except Exception as error:
             # A peer may fail in any way there is: absent, out of memory, a kernel that won't build.
             text = str(error).strip().splitlines() or [""]
             report += Report(skipped=(Skipped(run, f"{type(error).__name__}: {text[0]}"),))
             continue
+        errors = {}
+        try:
+            if run.mode == "fwdbwd" and (exact := reference(run.settings)):
+                pairs = zip(prepared.gradients(result), exact, strict=True)
+                hidden_error, head_error = (relative_error(*pair) for pair in pairs)
+                errors = {"hidden_error": hidden_error, "head_error": head_error}
+        except Exception as error:  # out of memory: what was timed is good without them
+            announce(f"no errors of {run.implementation}: {type(error).__name__}: {error}")
         memory = prepared.memory
         speed = tflops(shape.n, shape.d, shape.v, timing.p50_ms, PRODUCTS[run.mode])
         row = Row(
@@ -167,4 +165,8 @@ def _versions(framework: Framework, run: Run) -> str:
     package = framework.losses[run.implementation].package
     if package is None:
         return framework.version
-    return f"{framework.version}, {package} {importlib.metadata.version(package)}"
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # imported from a checkout, say
+        version = "of unknown version"
+    return f"{framework.version}, {package} {version}"

@@ -61,7 +61,7 @@ CANDIDATES = (
 )
 if hopper.tiles.family(jax.devices()[0].device_kind):
     CANDIDATES += (Candidate("hopper", dtypes=("bfloat16",)),)
-else:
+elif jax.default_backend() == "cpu":
     CANDIDATES += (
         Candidate(
             "hopper",

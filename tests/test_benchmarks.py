@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import pathlib
+import subprocess
 from collections.abc import Callable
 
 import jax
@@ -334,6 +335,35 @@ def test_an_absent_peer_is_skipped_by_name(small: inputs.Inputs, monkeypatch: py
     assert "jax_cce" in skipped.reason
 
 
+def test_a_peer_from_a_checkout_has_a_row_all_the_same(
+    small: inputs.Inputs, monkeypatch: pytest.MonkeyPatch
+):
+    odd = dataclasses.replace(LOSSES["naive"], package="no-distribution-of-this-name")
+    monkeypatch.setitem(LOSSES, "naive", odd)
+    first, second = measured(small, Run("naive", "fwd"), Run("reference", "fwd")).rows
+    assert first.framework.endswith("no-distribution-of-this-name of unknown version")
+    assert "unknown" not in second.framework
+
+
+def test_a_row_survives_a_reference_that_does_not_fit(small: inputs.Inputs):
+    def too_large(settings: Settings):
+        raise MemoryError("out of memory")
+
+    said = []
+    outcome = runner.measure_runs(
+        JaxFramework(small),
+        small,
+        "small",
+        [Run("naive", "fwdbwd")],
+        seconds=0.01,
+        commit="abc",
+        reference=too_large,
+        announce=said.append,
+    )
+    assert outcome.rows[0].hidden_error is None
+    assert said[-1] == "no errors of naive: MemoryError: out of memory"
+
+
 def test_an_unknown_implementation_is_refused_before_anything_runs(small: inputs.Inputs):
     with pytest.raises(ValueError, match=r"'fast'; must be one of auto, .*naive"):
         measured(small, Run("naive", "fwd"), Run("fast", "fwd"))
@@ -468,5 +498,9 @@ def test_a_run_without_any_row_fails(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_commit_is_git_s():
-    commit = runner.current_commit()
-    assert commit == "unknown" or len(commit.removesuffix("-dirty")) >= 7
+    root = pathlib.Path(__file__).parent.parent
+    git = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    expected = git.stdout.strip() if git.returncode == 0 else "unknown"
+    assert runner.current_commit().removesuffix("-dirty") == expected

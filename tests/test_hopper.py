@@ -471,6 +471,12 @@ def test_fused_says_why_not():
     assert backends.explain(on_a_cpu).reasons["chunked"].endswith("chunked has no other way")
 
 
+@given(n=st.integers(1, 65_536), d=st.integers(1, 1024), v=st.integers(1, 1200))
+def test_no_hidden_size_keeps_gradients_from_being_fused(n, d, v):
+    p = problem(n=n, d=8 * d, v=256 * v, gradient_filter="fused", label_smoothing=0.1)
+    assert hopper.BACKEND.unfused(p) is None
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(n=56_274, d=4, v=111)
 @given(n=st.integers(1, 65_536), d=st.integers(1, 128), v=st.integers(1, 1200))

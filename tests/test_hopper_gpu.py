@@ -212,16 +212,25 @@ def test_frozen(subject, frozen):
         assert relative_error(grad, both.grads[name]) < 1e-3
 
 
+@pytest.mark.parametrize("weights", [False, True], ids=["", "weights"])
 @pytest.mark.parametrize(
-    "limits",
-    [{}, {"FUSED_BYTES": 1}, {"FUSED_BYTES": 1, "FUSED_WHOLE_BYTES": 1}],
+    ("limits", "layout"),
+    [
+        ({}, (1, 20)),
+        ({"FUSED_BYTES": 1}, (1, 12)),
+        ({"FUSED_BYTES": 1, "FUSED_WHOLE_BYTES": 1}, (3, 20)),
+    ],
     ids=["whole", "P within dC", "groups"],
 )
-def test_fused(subject, limits, monkeypatch):
+def test_fused(subject, limits, layout, weights, monkeypatch):
+    """With weights the losses come from a pass of their own, as their gradient is asked for."""
     for name, most in limits.items():
         monkeypatch.setattr(tiles, name, most)
     step.cache_clear()
-    this = case(subject.even, "bfloat16", weights=True, label_smoothing=0.1, z_loss=1e-2)
+    if subject.implementation == "hopper":
+        assert_fused(subject.even)
+        assert tiles.fused_layout(*subject.even, 256) == layout
+    this = case(subject.even, "bfloat16", weights=weights, label_smoothing=0.1, z_loss=1e-2)
     got = run(
         subject.implementation, poisoned(this.inputs), **this.options, gradient_filter="fused"
     )
@@ -229,11 +238,21 @@ def test_fused(subject, limits, monkeypatch):
     assert_no_worse(got, this)
 
 
+def assert_fused(shape: Shape) -> None:
+    """The kernels are not those of exact mode, which would hide every mistake of this one."""
+    chip = {"platform": DEVICE.platform, "chip": DEVICE.device_kind}
+    this = Problem(*shape, BF16, BF16, **chip, label_smoothing=0.1, gradient_filter="fused")
+    assert hopper.BACKEND.unfused(this) is None
+
+
 @pytest.mark.parametrize("gradient_filter", [None, EPSILON, "fused"])
 def test_on_a_mesh(subject, gradient_filter):
     """Half of the tokens on each of two devices, against the truth."""
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
+    if (subject.implementation, gradient_filter) == ("hopper", "fused"):
+        n, d, v = subject.even
+        assert_fused((n // 2, d, v))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     this = case(subject.even, "bfloat16", spread=5.0, label_smoothing=0.1)
     specs = {"hidden": P("data"), "head": P()}

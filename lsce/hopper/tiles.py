@@ -257,7 +257,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
             hidden_splits=splits,
         ),
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
-        fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas),
+        fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas, dividing=True),
     )
 
 
@@ -315,14 +315,24 @@ WIDTHS = {256: 1.0, 192: 1.04, 128: 1.15, 64: 1.5}
 
 @functools.cache
 def filling(
-    base: BackwardTiles, n: int, d: int, column_tiles: int, most: range, ctas: int
+    base: BackwardTiles,
+    n: int,
+    d: int,
+    column_tiles: int,
+    most: range,
+    ctas: int,
+    *,
+    dividing: bool = False,
 ) -> BackwardTiles:
     """`base` with the sizes that leave the fewest CTAs without a tile in the last wave.
 
     For all pairs of n tokens and `column_tiles` tiles, in chunks of some number of tiles in `most`.
+    With `dividing` no tile of dC reaches beyond D (rounded up to 64): what it wrote there could be
+    the P of others, where P lies in dC.
     """
     pairs, units = max(-(-n // (2 * BLOCK)), 1), max(ctas // base.cluster, 1)
     widths = [width for width in WIDTHS if -(-d // width) * width <= 1.2 * d] or [64]
+    of_head = [width for width in widths if not dividing or -(-d // 64) * 64 % width == 0] or [64]
 
     # Times of a chunk's kernels in products of 256 × 256 × 64 by a pair of CTAs, 0.8 µs on an H100.
     def waves(tiles: int, inner: float, width: int, epilogue: float) -> float:
@@ -346,7 +356,7 @@ def filling(
         def of_all(time, *sizes, tiles=tiles, chunks=chunks, last=last) -> float:
             return chunks * time(tiles, *sizes) + (time(last, *sizes) if last else 0)
 
-        head_time, head_d = min((of_all(head, width), -width) for width in widths)
+        head_time, head_d = min((of_all(head, width), -width) for width in of_head)
         hidden_time, splits, hidden_d = min(
             (of_all(hidden, width, splits), splits, -width)
             for width, splits in itertools.product(widths, (1, 2, 4))
