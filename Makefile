@@ -1,7 +1,7 @@
-# make train    train a small language model on real text, evaluate it, draw its reliability diagram
-# make test     formatting, lint, types and every test
-# make lint     the first three of those
-# make test-gpu the tests that a GPU can run, on it
+# make train      train a small language model on real text, evaluate it, draw its reliability diagram
+# make test       formatting, lint, types and every test, on the CPU
+# make lint       the first three of those
+# make test-gpu   the loss and its kernels on this machine's GPU
 #
 # The first call makes .venv and installs the pinned packages there; later ones install nothing.
 # Flags go in ARGS (make train ARGS="--steps 50"), jax's GPU packages in EXTRAS (EXTRAS=cuda13).
