@@ -12,7 +12,6 @@ kernel, which knows only the maximum so far, keeps a little more than is counted
 import argparse
 import datetime
 import functools
-import json
 import math
 import pathlib
 import sys
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
-from benchmarks import activations, flags, inputs, runner
+from benchmarks import activations, flags, inputs, report, runner
 from benchmarks.errors import relative_error
 from lsce.hopper import filtering, plan
 from lsce.hopper.forward import Sums
@@ -66,9 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(measure(options.activations.name, arrays, epsilon, options.commit))
                 print(line(rows[-1]), flush=True)
                 if options.json:
-                    options.json.parent.mkdir(parents=True, exist_ok=True)
-                    text = json.dumps([row._asdict() for row in rows], indent=1)
-                    options.json.write_text(text + "\n")
+                    report.write_json([row._asdict() for row in rows], options.json)
     except (ValueError, OSError) as error:
         print(f"benchmarks.filter_error: {error}", file=sys.stderr)
         return 2

@@ -76,10 +76,15 @@ class Report:
 
 
 def write(report: Report, path: pathlib.Path) -> None:
-    """Writes the report as JSON, making the folder it goes into. Cut off, it leaves the old one."""
+    """Writes the report as JSON."""
+    write_json(dataclasses.asdict(report), path)
+
+
+def write_json(value: Any, path: pathlib.Path) -> None:
+    """Writes a file, making the folder it goes into. Cut off, it leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_name(path.name + ".tmp")
-    whole.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    whole.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(whole, path)
 
 

@@ -17,7 +17,6 @@ import datetime
 import functools
 import importlib.metadata
 import itertools
-import json
 import platform
 import sys
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import activations, cases, flags, inputs, memory, runner, timing
+from benchmarks.report import write_json
 from lsce import hopper
 from lsce.hopper import tiles
 from lsce.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
@@ -388,8 +388,7 @@ def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]
             record["best"] = dataclasses.asdict(best)
             record["rounds"].append([dataclasses.asdict(trial) for trial in new])
             if options.json:  # after each round, so that an interrupted run leaves what it has
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(report, indent=1) + "\n")
+                write_json(report, options.json)
 
         best, _ = tune(
             tiles.choose(bench.problem, hopper.streaming_multiprocessors()),

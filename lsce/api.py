@@ -78,8 +78,8 @@ def linear_cross_entropy(
       (loss, TokenStats). Gradients come in the dtypes of the inputs, summed in float32.
       A label outside [0, V) that is not `ignore_index` makes its token's loss NaN, and with it the
       gradients; `lsce.check_labels` looks for such labels on the host.
-      Forward-mode differentiation needs implementation="reference", where others raise TypeError,
-      and second derivatives need "chunked" or "reference".
+      Forward-mode differentiation needs implementation="reference"; others raise TypeError. Second
+      derivatives need "chunked" or "reference".
 
     On a mesh of devices, outside `shard_map`, the call is that over all tokens; each device
     computes a part of them, with the whole head. Inside `shard_map` it is the device's own: a
@@ -123,9 +123,9 @@ def linear_cross_entropy(
     )
     backend = backends.choose(problem, implementation)
 
-    tokens = _saturate(y)
+    labels = _saturate(y)
     hidden = sharding.flat(hidden, problem.n, problem.d)
-    y = sharding.flat(tokens, problem.n)
+    y = sharding.flat(labels, problem.n)
     live = y != ignore_index
     valid = (y >= 0) & (y < problem.v)
     w = jnp.ones(problem.n, jnp.float32)
@@ -147,12 +147,12 @@ def linear_cross_entropy(
     else:
         losses, stats = sharding.token_losses(backend, problem, hidden, head, y, bias, vocab_order)
         each = formula.weighted(w, losses)
-        total = sharding.shaped(each, tokens) if reduction == "none" else jnp.sum(each)
+        total = sharding.shaped(each, labels) if reduction == "none" else jnp.sum(each)
     if stats is None:
         return total
     stats = stats._replace(loss=jnp.where(invalid, jnp.nan, stats.loss))
     stats = jax.lax.stop_gradient(stats)
-    return total, jax.tree.map(lambda x: sharding.shaped(x, tokens), stats)
+    return total, jax.tree.map(lambda x: sharding.shaped(x, labels), stats)
 
 
 def _normalised(weights: Float[Array, " N"]) -> Float[Array, " N"]:

@@ -50,12 +50,13 @@ def _mesh(arrays: Any) -> Any:
     """
     for x in jax.tree.leaves(arrays):
         mesh = jax.typeof(x).sharding.mesh
-        if AxisType.Manual not in mesh.axis_types and (mesh.size > 1 or _is_explicit(mesh)):
+        if _is_explicit(mesh) or (mesh.size > 1 and AxisType.Manual not in mesh.axis_types):
             return mesh
     return None
 
 
 def _is_explicit(mesh: Any) -> bool:
+    """Whether arrays carry their shardings in their types, outside any `shard_map`."""
     return AxisType.Explicit in mesh.axis_types and AxisType.Manual not in mesh.axis_types
 
 

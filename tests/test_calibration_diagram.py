@@ -68,6 +68,18 @@ def test_the_histogram_s_legend_stands_where_few_samples_are(confident):
     assert (middle < 0.5) == confident
 
 
+def test_the_histogram_s_legend_hides_neither_line():
+    confidence = np.tile(np.array([0.3, 0.5, 0.55, 0.6, 0.9], np.float32), (100, 1)).T
+    correct = np.zeros(confidence.shape, bool)
+    correct[1] = True  # accuracy 0.2, mean confidence 0.57
+    figure = reliability_diagram(confidence, correct)
+    figure.canvas.draw()
+    ax = figure.axes[1]
+    box = ax.transAxes.inverted().transform(ax.get_legend().get_window_extent())
+    for line in ax.lines:
+        assert not box[0, 0] <= line.get_xdata()[0] <= box[1, 0]
+
+
 @pytest.mark.parametrize(("scale", "power"), [(1.0, 2.0), (0.4, 0.3)])
 def test_no_dot_lies_under_the_legend(scale, power):
     confidence, _ = samples()

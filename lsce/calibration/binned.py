@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Real
 
 from lsce.arguments import boolean
 from lsce.calibration import validate
-from lsce.calibration.bins import bin_samples
+from lsce.calibration.bins import Table, bin_samples
 
 
 def expected_calibration_error(
@@ -53,10 +53,7 @@ def expected_calibration_error(
     >>> f"{ece:.4f}"
     '0.1000'
     """
-    samples = validate.samples(confidence, correct, weights)
-    table = bin_samples(
-        *samples, validate.positive_int("bins", bins), boolean("equal_mass", equal_mass)
-    )
+    table = _table(confidence, correct, weights, bins, equal_mass)
     return jnp.sum(table.share * jnp.abs(table.gap))
 
 
@@ -75,10 +72,7 @@ def maximum_calibration_error(
 
     Source: Naeini et al., 2015, https://doi.org/10.1609/aaai.v29i1.9602.
     """
-    samples = validate.samples(confidence, correct, weights)
-    table = bin_samples(
-        *samples, validate.positive_int("bins", bins), boolean("equal_mass", equal_mass)
-    )
+    table = _table(confidence, correct, weights, bins, equal_mass)
     return jnp.max(jnp.abs(table.gap))
 
 
@@ -133,3 +127,15 @@ def confidence_gap(
 
 def _bins_of(n: int, bin_size: int) -> int:
     return max(1, n // validate.positive_int("bin_size", bin_size))
+
+
+def _table(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    weights: ArrayLike | None,
+    bins: int,
+    equal_mass: bool,
+) -> Table:
+    samples = validate.samples(confidence, correct, weights)
+    bins = validate.positive_int("bins", bins)
+    return bin_samples(*samples, bins, boolean("equal_mass", equal_mass))

@@ -27,11 +27,8 @@ def brier_score(probs: Float[ArrayLike, "N K"], labels: Int[ArrayLike, " N"]) ->
 @jax.jit
 def _brier(probs, labels):
     probs = validate.poisoned_classes(probs, labels)
-    return mean(
-        jnp.sum(
-            jnp.square(probs - jax.nn.one_hot(labels, probs.shape[1], dtype=probs.dtype)), axis=1
-        )
-    )
+    target = jax.nn.one_hot(labels, probs.shape[1], dtype=probs.dtype)
+    return mean(jnp.sum(jnp.square(probs - target), axis=1))
 
 
 def top_label_brier_score(

@@ -96,8 +96,8 @@ class Hopper:
         """Σ_n w_n·L_n with the gradients made in the forward pass, where `fused.refuses` allows."""
         from lsce.hopper import fused
 
-        call, *arrays = _prepare(problem, hidden, head, labels)
-        if fused.refuses(call) is None:
+        if self.unfused(problem) is None:
+            call, *arrays = _prepare(problem, hidden, head, labels)
             padding = arrays[0].shape[0] - problem.n
             return fused.weighted_sum(call, *arrays, jnp.pad(weights, (0, padding))), None
         losses, stats = self.token_losses(problem, hidden, head, labels, bias, vocab_order)

@@ -119,11 +119,10 @@ def _fwd(call: Call, hidden, head, labels, weights):
     wanted, of_weights = Wanted.of(hidden, head, None), weights.perturbed
     hidden, head, labels, weights = (x.value for x in (hidden, head, labels, weights))
     dhidden, dhead = hidden[:1], head[:1]
+    losses = None
     if wanted.hidden or wanted.head:
         losses, dhidden, dhead = _with_gradients(call, wanted, hidden, head, labels, weights)
-        if of_weights:  # also of those that are 0
-            losses = _losses(call, hidden, head, labels)
-    else:
+    if of_weights or losses is None:  # of tokens of weight 0, too
         losses = _losses(call, hidden, head, labels)
     dweights = formula.counted(weights, losses) if of_weights else losses[:1]
     saved = sharding.varying((dhidden, dhead, dweights), like=hidden)
