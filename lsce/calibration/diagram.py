@@ -167,7 +167,7 @@ def _draw_histogram(ax: Axes, result: CalibrationResult) -> None:
             (result.confidence, "--", OVER, "mean confidence"),
         ):
             ax.axvline(float(value), color=color, linewidth=1.5, linestyle=style, label=label)
-        place = _emptier_corner(share, (result.accuracy, result.confidence))
+        place = _emptier_corner(np.asarray(share), (result.accuracy, result.confidence))
         ax.legend(loc=place, fontsize="x-small", framealpha=0.95)
     ax.set(ylim=(0, max(1.1 * share.max(), 0.05)), xlabel="confidence", ylabel="share")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
