@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lsce
 from benchmarks import timing
@@ -19,18 +20,36 @@ from benchmarks.runner import Prepared
 from benchmarks.settings import Run
 
 
+def check_devices(count: int, n: int) -> None:
+    """ValueError where N tokens cannot be split over that many devices of this machine."""
+    if count > jax.local_device_count():
+        raise ValueError(f"{count} devices asked for; this machine has {jax.local_device_count()}")
+    if n % count:
+        raise ValueError(f"{n} tokens cannot be split evenly over {count} devices")
+
+
 class JaxFramework:
-    """Holds the inputs on JAX's first device."""
+    """Holds the inputs on JAX's first devices: the tokens split over them, the head on each.
+
+    `devices` has been checked by `check_devices`.
+    """
 
     losses = LOSSES
 
-    def __init__(self, inputs: Inputs):
-        device = jax.devices()[0]
+    def __init__(self, inputs: Inputs, devices: int = 1):
+        used = jax.local_devices()[:devices]
         self.version = f"jax {jax.__version__}"
-        self.device = device.device_kind
-        if device.platform == "cpu":
+        self.device = used[0].device_kind
+        if used[0].platform == "cpu":
             self.device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-        self.arrays = jax.device_put((inputs.hidden, inputs.head, inputs.labels), device)
+        split = whole = used[0]
+        if devices > 1:
+            self.device = f"{devices} × {self.device}"
+            mesh = jax.make_mesh((devices,), ("tokens",), axis_types=(AxisType.Auto,), devices=used)
+            split = NamedSharding(mesh, PartitionSpec("tokens"))
+            whole = NamedSharding(mesh, PartitionSpec())
+        arrays = inputs.hidden, inputs.head, inputs.labels
+        self.arrays = jax.device_put(arrays, (split, whole, split))
         self._product = timing.product(*self.arrays[:2])
         self._ahead: dict[Run, concurrent.futures.Future[Prepared]] = {}
 

@@ -3,7 +3,8 @@
 Every combination of --case, --n, --implementation, --mode, --label-smoothing and --gradient-filter
 is a row. Extra MB is what the compiled program needs beyond its arguments, temporaries and outputs
 (the gradients), by the compiler's own analysis. TFLOP/s counts one matrix product for fwd and three
-for fwdbwd; its share, and "× matmul", are against a bare product E·Cᵀ timed in the same run.
+for fwdbwd; its share, and "× matmul", are against a bare product E·Cᵀ timed in the same run. With
+--devices both are split after the tokens, and memory is that of one device.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 import jax
 
 from benchmarks import cases, errors, flags, inputs, report, runner
-from benchmarks.jax_framework import JaxFramework
+from benchmarks.jax_framework import JaxFramework, check_devices
 from benchmarks.jax_losses import LOSSES
 from benchmarks.settings import MODES, Run, Settings, gradient_filter
 
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         runs = runs_of(options)
         shapes = [cases.find(name, n) for name in options.case for n in options.n]
+        for case in shapes:
+            check_devices(options.devices, case.n)
         for case in shapes:
             measured = measure(case, runs, options)
             report.show(measured)
@@ -41,7 +44,7 @@ def measure(case: cases.Case, runs: list[Run], options: argparse.Namespace) -> r
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     data = inputs.of(options.inputs, case, dtype, seed=options.seed)
     return runner.measure_runs(
-        JaxFramework(data),
+        JaxFramework(data, options.devices),
         data,
         case.name,
         runs,
@@ -73,6 +76,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=flags.count,
         default=[None],
         help="tokens, instead of the case's own number",
+    )
+    add(
+        "--devices",
+        type=flags.count,
+        default=1,
+        metavar="N",
+        help="devices that share the tokens, each with the whole head; default 1",
     )
     add(
         "--implementation",

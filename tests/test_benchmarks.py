@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import on_devices
 import pytest
 from rich.console import Console
 
@@ -449,6 +450,7 @@ def test_one_command_measures_the_whole_grid(
         ("--label-smoothing nan", "label smoothing must be in [0, 1], not nan"),
         ("--softcap 0", "softcap must be finite and above 0, not 0.0"),
         ("--gradient-filter 1", "gradient filter must be in [0, 1), not 1.0"),
+        ("--devices 1000", "1000 devices asked for; this machine has"),
     ],
 )
 def test_a_wrong_flag_is_named_with_the_valid_values(
@@ -489,6 +491,40 @@ def test_a_file_that_is_not_numpy_s_is_named(tmp_path: pathlib.Path):
         path = tmp_path / name if name.endswith("z") else tmp_path
         with pytest.raises(ValueError, match=rf"{name} is not a file of NumPy arrays"):
             inputs.of(str(path), SMALL, "float32")
+
+
+def test_devices_share_the_tokens():
+    """The gradients are the same as of one device, and each needs a share of the memory."""
+    printed = on_devices.run(
+        2,
+        """
+        import dataclasses
+        from benchmarks import cases, errors, inputs, runner
+        from benchmarks.jax_framework import JaxFramework, check_devices
+        from benchmarks.settings import Run, Settings
+
+        case = cases.Case("small", 512, 24, 201)
+        data = inputs.make("peaked", case, "float32")
+        run = Run("naive", "fwdbwd", Settings(label_smoothing=0.1))
+        exact = errors.Reference(None, data, compute=True)
+        for count in (1, 2):
+            framework = JaxFramework(data, count)
+            [row] = runner.measure_runs(
+                framework, data, "small", [run], seconds=0.01, commit="abc", reference=exact
+            ).rows
+            assert len(framework.product().addressable_shards) == count
+            for error in (row.hidden_error, row.head_error):
+                assert 0 < error < 1e-5
+            memory = row.temporary_mb if count == 1 else memory / row.temporary_mb
+        assert row.device.startswith("2 × CPU")
+        assert memory > 1.5
+        try:
+            check_devices(2, 63)
+        except ValueError as error:
+            print(error)
+        """,
+    )
+    assert printed == "63 tokens cannot be split evenly over 2 devices"
 
 
 def test_a_run_without_any_row_fails(capsys: pytest.CaptureFixture[str]):
