@@ -202,6 +202,24 @@ def test_consumers_half_a_tile_apart(changes, shape, options, epsilon):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("epsilon", [None, 2.0**-12])
+def test_few_blocks_at_a_time(epsilon, monkeypatch):
+    """Both CTAs have a stretch of every block."""
+    of = stretches.Stretches.of
+    works = []
+    monkeypatch.setattr(stretches.Stretches, "of", lambda *a: works.append(of(*a)) or works[-1])
+    monkeypatch.setattr(tiles, "L2", 1)
+    monkeypatch.setattr(stretches, "SHORTEST", 1)
+    this = case((150, 64, 600), "bfloat16", label_smoothing=0.1, spread=5.0)
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
+    assert (works[-1].pieces, works[-1].together) == (2, 1)
+    assert works[-1].blocks > 2
+    assert_no_worse(got, this, slack=1.0 if epsilon is None else 3.0)
+    assert_stats(got, this, filtered=epsilon is not None)
+
+
+@pytest.mark.slow
 def test_of_equal_logits_the_first_class_is_predicted():
     # Columns 0 to 127 and 256 to 383 are the first consumer's.
     classes = [(300, 140), (140, 20), (290, 270), (450, 390, 300)]
@@ -683,16 +701,18 @@ def test_chunks_shrink_where_that_keeps_a_quarter_of_the_memory(n, d, v, fewer):
     assert (temporary + gradients < quarter) == (n > 8192)
 
 
-@pytest.mark.parametrize("tiles_", [1, 7, 192, 1000])
-@pytest.mark.parametrize("blocks", [0, 1, 5, 8, 32, 40, 65, 66, 67, 130])
-@pytest.mark.parametrize("units", [2, 66])
-def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units):
-    most = stretches.most_splits(blocks, tiles_, units)
-    cut = stretches.cut(blocks, tiles_, units, most)
-    at_most = blocks // units + blocks + 2
+@pytest.mark.parametrize("tiles_", [1, 7, 192])
+@pytest.mark.parametrize("blocks", [0, 1, 5, 32, 65, 66, 67, 130])
+@pytest.mark.parametrize(
+    ("units", "together"), [(2, 2), (2, 1), (66, 66), (66, 33), (66, 22), (66, 11)]
+)
+def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units, together):
+    work = stretches.Stretches(blocks, tiles_, units, together)
+    cut = work.cut(blocks)
+    at_most = 130 // together + 132  # the same for all numbers of blocks, as are the shapes
     unit, i = np.meshgrid(np.arange(units), np.arange(at_most), indexing="ij")
     unit, i = jnp.asarray(unit, jnp.int32), jnp.asarray(i, jnp.int32)
-    count, item = stretches.items(cut, tiles_, unit, units)
+    count, item = work.items(cut, unit)
     slot, block, first, after = (np.asarray(x)[np.asarray(i < count)] for x in item(i))
     assert np.asarray(count).max() <= at_most
 
@@ -700,14 +720,26 @@ def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units):
     for b, f, a in zip(block, first, after, strict=True):
         covered[b, f:a] += 1
     np.testing.assert_array_equal(covered, 1)
-    parts = np.asarray(stretches.parts(cut, jnp.arange(blocks, dtype=jnp.int32), units))
+    parts = np.asarray(work.parts(cut, jnp.arange(blocks, dtype=jnp.int32)))
     for b in range(blocks):
         assert sorted(slot[block == b]) == list(range(parts[b]))
-    assert parts.max(initial=0) <= stretches.slots(most)
+    assert parts.max(initial=0) <= work.slots
     load = np.zeros(units, int)
     np.add.at(load, np.asarray(unit)[np.asarray(i < count)], after - first)
     if cut.rest == 0 or cut.splits == units // cut.rest:
-        assert load.max() <= blocks * tiles_ / units + 2
+        assert load.max() <= blocks * tiles_ / units + 2 + blocks // together
+
+
+@pytest.mark.parametrize(
+    ("d", "tiles_", "together"),
+    [(640, 1000, 66), (2304, 1000, 22), (4096, 501, 11), (8192, 501, 11), (4096, 125, 22)],
+)
+def test_as_many_blocks_at_a_time_as_the_l2_serves(d, tiles_, together):
+    assert stretches.Stretches.of(128, 256 * d * 2, tiles_, 66).together == together
+
+
+def test_units_that_divide_by_nothing_take_a_block_each():
+    assert stretches.Stretches.of(128, 256 * 4096 * 2, 1000, 61).together == 61
 
 
 def test_marks_unpack_to_the_columns_they_mean():
@@ -787,11 +819,23 @@ def test_chunks_stay_within_their_bound(density, width, slots):
     assert 1 <= sizes.static_chunks(40, 8, slots) <= most
 
 
+@pytest.mark.parametrize("together", [1, 2, 3, 9])
 @pytest.mark.parametrize("live", [0, 1, 4, 5, 8])
-def test_whole_work_covers_the_live_blocks(live):
+def test_whole_work_covers_the_live_blocks(live, together):
     active = np.broadcast_to(np.arange(8) < -(-live // 2) * 2, (13, 8))
-    work = jax.jit(lambda n: plan.whole(8, n, 13, slots=24, group=2))(live)
+    options = {"slots": 24, "group": 2, "together": together}
+    work = jax.jit(lambda n: plan.whole(8, n, 13, **options))(live)
     check_work(work, active, 3, 24, 2)
+
+
+def test_few_groups_at_a_time_go_through_a_chunk():
+    """Five groups of two blocks, so three and two at a time; chunks of two and one tile."""
+    work = plan.whole(10, jnp.int32(10), 3, slots=20, group=2, together=4)
+    pairs = [divmod(int(code), 10) for code in work.items]
+    assert pairs == [
+        *[(0, 0), (0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (0, 6), (0, 8), (1, 6), (1, 8)],
+        *[(2, 0), (2, 2), (2, 4), (2, 6), (2, 8)],
+    ]
 
 
 def test_a_given_order_is_that_of_the_active_columns():

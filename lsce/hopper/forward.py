@@ -79,9 +79,9 @@ def forward(
     units = max(ctas // tiles.cluster, 1)
     blocks = pl.cdiv(n, unit)
     v_tiles = pl.cdiv(v, tiles.width)
-    most = stretches.most_splits(blocks, v_tiles, units)
-    slots = stretches.slots(most)
-    cut = stretches.cut((live + unit - 1) // unit, v_tiles, units, most)
+    block_bytes = unit * d * hidden.dtype.itemsize
+    work = stretches.Stretches.of(blocks, block_bytes, v_tiles, units)
+    cut = work.cut((live + unit - 1) // unit)
     marking = threshold is not None
     names = ["m", "l", "s"]
     names += ["best", "w", "q"] if stats else []
@@ -98,12 +98,12 @@ def forward(
     def body(e_gmem, c_gmem, bias_gmem, thr_gmem, drop_gmem, plan_gmem, *outputs):
         partial = dict(zip(names, outputs, strict=False))
         marks_gmem = outputs[-1] if marking else None
-        cta, num = lax.axis_index("cta"), lax.axis_size("cta")
+        cta = lax.axis_index("cta")
         member = lax.axis_index("member") if tiles.cluster > 1 else i32(0)
-        cut = stretches.Stretches(*(plan_gmem[i] for i in range(4)))
+        cut = stretches.Cut(*(plan_gmem[i] for i in range(4)))
 
         def items(visit, carry):
-            count, of = stretches.items(cut, v_tiles, cta, num)
+            count, of = work.items(cut, cta)
 
             def item(i, carry):
                 slot, block, first, last = of(i)
@@ -287,7 +287,7 @@ def forward(
 
     padded = blocks * unit
     out_type = [
-        jax.ShapeDtypeStruct((slots, padded), jnp.int32 if x == "best" else jnp.float32)
+        jax.ShapeDtypeStruct((work.slots, padded), jnp.int32 if x == "best" else jnp.float32)
         for x in names
     ]
     if marking:
@@ -314,9 +314,9 @@ def forward(
     )
 
     part = {name: x[:, :n] for name, x in zip(names, outputs, strict=False)}
-    parts = stretches.parts(cut, jnp.arange(blocks, dtype=jnp.int32), units)
+    parts = work.parts(cut, jnp.arange(blocks, dtype=jnp.int32))
     parts = jnp.broadcast_to(parts[:, None], (blocks, unit)).reshape(padded)[:n]
-    valid = jnp.arange(slots)[:, None] < parts[None, :]
+    valid = jnp.arange(work.slots)[:, None] < parts[None, :]
     m = jnp.where(valid, part["m"] * k, LOWEST)
     top = m.max(0)
     share_of = jnp.where(valid, jnp.exp2(m - top[None, :]), 0.0)

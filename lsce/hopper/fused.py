@@ -200,7 +200,12 @@ def _gradients(
     padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
     live = (tokens.in_use.sum(dtype=jnp.int32) + BLOCK - 1) // BLOCK
     work = plan.whole(
-        blocks, live, p.v // tiles.tile_c, slots=storage.own * blocks, group=tiles.cluster
+        blocks,
+        live,
+        p.v // tiles.tile_c,
+        slots=storage.own * blocks,
+        group=tiles.cluster,
+        together=tiles.together(d),
     )
     ones, none = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
     no_target = jnp.full(rows, -1, jnp.int32)

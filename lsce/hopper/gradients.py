@@ -135,7 +135,14 @@ def exact(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products
     blocks = saved.hidden.shape[0] // BLOCK
     column_tiles = -(-v // tiles.tile_c)
     slots = tiles.slots_for(blocks, column_tiles)
-    work = plan.whole(blocks, _live_blocks(saved), column_tiles, slots=slots, group=tiles.group)
+    work = plan.whole(
+        blocks,
+        _live_blocks(saved),
+        column_tiles,
+        slots=slots,
+        group=tiles.group,
+        together=tiles.together(saved.hidden.shape[1]),
+    )
     chunks, per_chunk = work.first_tile.shape[0] - 1, slots // blocks
     loop = Loop(call, saved, c, wanted, tiles, slots, work, saved.labels, gathered=False)
     bias = _bias(saved)

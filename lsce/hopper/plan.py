@@ -117,10 +117,14 @@ def _placed(values: Array, place: Array, valid: Array, size: int) -> Int[Array, 
     return zeros.at[place].set(values.reshape(-1), mode="drop", unique_indices=True)
 
 
-def whole(blocks: int, live: Int[Array, ""], tiles: int, *, slots: int, group: int) -> Work:
+def whole(
+    blocks: int, live: Int[Array, ""], tiles: int, *, slots: int, group: int, together: int
+) -> Work:
     """All tiles of the first `live` blocks, in whole groups.
 
     The number of chunks is static, and so is each pair's slot: a tile has one for every block.
+    About `together` groups at a time, equally many each time, go through a chunk's tiles: then the
+    L2 serves their hidden states, and a chunk's rows of the head are read again.
     """
     live = (live + group - 1) // group * group
     per_chunk = slots // blocks
@@ -129,11 +133,18 @@ def whole(blocks: int, live: Int[Array, ""], tiles: int, *, slots: int, group: i
     t, b = jnp.arange(tiles, dtype=jnp.int32), jnp.arange(blocks, dtype=jnp.int32)
     tile_slot = t % per_chunk * blocks
     groups = jnp.maximum(live // group, 1)
+    at_a_time = -(-groups // -(-groups // together))
     i = jnp.arange(tiles * (blocks // group), dtype=jnp.int32)
+    first = i // (per_chunk * groups) * per_chunk
+    i = i - first * groups
+    width = jnp.clip(tiles - first, 1, per_chunk)
+    first_group = i // (width * at_a_time) * at_a_time
+    i = i - first_group * width
+    here = jnp.clip(groups - first_group, 1, at_a_time)
     return Work(
         chunks=jnp.int32(chunks),
         first_tile=first_tile,
-        items=i // groups * blocks + i % groups * group,
+        items=(first + i // here) * blocks + (first_group + i % here) * group,
         first_item=first_tile * (live // group),
         of_tile=jnp.broadcast_to(b, (tiles, blocks)),
         of_tile_count=jnp.broadcast_to(live, (tiles,)),

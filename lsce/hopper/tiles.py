@@ -16,6 +16,9 @@ from lsce.problem import Problem
 
 SHARED_MEMORY = 230_000
 """Bytes of an SM's shared memory that tiles may take; the rest is for barriers and reductions."""
+L2 = 30_000_000
+"""Bytes of hidden states that the L2 serves beside all else. An H100 has 50 MB in two halves, and
+what SMs of both read may lie in each."""
 BLOCK = 128
 """Tokens a block: the rows of one tile of the backward."""
 CONSUMERS = 2
@@ -120,6 +123,10 @@ class BackwardTiles:
     def group(self) -> int:
         """Blocks of tokens whose tiles of P are made together, from one tile of the head."""
         return self.cluster * self.blocks
+
+    def together(self, d: int) -> int:
+        """Groups of tokens whose hidden states the L2 serves."""
+        return max(L2 // (2 * self.group * BLOCK * d), 1)
 
     def slots_for(self, blocks: int, column_tiles: int) -> int:
         """Tiles of P in the buffer for so many token blocks and column tiles.
