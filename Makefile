@@ -1,7 +1,7 @@
 # make train      train a small language model on real text, evaluate it, draw its reliability diagram
 # make test       formatting, lint, types and every test, on the CPU
 # make lint       the first three of those
-# make test-gpu   the loss and its kernels on this machine's GPU
+# make test-gpu   the loss, its kernels and a training step on this machine's GPU
 #
 # The first call makes .venv and installs the pinned packages there; later ones install nothing.
 # Flags go in ARGS (make train ARGS="--steps 50"), jax's GPU packages in EXTRAS (EXTRAS=cuda13).
@@ -12,6 +12,7 @@ ARGS ?=
 EXTRAS ?=
 JOBS ?= 2
 JAX := 0.11.2
+ON_A_GPU := tests/test_loss.py tests/test_hopper_gpu.py tests/test_train_gpu.py
 INSTALLED := $(VENV)/installed$(EXTRAS:%=-%)
 
 .PHONY: train test test-gpu lint lock python
@@ -29,7 +30,7 @@ test: lint
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
 
 test-gpu: $(INSTALLED)
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n $(JOBS) tests/test_loss.py tests/test_hopper_gpu.py $(ARGS)
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n $(JOBS) $(ON_A_GPU) $(ARGS)
 
 # A Python that can make an environment. Each is started, not just looked up: a pyenv shim on the
 # PATH fails when its version is not selected, and Debian's python3 may come without venv.

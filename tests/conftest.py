@@ -27,7 +27,7 @@ hook = jaxtyping.install_import_hook([f"lsce.{name}" for name in CHECKED], "bear
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-ON_A_GPU = ("test_loss.py", "test_hopper_gpu.py")
+ON_A_GPU = ("test_loss.py", "test_hopper_gpu.py", "test_train_gpu.py")
 
 
 def pytest_collection_modifyitems(items):

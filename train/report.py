@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +120,18 @@ def as_json(evaluation: Evaluation, config: Any, *, step: int) -> dict[str, Any]
         "config": plain(dataclasses.asdict(config)),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("lsce", "jax", "flax", "optax", "numpy")},
+            **{name: _version(name) for name in ("lsce", "jax", "flax", "optax", "numpy")},
         },
         "device": jax.devices()[0].device_kind,
     }
+
+
+def _version(name: str) -> str | None:
+    """None for what is not installed, as `lsce` where it is imported from a checkout."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def plain(value: Any) -> Any:

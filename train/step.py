@@ -116,7 +116,14 @@ def loss_sum(
     return LossSum(total, jnp.sum(labelled, dtype=jnp.int32), calibration)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+REPEATABLE = {"xla_gpu_deterministic_ops": True}
+"""Of XLA: else a GPU adds an embedding's gradient in another order each time, and a process picks
+its matrix products by timing them, so that a run that goes on would leave the path it was on."""
+
+
+@functools.partial(
+    jax.jit, static_argnames="config", donate_argnames="state", compiler_options=REPEATABLE
+)
 def train_step(
     state: TrainState, batch: Batch, config: TrainConfig
 ) -> tuple[TrainState, StepMetrics]:

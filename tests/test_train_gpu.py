@@ -1,0 +1,56 @@
+"""Training on a real GPU: two processes that take the same steps end with the same bits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+STEPS = """
+import dataclasses, hashlib, sys
+
+import jax, numpy as np, optax
+from flax import nnx
+
+from train.config import TrainConfig
+from train.model import Llama
+from train.packing import IGNORE
+from train.shapes import PRESETS
+from train.step import TrainState, train_step
+
+ROWS, LENGTH = 16, 256
+shape = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16", dropout=0.1)
+state = TrainState.create(Llama(shape, rngs=nnx.Rngs(0)), optax.adamw(1e-3), jax.random.key(0))
+random = np.random.default_rng(0)
+tokens = random.integers(0, 50, (ROWS, LENGTH), dtype=np.int32)  # so that gradients meet in rows
+batch = {
+    "tokens": tokens,
+    "labels": np.where(random.random((ROWS, LENGTH)) < 0.8, tokens, IGNORE).astype(np.int32),
+    "segments": np.ones((ROWS, LENGTH), np.int32),
+    "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+}
+config = TrainConfig(dtype="bfloat16", batch_size=ROWS, implementation=sys.argv[1])
+for _ in range(5):
+    state, metrics = train_step(state, batch, config)
+weights = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params))
+print(float(metrics.loss), hashlib.sha256(weights).hexdigest())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("implementation", ["auto", "chunked"])
+def test_a_step_is_the_same_in_every_process(implementation):
+    ends = [
+        subprocess.run(
+            [sys.executable, "-c", STEPS, implementation],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert ends[0] == ends[1]
+    assert 0 < float(ends[0].split()[0]) < 20
