@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.model import Llama
 from train.packing import IGNORE
 from train.shapes import ModelConfig
-from train.step import TrainState, train_step
+from train.step import TrainState, train_step, train_step_autotuned
 
 SHAPE = ModelConfig(
     vocab_size=101, hidden_size=16, layers=1, heads=2, kv_heads=1, head_size=8, mlp_size=24
@@ -153,6 +153,14 @@ def test_bfloat16_accumulates_in_float32_and_is_near_float32():
     assert metrics.loss.dtype == jnp.float32
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.05
+
+
+def test_an_autotuned_step_is_the_same_step():
+    config = TrainConfig(autotune=True, **OPTIONS)
+    state, metrics = train_step_autotuned(make_state(), make_batch(), config)
+    found, usual = flat(make_state()) - flat(state), gradient(make_batch(), config)
+    assert metrics.finite
+    assert np.linalg.norm(found - usual[0]) < 1e-6 * np.linalg.norm(found)
 
 
 def test_the_old_state_is_donated():

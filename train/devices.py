@@ -1,4 +1,6 @@
-"""Data parallelism: devices that share the rows of a batch, each with the whole model.
+"""What devices do to a run: data parallelism, and how to have the same bits each time.
+
+Devices share the rows of a batch, each with the whole model.
 
 XLA splits the model's computations after the rows of the batch, and `lsce` the loss after its
 tokens; gradients are summed over the devices. Dropout and the order of the data do not depend on
@@ -15,6 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 ROWS = "rows"
 """The mesh's one axis."""
+REPEATABLE = {"xla_gpu_deterministic_ops": True}
+"""XLA's options for a program that gives the same bits in every process. Without them a GPU adds
+the gradient of an embedding in whatever order comes, and a process picks its matrix products by
+timing them."""
 
 
 def check(count: int) -> None:

@@ -201,7 +201,9 @@ def score_rows(model: Llama, rows: Rows, config: EvaluationConfig) -> TokenScore
     return TokenScores(*(np.concatenate(field)[: len(rows)] for field in zip(*parts, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "softcap"))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "softcap"), compiler_options=devices.REPEATABLE
+)
 def score_batch(
     graphdef: nnx.GraphDef[Llama],
     params: nnx.State,

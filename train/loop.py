@@ -26,7 +26,7 @@ from train.monitor import METRICS, Monitor, MonitorConfig, cut_rows_after
 from train.optimizer import adamw, learning_rate
 from train.shapes import PRESETS, ModelConfig
 from train.signals import stop_requests
-from train.step import StepMetrics, TrainState, loss_options, train_step
+from train.step import StepMetrics, TrainState, loss_options, train_step, train_step_autotuned
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,7 @@ def train(run: Run) -> Evaluation:
       NotFiniteError: at a NaN or an infinity, which is in no checkpoint.
     """
     config, data, state = run.config, run.data, run.state
+    take_step = train_step_autotuned if config.autotune else train_step
     monitor = Monitor(cast(MonitorConfig, config), run.total_steps, start_step=run.first_step)
 
     def evaluate_during(step: int) -> None:
@@ -170,7 +171,7 @@ def train(run: Run) -> Evaluation:
     with stop_requests() as stop, monitor, run.checkpointer:
         evaluate_during(run.first_step)  # where a signal cut it off
         for step in range(run.first_step + 1, run.total_steps + 1):
-            state, metrics = train_step(state, next(data.train), config)
+            state, metrics = take_step(state, next(data.train), config)
             metrics = jax.device_get(metrics)
             if not metrics.finite:
                 raise NotFiniteError(step, metrics, run.checkpointer.latest_step())

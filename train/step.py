@@ -116,17 +116,7 @@ def loss_sum(
     return LossSum(total, jnp.sum(labelled, dtype=jnp.int32), calibration)
 
 
-REPEATABLE = {"xla_gpu_deterministic_ops": True}
-"""Of XLA: else a GPU adds an embedding's gradient in another order each time, and a process picks
-its matrix products by timing them, so that a run that goes on would leave the path it was on."""
-
-
-@functools.partial(
-    jax.jit, static_argnames="config", donate_argnames="state", compiler_options=REPEATABLE
-)
-def train_step(
-    state: TrainState, batch: Batch, config: TrainConfig
-) -> tuple[TrainState, StepMetrics]:
+def _step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[TrainState, StepMetrics]:
     """One update from a batch of `accumulate` · B rows, B at a time in memory.
 
     Gradients of Σ L are added up over the microbatches and divided once: by the number of labelled
@@ -169,6 +159,12 @@ def train_step(
         dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state),
         metrics,
     )
+
+
+_compiled = functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+train_step = _compiled(_step, compiler_options=devices.REPEATABLE)
+train_step_autotuned = _compiled(_step)
+"""The same without that promise: its processes and its runs differ in their last bits on a GPU."""
 
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:
