@@ -204,10 +204,11 @@ def markdown(measured: Report) -> str:
         return "Nothing was measured.\n\n" + _skipped(measured)
     first = measured.rows[0]
     versions = sorted({part for row in measured.rows for part in row.framework.split(", ")})
+    commits = ", ".join(dict.fromkeys(row.commit for row in measured.rows))
     heading = (
         f"{first.case}: N, D, V = {first.n:,}, {first.d:,}, {first.v:,}, {first.dtype}, "
         f"{first.inputs} inputs; {first.device}; {', '.join(versions)}; "
-        f"commit {first.commit}, {first.time[:10]}.\n"
+        f"commit {commits}, {first.time[:10]}.\n"
         f"Bare product E·Cᵀ: {report.matmul_ms(measured):.4g} ms. Times are medians in ms, the "
         "gradient's is the difference of the two beside it; memory is what the call needs beyond "
         "its arguments, the gradients themselves included, in MB of 2²⁰ bytes. Errors are "

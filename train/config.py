@@ -47,7 +47,7 @@ class TrainConfig:
     remat: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
     autotune: bool = False
-    """A sixth less time a step on a GPU; no two runs, nor a resumed one, then have the same bits."""
+    """A sixth less time a step on a GPU; no two runs, nor a resumed one, then have equal bits."""
 
     label_smoothing: Annotated[float, _shown("BETA")] = 0.1
     """Probability β that the training target spreads evenly over the whole vocabulary."""
