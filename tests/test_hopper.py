@@ -701,11 +701,9 @@ def test_chunks_shrink_where_that_keeps_a_quarter_of_the_memory(n, d, v, fewer):
     assert (temporary + gradients < quarter) == (n > 8192)
 
 
-@pytest.mark.parametrize("tiles_", [1, 7, 192])
-@pytest.mark.parametrize("blocks", [0, 1, 5, 32, 65, 66, 67, 130])
-@pytest.mark.parametrize(
-    ("units", "together"), [(2, 2), (2, 1), (66, 66), (66, 33), (66, 22), (66, 11)]
-)
+@pytest.mark.parametrize("tiles_", [1, 193])
+@pytest.mark.parametrize("blocks", [0, 5, 23, 32, 67, 130])
+@pytest.mark.parametrize(("units", "together"), [(2, 2), (2, 1), (66, 66), (66, 22), (66, 11)])
 def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units, together):
     work = stretches.Stretches(blocks, tiles_, units, together)
     cut = work.cut(blocks)
@@ -728,6 +726,8 @@ def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units, toget
     np.add.at(load, np.asarray(unit)[np.asarray(i < count)], after - first)
     if cut.rest == 0 or cut.splits == units // cut.rest:
         assert load.max() <= blocks * tiles_ / units + 2 + blocks // together
+    else:  # so much memory for partial results is not to be had
+        assert blocks < together or together == units or tiles_ == 1
 
 
 @pytest.mark.parametrize(
