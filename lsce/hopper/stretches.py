@@ -2,9 +2,10 @@
 
 U units (CTAs or clusters) share B blocks of T tiles of the vocabulary, G blocks at a time: ⌊B/G⌋
 rounds come first, in which each block has U/G units and each of these one stretch of T·G/U tiles.
-R blocks are left (a few more where that would be very few); each of them is cut into S = ⌊U/R⌋ stretches, one a unit, and U − S·R units would
-have nothing to do. They take the last tiles of all R blocks instead, as many as make everybody's
-share the same, about R·T/U.
+R blocks are left (or G + R, after a round less, where R would be too few for all units). Each of
+them is cut into S = ⌊U/R⌋ stretches, one a unit, and U − S·R units would have nothing to do. They
+take the last tiles of all R blocks instead, as many as make everybody's share the same, about
+R·T/U.
 
 Units in step read the same tiles of the head, which the L2 then serves: that is why the whole is
 not simply dealt out in U equal runs. And a unit reads its block's hidden states once a tile, so G
@@ -89,7 +90,6 @@ class Stretches:
         blocks = i32(blocks)
         rounds, rest = lax.div(blocks, i32(self.together)), lax.rem(blocks, i32(self.together))
         if self.pieces > 1:
-            # So few are left that units would have nothing to do: one round fewer, then.
             few = (rest > 0) & (rest * (self.most_splits + 1) <= self.units) & (rounds > 0)
             rounds = jnp.where(few, rounds - 1, rounds)
             rest = jnp.where(few, rest + self.together, rest)
