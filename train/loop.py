@@ -83,6 +83,9 @@ def prepare(config: TrainConfig) -> Run:
     """
     shape = check(config)
     run_folder.find(config)
+    for path in config.data if config.resume else ():
+        if not path.exists():
+            raise ValueError(f"the run's data {path} is gone: say with --data where it is now")
     data = loader.build(
         data=config.data,
         held_out=config.held_out,
