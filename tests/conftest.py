@@ -5,6 +5,7 @@ themselves (`lsce.api` with `lsce.problem`, `lsce.order`, `lsce.calibration`) ch
 by hand, with messages for users, and the tests must see those.
 """
 
+import gc
 import os
 
 # The kernels' interpreter blocks a thread of XLA's pool for every warpgroup that waits: with no
@@ -26,6 +27,28 @@ CHECKED = ["backends", "chunked", "formula", "hopper", "reference", "stats", "wa
 hook = jaxtyping.install_import_hook([f"lsce.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """A worker of the whole suite compiles so many that their code fills the 65,530 maps which
+    Linux gives a process, and XLA then crashes. No module needs another's."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def quickly_compiled():
+    """For tests that compile much and run little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collector need not look through it again and again."""
+    gc.freeze()
+
 
 ON_A_GPU = ("test_loss.py", "test_hopper_gpu.py", "test_train_gpu.py")
 

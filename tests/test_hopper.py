@@ -4,6 +4,7 @@ On a Hopper GPU the whole contract of the loss runs against this backend (contra
 each mode runs at a small ragged shape: the interpreter takes seconds for a chip's microseconds.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -30,18 +31,20 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.fixture(autouse=True)
-def strict_promotion():
+def strict_promotion(quickly_compiled):
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def sixty_four_bits():
     """For all threads, the interpreter's among them, as `jax.enable_x64` is not."""
     jax.config.update("jax_enable_x64", True)
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_enable_x64", False)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def problem(**changes) -> Problem:
@@ -140,9 +143,10 @@ def test_a_given_order_changes_the_gradients_within_what_the_filter_may():
     labels = (hidden.astype(np.float32) @ head.astype(np.float32).T).argmax(1)
     this = Case(Inputs(hidden, head, labels.astype(np.int32)), {"label_smoothing": 0.1})
     order = rng.permutation(1000).astype(np.int32)
+    options = this.options | {"gradient_filter": 2.0**-6, "return_stats": False}
     with hopper.interpreted():
         plain, ordered = (
-            ours(CANDIDATE, this.inputs, **this.options, gradient_filter=2.0**-6, **changes)
+            ours(CANDIDATE, this.inputs, **options, **changes)
             for changes in ({}, {"vocab_order": order})
         )
     assert plain.value == ordered.value
@@ -157,20 +161,15 @@ def test_a_given_order_changes_the_gradients_within_what_the_filter_may():
 @pytest.mark.parametrize(
     ("gradient_filter", "bias"), [(None, True), (2.0**-12, True), ("fused", False)]
 )
-def test_64_bit_mode_changes_nothing(gradient_filter, bias, sixty_four_bits):
+def test_64_bit_mode_changes_nothing(gradient_filter, bias):
     this = case((40, 64, 256), "bfloat16", label_smoothing=0.1, weights=True, bias=bias)
     options = this.options | {"gradient_filter": gradient_filter, "return_stats": False}
-    with hopper.interpreted():
+    assert this.naive.value.dtype == np.float32  # computed before
+    with hopper.interpreted(), sixty_four_bits():
         got = ours(CANDIDATE, this.inputs, **options)
-        jax.config.update("jax_enable_x64", False)
-        expected = ours(CANDIDATE, this.inputs, **options)
     assert got.value.dtype == np.float32
-    np.testing.assert_allclose(got.value, expected.value, rtol=1e-6)
-    for name, grad in expected.grads.items():
-        assert got.grads[name].dtype == grad.dtype
-        tolerance = 1e-2 if grad.dtype == jnp.bfloat16 else 1e-5
-        distance = np.linalg.norm((got.grads[name] - grad).astype(np.float64))
-        assert distance < tolerance * np.linalg.norm(grad.astype(np.float64)), name
+    np.testing.assert_allclose(got.value, this.truth.value, rtol=1e-5)
+    assert_no_worse(got, this)
 
 
 @pytest.mark.slow
@@ -185,8 +184,8 @@ def test_64_bit_mode_changes_nothing(gradient_filter, bias, sixty_four_bits):
             {"label_smoothing": 0.1, "spread": 5.0, "softcap": 15.0, "bias": True},
             2.0**-12,
         ),
-        ({}, (300, 128, 1000), {"label_smoothing": 0.1, "spread": 5.0}, 2.0**-12),
-        ({"tile_v": 256}, (70, 128, 1100), {"label_smoothing": 0.1, "spread": 5.0}, 2.0**-12),
+        ({}, (150, 128, 600), {"label_smoothing": 0.1, "spread": 5.0}, 2.0**-12),
+        ({"tile_v": 256}, (70, 128, 600), {"label_smoothing": 0.1, "spread": 5.0}, 2.0**-12),
         # One stage, so no lag; no column for the second consumer.
         ({}, (1, 64, 2), {}, None),
     ],
@@ -309,7 +308,7 @@ def test_fused(shape, layout, options, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "blocks"),
-    [((400, 64, 256), [0, 1]), ((300, 512, 1024), [1])],
+    [((400, 64, 256), [0, 1]), ((300, 512, 512), [1])],
     ids=["groups", "P within dC"],
 )
 def test_fused_leaves_out_tokens_without_a_loss(shape, blocks, monkeypatch):
@@ -358,7 +357,7 @@ def test_fused_of_no_labels_and_wrong_ones(wrong):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "wanted"),
-    [((400, 64, 256), (0, 1, 2)), ((200, 512, 1024), (0,))],
+    [((400, 64, 256), (0, 1, 2)), ((200, 512, 512), (0,))],
     ids=["groups", "P within dC"],
 )
 def test_fused_gradients_do_not_depend_on_what_is_frozen(shape, wanted, monkeypatch):

@@ -16,6 +16,8 @@ from lsce import chunked
 from lsce.chunked import Tile
 from lsce.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 CHUNKED = Candidate("chunked")
 FLOAT = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 

@@ -14,6 +14,8 @@ from flax import nnx
 from train.model import Llama, apply_rope, rope_rotation
 from train.shapes import PRESETS, ModelConfig
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SHAPE = ModelConfig(
     vocab_size=61, hidden_size=24, layers=2, heads=6, kv_heads=2, head_size=8, mlp_size=40
 )

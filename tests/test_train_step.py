@@ -19,6 +19,8 @@ from train.packing import IGNORE
 from train.shapes import ModelConfig
 from train.step import TrainState, train_step, train_step_autotuned
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SHAPE = ModelConfig(
     vocab_size=101, hidden_size=16, layers=1, heads=2, kv_heads=1, head_size=8, mlp_size=24
 )
