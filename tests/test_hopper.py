@@ -26,12 +26,14 @@ from lsce.hopper.gradients import Call
 from lsce.hopper.loss import most_frequent, places, token_losses
 from lsce.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 CANDIDATE = Candidate("hopper", "interpreted", ("bfloat16",))
 H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.fixture(autouse=True)
-def strict_promotion(quickly_compiled):
+def strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
 

@@ -89,9 +89,10 @@ def compiled(loss, **options):
     return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
 
 
-def value_and_grads(loss, given: Inputs, reduction="mean", gradient_filter=None, **arrays):
-    """That of these inputs and arrays (weights, bias, …), as numpy."""
-    step = compiled(loss, reduction=reduction, gradient_filter=gradient_filter)
+def value_and_grads(loss, given: Inputs, *, weights=None, bias=None, vocab_order=None, **options):
+    """The loss of these inputs, arrays and options, and the gradients of hidden and head."""
+    arrays = {"weights": weights, "bias": bias, "vocab_order": vocab_order}
+    step = compiled(loss, **options)
     return jax.tree.map(np.asarray, step(given.hidden, given.head, given.labels, arrays))
 
 
@@ -230,7 +231,7 @@ def test_an_invalid_label_is_nan(loss, this):
         assert np.isfinite(removed)
 
 
-def test_a_class_masked_by_its_bias(candidate, this):
+def test_a_class_masked_by_its_bias(candidate, loss, this):
     """Without smoothing a bias of −∞ takes a class away, as padding of the vocabulary needs."""
     given = this.inputs
     v, kept = len(given.head), (2 * len(given.head)) // 3
@@ -245,15 +246,12 @@ def test_a_class_masked_by_its_bias(candidate, this):
     assert not np.any(masked.grads["head"][kept:])
     assert_equal(masked.stats.entropy, fewer.stats.entropy, rtol=1e-4, atol=1e-5)
     # With smoothing every class is a target, that one too.
-    call = functools.partial(
-        lsce.linear_cross_entropy, given.hidden, given.head, bias=bias, return_stats=True
-    )
-    call = functools.partial(call, implementation=candidate.implementation)
-    smoothed, stats = call(labels, label_smoothing=0.1)
+    forward = functools.partial(loss, given.hidden, given.head, bias=bias, return_stats=True)
+    smoothed, stats = forward(labels)
     assert smoothed == np.inf
     np.testing.assert_array_equal(stats.mean_logit[labels >= 0], -np.inf)
     assert np.any(given.labels >= kept)
-    assert call(given.labels, label_smoothing=1.0)[0] == np.inf
+    assert forward(given.labels, label_smoothing=1.0)[0] == np.inf
     # Under a softcap its logit is −cap.
     options = {"label_smoothing": 0.1, "softcap": 3.0}
     capped = ours(candidate, given._replace(labels=labels, bias=bias), **options)
