@@ -12,7 +12,8 @@ ARGS ?=
 EXTRAS ?=
 JOBS ?= 2
 JAX := 0.11.2
-ON_A_GPU := tests/test_loss.py tests/test_hopper_gpu.py tests/test_train_gpu.py
+ON_A_GPU := tests/lsce/test_loss.py tests/lsce/backends/hopper/test_gpu.py \
+	tests/train/run/test_gpu.py
 INSTALLED := $(VENV)/installed$(EXTRAS:%=-%)
 
 .PHONY: train test test-gpu lint lock python

@@ -15,7 +15,7 @@ The starting point was measured on the logits of Gemma 3 270M on Alpaca text: po
 standard deviation 3.2 and kurtosis 6, 30% of it shared by 128 neighbouring ids; context of
 standard deviation 2.9, eigenvalues falling about as i^−0.85, correlation 0.26 at 8 tokens'
 distance. `popularity`, `context`, `patches`, `topic` and the anchor were then moved by hand until
-`column_statistics` agreed with the real models' (tests/test_activations.py holds both sides).
+`column_statistics` agreed with the real models' (tests/benchmarks/test_activations.py holds both).
 What is matched is sparsity, which decides speed. The rank is at most 257, so the errors of a
 gradient filter must be measured on real activations instead (`read`).
 """

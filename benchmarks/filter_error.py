@@ -24,10 +24,11 @@ from jax.scipy.special import logsumexp
 
 from benchmarks import activations, flags, inputs, report, runner
 from benchmarks.errors import relative_error
-from lsce.hopper import filtering, plan
-from lsce.hopper.forward import Sums
-from lsce.hopper.loss import most_frequent, places
-from lsce.hopper.tiles import BLOCK, Tiles
+from lsce.backends.hopper.kernels.lse_forward import Sums
+from lsce.backends.hopper.loss import most_frequent, places
+from lsce.backends.hopper.tiles import BLOCK, Tiles
+from lsce.sparse import filter as filtering
+from lsce.sparse import plan
 
 BETA = 0.1
 

@@ -6,8 +6,8 @@ of some fields, because all the fields at once would take days. The candidates o
 compiled side by side and timed in turn, with a bare product E·Cᵀ among them: clocks drift, and a
 kernel that draws more power slows down what is timed after it. The fastest of many is in part the
 luckiest, so it then meets the tiles taken now once more, and replaces them only if it is clearly
-faster again. At the end stand the entries for `TUNED` in lsce/hopper/tiles.py; `ruff format` breaks
-their lines.
+faster again. At the end stand the entries for `TUNED` in lsce/backends/hopper/tiles.py;
+`ruff format` breaks their lines.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from rich.table import Table
 
 from benchmarks import activations, cases, flags, inputs, memory, runner, timing
 from benchmarks.report import write_json
-from lsce import hopper
-from lsce.hopper import tiles
-from lsce.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
+from lsce.backends import hopper
+from lsce.backends.hopper import tiles
+from lsce.backends.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
 from lsce.problem import Problem
 
 Stage = Literal["forward", "sparse", "exact"]
@@ -200,8 +200,8 @@ def judged(trial: Trial, results: tuple[float, ...], most_mb: float) -> Trial:
 def promised_mb(case: cases.Case) -> float:
     """The temporaries, in 2²⁰ bytes, that leave both passes within a quarter of optax's memory.
 
-    As `lsce.hopper.tiles.within_a_quarter` has it: naive optax takes 4NV bytes and the gradients.
-    Where those alone are more than a quarter there is nothing to keep, hence ∞.
+    As `tiles.within_a_quarter` of the backend has it: naive optax takes 4NV bytes and the
+    gradients. Where those alone are more than a quarter there is nothing to keep, hence ∞.
     """
     gradients = 2 * (case.n + case.v) * case.d
     left = (4 * case.n * case.v + gradients) / 4 - gradients
@@ -214,8 +214,8 @@ def promised_mb(case: cases.Case) -> float:
 def program(stage: Stage, problem: Problem, chosen: Tiles) -> Callable[..., Any]:
     """(hidden, head, labels) → the mean loss, with the gradients of both after the forward."""
     # Imported here: without a Hopper GPU nothing of Mosaic GPU should load.
-    from lsce.hopper.gradients import Call
-    from lsce.hopper.loss import token_losses
+    from lsce.backends.hopper.gradients import Call
+    from lsce.backends.hopper.loss import token_losses
 
     epsilon = None if stage == "exact" else "auto"
     call = Call(problem, epsilon, chosen, hopper.streaming_multiprocessors())
@@ -303,7 +303,7 @@ def _norm(x: Any) -> Any:
 
 
 def entry(chip: str, case: cases.Case, chosen: Tiles) -> str:
-    """A line of `lsce.hopper.tiles.TUNED`: the stages whose tiles are not the heuristic's.
+    """A line of `lsce.backends.hopper.tiles.TUNED`: the stages whose tiles are not the heuristic's.
 
     Every field is spelt out, as defaults may change.
     """

@@ -24,7 +24,7 @@ pytest.register_assert_rewrite("contract", "on_devices")
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-CHECKED = ["backends", "chunked", "formula", "hopper", "reference", "stats", "wanted"]
+CHECKED = ["backends", "formula", "sparse", "stats", "wanted"]
 hook = jaxtyping.install_import_hook([f"lsce.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -55,7 +55,7 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-ON_A_GPU = ("test_loss.py", "test_hopper_gpu.py", "test_train_gpu.py")
+ON_A_GPU = ("test_loss.py", "test_gpu.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,7 @@ import pytest
 from scipy.special import logsumexp
 
 import lsce
-from lsce import chunked, hopper
+from lsce.backends import chunked, hopper
 
 Shape = tuple[int, int, int]
 Grads = dict[str, np.ndarray]

@@ -6,6 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from paths import ROOT
+
 
 def run(count: int, *scripts: str, arguments: tuple[Path, ...] = (), flags: str = "") -> str:
     """The last line that the scripts, one after the other in one process, print.
@@ -14,7 +16,7 @@ def run(count: int, *scripts: str, arguments: tuple[Path, ...] = (), flags: str 
     """
     ran = subprocess.run(
         [sys.executable, "-c", "".join(map(textwrap.dedent, scripts)), *arguments],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         env={
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {flags}",

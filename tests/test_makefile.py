@@ -9,8 +9,8 @@ import tomllib
 
 import pytest
 from packaging.requirements import Requirement
+from paths import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 LOCK = [
     Requirement(line)
     for line in (ROOT / "requirements.lock").read_text().splitlines()

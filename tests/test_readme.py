@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from paths import ROOT
 
 import lsce
 from benchmarks import cases
 from lsce import backends, calibration
 from train.config import DEFAULT_STEPS, TrainConfig
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -137,7 +138,7 @@ def test_every_command_parses():
 
 
 def test_every_linked_file_exists():
-    root = pathlib.Path(__file__).parent.parent
+    root = ROOT
     links = re.findall(r"\]\(((?!https?:)[^)]+)\)", README)
     assert links
     for link in links:

@@ -12,8 +12,8 @@ from typing import Any
 
 import tyro
 
-from train import run_folder
 from train.config import TrainConfig
+from train.run import folder as run_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("train").setLevel(logging.INFO)
     try:
         config = parse(arguments)
-        from train import loop  # seconds of imports that --help and a wrong flag need not wait for
+        from train.run import (
+            loop,  # seconds of imports that --help and a wrong flag need not wait for
+        )
 
         prepared = loop.prepare(config)
     except (ValueError, OSError) as error:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.shapes import PRESETS
-from train.tokenizer import MIN_LENGTH, MIN_VOCAB_SIZE
+from train.models.config import PRESETS
+from train.text.tokenizer import MIN_LENGTH, MIN_VOCAB_SIZE
 
 DEFAULT_STEPS = 250
 

@@ -25,9 +25,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from train import comparison, run_folder
 from train.config import TrainConfig, flag
-from train.console import Console
+from train.evaluation import comparison
+from train.run import folder as run_folder
+from train.run.console import Console
 
 TRAIN = (sys.executable, "-m", "train")
 SWEEP = "sweep.json"
@@ -83,7 +84,7 @@ class Job:
     @property
     def evaluation(self) -> Path:
         """The file that the run writes last."""
-        from train.report import EVALUATION  # loads jax, which --help need not wait for
+        from train.evaluation.report import EVALUATION  # loads jax, which --help need not wait for
 
         return self.folder / EVALUATION
 
@@ -278,7 +279,8 @@ def check_runs(configs: Sequence[SweepConfig]) -> None:
 
 
 def _check_runs(configs: Sequence[SweepConfig]) -> None:
-    from train import loop, records
+    from train.data import records
+    from train.run import loop
 
     for config in configs:
         loop.check(config)

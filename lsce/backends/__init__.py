@@ -15,9 +15,9 @@ from lsce.stats import TokenStats
 
 # In the order in which "auto" asks them.
 MODULES = {
-    "hopper": "lsce.hopper",
-    "chunked": "lsce.chunked",
-    "reference": "lsce.reference",
+    "hopper": "lsce.backends.hopper",
+    "chunked": "lsce.backends.chunked",
+    "reference": "lsce.backends.reference",
 }
 
 

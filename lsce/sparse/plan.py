@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, UInt
 
-from lsce.hopper import marks
-from lsce.hopper.tiles import BLOCK
+from lsce.backends.hopper.kernels import marks
+from lsce.backends.hopper.tiles import BLOCK
 
 
 class Work(NamedTuple):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import on_devices
 import pytest
+from paths import ROOT
 from rich.console import Console
 
 from benchmarks import cases, errors, inputs, loss, memory, report, runner, table, timing
@@ -534,7 +535,7 @@ def test_a_run_without_any_row_fails(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_commit_is_git_s():
-    root = pathlib.Path(__file__).parent.parent
+    root = ROOT
     git = subprocess.run(
         ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import activations, filter_error
-from lsce.hopper import filtering, plan
+from lsce.sparse import filter as filtering
+from lsce.sparse import plan
 
 N, D, V = 256, 16, 500
 

@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 
 import pytest
+from paths import ROOT
 
 from benchmarks import cases, report, table, worker
 from benchmarks import inputs as inputs_module
@@ -160,7 +161,7 @@ def test_a_wrong_name_is_refused(capsys: pytest.CaptureFixture[str]):
 
 
 def test_rows_of_several_cases_make_no_table(capsys: pytest.CaptureFixture[str]):
-    results = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+    results = ROOT / "benchmarks" / "results"
     assert table.main(["--from", str(results / "h100-everywhere-0218359.json")]) == 2
     said = capsys.readouterr()
     assert "rows of one case are wanted, not of gemma2-2b at N = 2,048, bfloat16" in said.err

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from benchmarks import cases, inputs, tune
 from benchmarks.timing import Timing
-from lsce import hopper
-from lsce.hopper.tiles import SHARED_MEMORY, BackwardTiles, ForwardTiles, Tiles, heuristic
+from lsce.backends import hopper
+from lsce.backends.hopper.tiles import SHARED_MEMORY, BackwardTiles, ForwardTiles, Tiles, heuristic
 
 CASE = cases.find("gemma2-2b")
 SMALL = cases.Case("small", 256, 64, 512)

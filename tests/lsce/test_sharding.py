@@ -112,7 +112,8 @@ ON_A_MESH = """
     cotangent = all_cotangents
 
     # Gradients that a backend makes in its forward pass, for sums of weighted losses.
-    from lsce import reference, sharding
+    from lsce import sharding
+    from lsce.backends import reference
     from lsce.problem import Problem
 
     class Summing:
@@ -196,7 +197,8 @@ IN_SHARD_MAP = """
 
 LOWERED = """
     from jax._src import core
-    from lsce import hopper, sharding
+    from lsce import sharding
+    from lsce.backends import hopper
     from lsce.problem import Problem
 
     bf16 = np.dtype(jnp.bfloat16)

@@ -9,12 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from paths import ROOT
 
-from train import run_folder
 from train.__main__ import main, parse
 from train.config import TrainConfig, flag
-
-ROOT = Path(__file__).parent.parent
+from train.run import folder as run_folder
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -226,8 +225,8 @@ def test_on_a_gpu_a_run_says_why_its_kernels_stay_idle(dtype, said, monkeypatch,
     import jax
 
     from lsce import api
-    from train import loop
-    from train.shapes import PRESETS
+    from train.models.config import PRESETS
+    from train.run import loop
 
     h100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(api, "_device", lambda array: h100)

@@ -8,16 +8,17 @@ import numpy as np
 import on_devices
 import pytest
 
-from train import devices
+from train import mesh as devices
 
 SCRIPT = """
     import json, sys
     import jax
     import numpy as np
-    from train import loop, step
-    from train.checkpoint import Checkpointer
+    from train.run import loop
+    from train.run import step
+    from train.run.checkpoint import Checkpointer
     from train.config import TrainConfig
-    from train.evaluate import evaluate
+    from train.evaluation.scoring import evaluate
     from pathlib import Path
 
     data, out = map(Path, sys.argv[1:])

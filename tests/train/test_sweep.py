@@ -14,17 +14,17 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from paths import ROOT
 from rich.console import Console
 
-from train import comparison, sweep
-
-ROOT = Path(__file__).parent.parent
+from train import sweep
+from train.evaluation import comparison
 
 STAND_IN = '''
 """Claims its folder as `python -m train` does, and "trains" in no time."""
 import json, os, signal, sys, time
 from pathlib import Path
-from train import run_folder
+from train.run import folder as run_folder
 from train.__main__ import parse
 
 config = parse(sys.argv[1:])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from train.records import Message, Record, stable_hash
+from train.data.records import Message, Record, stable_hash
 
 QUESTIONS = {
     "module": (

@@ -13,9 +13,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from train import choices, corpus, records, tokenizer
-from train.packing import Batch, Rows, pack
-from train.tokenizer import Tokenizer
+from train.data import corpus, records
+from train.data.packing import Batch, Rows, pack
+from train.evaluation.tasks import held_out as choices
+from train.text import tokenizer
+from train.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

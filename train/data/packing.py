@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from train.tokenizer import Example, Tokenizer
+from train.text.tokenizer import Example, Tokenizer
 
 IGNORE = -100
 

@@ -16,8 +16,8 @@ from rich import box
 from rich.table import Table
 
 from lsce.calibration import CalibrationState, reliability_diagram
-from train.console import Console
-from train.evaluate import BINS, REPORTED, Evaluation, Scores, Scoring
+from train.evaluation.scoring import BINS, REPORTED, Evaluation, Scores, Scoring
+from train.run.console import Console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

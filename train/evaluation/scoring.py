@@ -19,12 +19,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 import lsce
 from lsce import calibration
-from train import devices
-from train.choices import Question
-from train.model import Llama
-from train.packing import IGNORE, Rows, pack
-from train.records import Message, Record
-from train.tokenizer import Example, Tokenizer, encode_records
+from train import mesh as devices
+from train.data.packing import IGNORE, Rows, pack
+from train.data.records import Message, Record
+from train.evaluation.tasks.held_out import Question
+from train.models.decoder import Llama
+from train.text.tokenizer import Example, Tokenizer, encode_records
 
 BINS = 15
 

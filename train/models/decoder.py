@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from train.shapes import ModelConfig
+from train.models.config import ModelConfig
 
 
 class Llama(nnx.Module):

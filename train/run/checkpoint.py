@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import orbax.checkpoint as ocp
 
-from train.step import TrainState
+from train.run.step import TrainState
 
 FOLDER = "checkpoints"
 

@@ -17,16 +17,19 @@ import optax
 from flax import nnx
 
 import lsce
-from train import devices, loader, report, run_folder
-from train.checkpoint import Checkpointer
+from train import mesh as devices
 from train.config import DEFAULT_STEPS, TrainConfig
-from train.evaluate import REPORTED, Evaluation, evaluate
-from train.model import Llama
-from train.monitor import METRICS, Monitor, MonitorConfig, cut_rows_after
-from train.optimizer import adamw, learning_rate
-from train.shapes import PRESETS, ModelConfig
-from train.signals import stop_requests
-from train.step import StepMetrics, TrainState, loss_options, train_step, train_step_autotuned
+from train.data import loader
+from train.evaluation import report
+from train.evaluation.scoring import REPORTED, Evaluation, evaluate
+from train.models.config import PRESETS, ModelConfig
+from train.models.decoder import Llama
+from train.run import folder as run_folder
+from train.run.checkpoint import Checkpointer
+from train.run.monitor import METRICS, Monitor, MonitorConfig, cut_rows_after
+from train.run.optimizer import adamw, learning_rate
+from train.run.signals import stop_requests
+from train.run.step import StepMetrics, TrainState, loss_options, train_step, train_step_autotuned
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from tensorboardX.proto.event_pb2 import (  # protobuf makes the classes at impo
 )
 from tensorboardX.summary import scalar
 
-from train.console import Console
+from train.run.console import Console
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import lsce
 from lsce.calibration import CalibrationState
-from train import devices
+from train import mesh as devices
 from train.config import TrainConfig
-from train.model import Llama
-from train.packing import IGNORE
+from train.data.packing import IGNORE
+from train.models.decoder import Llama
 
 Batch = Mapping[str, Int[Array, "B T"]]
 

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int
 
-from train.records import Message, Record
+from train.data.records import Message, Record
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lsce import formula
-from lsce.hopper import filtering, tiles
+from lsce.backends.hopper import tiles
 from lsce.problem import Problem
+from lsce.sparse import filter as filtering
 from lsce.stats import TokenStats
 
 if TYPE_CHECKING:
-    from lsce.hopper.gradients import Call
+    from lsce.backends.hopper.gradients import Call
 
 HIGHEST_SOFTCAP = 1000.0
 MOST_LOGITS = 2**37
@@ -55,7 +56,7 @@ class Hopper:
         return None
 
     def unfused(self, problem: Problem) -> str | None:
-        from lsce.hopper import fused
+        from lsce.backends.hopper import fused
 
         return fused.refuses(_call(problem))
 
@@ -74,7 +75,7 @@ class Hopper:
         without one it sorts them itself, by which blocks of tokens they are active in.
         """
         # Imported here: on a machine without these kernels nothing of Mosaic GPU should load.
-        from lsce.hopper.loss import token_losses
+        from lsce.backends.hopper.loss import token_losses
 
         call, hidden, head, labels = _prepare(problem, hidden, head, labels)
         outputs: Any = token_losses(call, hidden, head, bias, labels, vocab_order)
@@ -94,7 +95,7 @@ class Hopper:
         vocab_order: Int[Array, " V"] | None,
     ) -> tuple[Float[Array, ""], TokenStats | None]:
         """Σ_n w_n·L_n with the gradients made in the forward pass, where `fused.refuses` allows."""
-        from lsce.hopper import fused
+        from lsce.backends.hopper import fused
 
         if self.unfused(problem) is None:
             call, *arrays = _prepare(problem, hidden, head, labels)
@@ -121,7 +122,7 @@ def _prepare(
 
 
 def _call(problem: Problem) -> Call:
-    from lsce.hopper.gradients import Call
+    from lsce.backends.hopper.gradients import Call
 
     epsilon = problem.gradient_filter
     pointless = epsilon == "auto" and not filtering.worthwhile(problem)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce.hopper.engine import (
+from lsce.backends.hopper.kernels.lse_forward import capped
+from lsce.backends.hopper.kernels.pipeline import (
     COLUMN,
     ROW,
     Stream,
@@ -36,9 +37,8 @@ from lsce.hopper.engine import (
     store_stage,
     store_tile,
 )
-from lsce.hopper.forward import capped
-from lsce.hopper.plan import BLOCK, Work
-from lsce.hopper.tiles import BackwardTiles
+from lsce.backends.hopper.tiles import BackwardTiles
+from lsce.sparse.plan import BLOCK, Work
 
 LOG2E = math.log2(math.e)
 HALF = BLOCK // 2

@@ -29,11 +29,12 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula, sharding
-from lsce.hopper import backward, plan
-from lsce.hopper.forward import LOG2E
-from lsce.hopper.gradients import Call
-from lsce.hopper.loss import arrange, hot_sums, places, results, run_forward, target_logit
-from lsce.hopper.tiles import BLOCK, fused_layout
+from lsce.backends.hopper import backward
+from lsce.backends.hopper.gradients import Call
+from lsce.backends.hopper.kernels.lse_forward import LOG2E
+from lsce.backends.hopper.loss import arrange, hot_sums, places, results, run_forward, target_logit
+from lsce.backends.hopper.tiles import BLOCK, fused_layout
+from lsce.sparse import plan
 from lsce.wanted import Wanted
 
 SHIFT = 16.0

@@ -17,16 +17,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula
-from lsce.hopper import backward, filtering, plan, transfer
-from lsce.hopper.forward import LOG2E, LOWEST, Sums
-from lsce.hopper.tiles import BLOCK, BackwardTiles, Tiles
+from lsce.backends.hopper import backward
+from lsce.backends.hopper.kernels import rows as transfer
+from lsce.backends.hopper.kernels.lse_forward import LOG2E, LOWEST, Sums
+from lsce.backends.hopper.tiles import BLOCK, BackwardTiles, Tiles
 from lsce.problem import Problem
+from lsce.sparse import filter as filtering
+from lsce.sparse import plan
 from lsce.wanted import Wanted
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static in one call; arrays are padded as `lsce.hopper` says."""
+    """What is static in one call; arrays are padded as `lsce.backends.hopper` says."""
 
     problem: Problem
     epsilon: float | Literal["auto"] | None

@@ -12,10 +12,11 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from lsce import formula, sharding
-from lsce.hopper import filtering, gradients
-from lsce.hopper.forward import Sums, forward
-from lsce.hopper.gradients import Call, Saved
-from lsce.hopper.tiles import BLOCK
+from lsce.backends.hopper import gradients
+from lsce.backends.hopper.gradients import Call, Saved
+from lsce.backends.hopper.kernels.lse_forward import Sums, forward
+from lsce.backends.hopper.tiles import BLOCK
+from lsce.sparse import filter as filtering
 from lsce.stats import TokenStats
 from lsce.wanted import Wanted
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from lsce.hopper import tiles
-from lsce.hopper.engine import i32
+from lsce.backends.hopper import tiles
+from lsce.backends.hopper.kernels.pipeline import i32
 
 MOST_PIECES = 6
 """Most stretches of a block in a round: partial results take memory for each."""

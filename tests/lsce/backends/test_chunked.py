@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import lsce
-from lsce import chunked
-from lsce.chunked import Tile
+from lsce.backends import chunked
+from lsce.backends.chunked import Tile
 from lsce.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")

@@ -3,14 +3,12 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-from train import corpus
-from train.records import split
-
-ROOT = Path(__file__).resolve().parents[1]
+from train.data import corpus
+from train.data.records import split
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +70,7 @@ def test_no_held_out_answer_is_in_the_training_part(records):
 def test_records_are_the_same_in_every_process(records, tmp_path):
     code = """
 import hashlib
-from train import corpus
+from train.data import corpus
 print(hashlib.sha256(repr(corpus.standard_library_records()).encode()).hexdigest())
 """
     result = subprocess.run(

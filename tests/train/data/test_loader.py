@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import ROOT, SHARED_DATA
 
-from train import loader
-from train.loader import Data, PackedLoader
-from train.packing import IGNORE, Rows, pack
-from train.tokenizer import Example
+from train.data import loader
+from train.data.loader import Data, PackedLoader
+from train.data.packing import IGNORE, Rows, pack
+from train.text.tokenizer import Example
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = SHARED_DATA
 
 
 def rows_of(count: int, length: int = 8) -> Rows:
@@ -148,7 +148,9 @@ import json, pickle, sys, test_loader
 print(json.dumps(test_loader.draw(*pickle.loads(bytes.fromhex(sys.argv[1])))))
 """
     command = [sys.executable, "-c", code, pickle.dumps(arguments).hex()]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    }
     return json.loads(subprocess.check_output(command, env=environment, text=True))
 
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.packing import IGNORE, Rows, pack
-from train.tokenizer import Example, Tokenizer
+from train.data.packing import IGNORE, Rows, pack
+from train.text.tokenizer import Example, Tokenizer
 
 
 def example(tokens: list[int], loss_from: int) -> Example:

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import SHARED_DATA
 
-from train.records import Message, Record, read_jsonl, split, stable_hash
+from train.data.records import Message, Record, read_jsonl, split, stable_hash
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = SHARED_DATA
 
 
 def write(path: Path, *lines: object) -> Path:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train import report
-from train.evaluate import BINS, REPORTED, Evaluation, Scores
+from train.evaluation import report
+from train.evaluation.scoring import BINS, REPORTED, Evaluation, Scores
 
 
 @dataclasses.dataclass(frozen=True)

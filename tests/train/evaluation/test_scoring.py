@@ -12,13 +12,13 @@ import pytest
 from flax import nnx
 
 from lsce import calibration
-from train.choices import Question
-from train.evaluate import Scores, choice_scores, evaluate, evaluate_tokens, score_batch
-from train.model import Llama
-from train.packing import IGNORE, Rows, pack
-from train.records import Message, Record
-from train.shapes import ModelConfig
-from train.tokenizer import Tokenizer, encode_records, train
+from train.data.packing import IGNORE, Rows, pack
+from train.data.records import Message, Record
+from train.evaluation.scoring import Scores, choice_scores, evaluate, evaluate_tokens, score_batch
+from train.evaluation.tasks.held_out import Question
+from train.models.config import ModelConfig
+from train.models.decoder import Llama
+from train.text.tokenizer import Tokenizer, encode_records, train
 
 LENGTH = 48
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train.model import Llama, apply_rope, rope_rotation
-from train.shapes import PRESETS, ModelConfig
+from train.models.config import PRESETS, ModelConfig
+from train.models.decoder import Llama, apply_rope, rope_rotation
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from paths import ROOT
 
-from train.checkpoint import FOLDER, Checkpointer
-from train.optimizer import adamw
-from train.step import TrainState
+from train.run.checkpoint import FOLDER, Checkpointer
+from train.run.optimizer import adamw
+from train.run.step import TrainState
 
 OPTIMIZER = adamw(lambda _: 0.1, beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0)
 POSITION = {"identity": "0af3", "iterator": {"next_index": 12}}
@@ -100,9 +101,9 @@ def test_a_checkpoint_that_cannot_be_written_says_what_is_kept(tmp_path, monkeyp
 KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_train_checkpoint import POSITION, create
-from train.checkpoint import Checkpointer
+sys.path[:0] = sys.argv[3:]
+from test_checkpoint import POSITION, create
+from train.run.checkpoint import Checkpointer
 
 def kill(event, arguments):
     # The folder of step 2 is filled under another name, and renamed once it is whole.
@@ -121,8 +122,16 @@ with Checkpointer(Path(sys.argv[1]), keep=1) as checkpointer:
 @pytest.mark.parametrize("event", ["os.mkdir", "os.rename"])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, event):
     here = Path(__file__).parent
-    command = [sys.executable, "-c", KILLED_SAVE, str(tmp_path), event, str(here)]
-    assert subprocess.run(command, cwd=here.parent).returncode == -signal.SIGKILL
+    command = [
+        sys.executable,
+        "-c",
+        KILLED_SAVE,
+        str(tmp_path),
+        event,
+        str(here),
+        str(ROOT / "tests"),
+    ]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
     assert len(list((tmp_path / FOLDER).glob("2.*"))) == 1
 
     with Checkpointer(tmp_path, keep=1) as checkpointer:

@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
+from paths import ROOT
 
 STEPS = """
 import dataclasses, hashlib, sys
@@ -14,10 +14,10 @@ import jax, numpy as np, optax
 from flax import nnx
 
 from train.config import TrainConfig
-from train.model import Llama
-from train.packing import IGNORE
-from train.shapes import PRESETS
-from train.step import TrainState, train_step
+from train.models.decoder import Llama
+from train.data.packing import IGNORE
+from train.models.config import PRESETS
+from train.run.step import TrainState, train_step
 
 ROWS, LENGTH = 16, 256
 shape = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16", dropout=0.1)
@@ -45,7 +45,7 @@ def test_a_step_is_the_same_in_every_process(implementation):
     ends = [
         subprocess.run(
             [sys.executable, "-c", STEPS, implementation],
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,

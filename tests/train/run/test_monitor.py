@@ -16,10 +16,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from paths import ROOT
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from train.monitor import Monitor, as_number, cut_rows_after, duration
+from train.run.monitor import Monitor, as_number, cut_rows_after, duration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +190,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-from train.monitor import Monitor
+from train.run.monitor import Monitor
 config = SimpleNamespace(out=Path(sys.argv[1]), log_every=1)
 with Monitor(config, 10) as monitor:
     for step in (1, 2, 3):
@@ -199,7 +200,7 @@ with Monitor(config, 10) as monitor:
 
 
 def test_sigkill_loses_no_finished_row(tmp_path):
-    root = Path(__file__).parent.parent
+    root = ROOT
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env={**os.environ}, check=False
     )
@@ -248,7 +249,7 @@ SILENCED = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from train.monitor import Monitor
+from train.run.monitor import Monitor
 with Monitor(SimpleNamespace(out=Path(sys.argv[1]), log_every=1), 400) as monitor:
     for step in range(1, 401):
         monitor.step(step, {"loss": 1.0, "tokens": 1})
@@ -257,7 +258,7 @@ with Monitor(SimpleNamespace(out=Path(sys.argv[1]), log_every=1), 400) as monito
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
-    root = Path(__file__).parent.parent
+    root = ROOT
     command = [sys.executable, "-c", SILENCED, str(tmp_path)]
     with subprocess.Popen(
         command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train.model import Llama
-from train.optimizer import adamw, learning_rate
-from train.shapes import PRESETS
+from train.models.config import PRESETS
+from train.models.decoder import Llama
+from train.run.optimizer import adamw, learning_rate
 
 EXPECTED = {
     # Updates 1 to 6 of 6, of which 2 warm up: then a fifth of the way down at each.

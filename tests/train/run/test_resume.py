@@ -16,19 +16,20 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from paths import ROOT
 
-from train import loop, run_folder
 from train.__main__ import main
-from train.checkpoint import FOLDER
 from train.config import TrainConfig
+from train.run import folder as run_folder
+from train.run import loop
+from train.run.checkpoint import FOLDER
 
 STEPS, EVERY = 20, 5
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
 
 KILLED_RUN = """
 import os, signal, sys
-from train import loop
+from train.run import loop
 from train.__main__ import main
 
 class Killer(loop.Monitor):

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from train.signals import SIGNALS, stop_requests
+from train.run.signals import SIGNALS, stop_requests
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

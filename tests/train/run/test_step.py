@@ -14,10 +14,10 @@ from flax import nnx
 
 from lsce.calibration import expected_calibration_error
 from train.config import TrainConfig
-from train.model import Llama
-from train.packing import IGNORE
-from train.shapes import ModelConfig
-from train.step import TrainState, train_step, train_step_autotuned
+from train.data.packing import IGNORE
+from train.models.config import ModelConfig
+from train.models.decoder import Llama
+from train.run.step import TrainState, train_step, train_step_autotuned
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

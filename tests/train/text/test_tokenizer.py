@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.records import Message, Record
-from train.tokenizer import (
+from train.data.records import Message, Record
+from train.text.tokenizer import (
     MIN_LENGTH,
     MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,

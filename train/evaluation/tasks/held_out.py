@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.records import Message, Record, stable_hash
+from train.data.records import Message, Record, stable_hash
 
 OPTIONS = 4
 MAX_OPTION_CHARACTERS = 300

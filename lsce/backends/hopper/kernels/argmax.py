@@ -18,7 +18,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf, vector
 
-from lsce.hopper.engine import ROW
+from lsce.backends.hopper.kernels.pipeline import ROW
 
 
 def update(best, x, top, before, column0, *, interpret: bool) -> Any:

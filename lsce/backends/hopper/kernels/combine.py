@@ -12,7 +12,7 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from lsce.hopper.engine import ROW
+from lsce.backends.hopper.kernels.pipeline import ROW
 
 INTEGERS = ("best",)
 

@@ -25,9 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce.hopper import handover, marks, prediction, stretches
-from lsce.hopper.engine import COLUMN, ROW, Stream, i32, launch, run
-from lsce.hopper.tiles import ForwardTiles
+from lsce.backends.hopper import schedule as stretches
+from lsce.backends.hopper.kernels import argmax as prediction
+from lsce.backends.hopper.kernels import combine as handover
+from lsce.backends.hopper.kernels import marks
+from lsce.backends.hopper.kernels.pipeline import COLUMN, ROW, Stream, i32, launch, run
+from lsce.backends.hopper.tiles import ForwardTiles
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)

@@ -25,7 +25,7 @@ from jax.extend.mlir.dialects import arith, memref, scf, vector
 from jaxlib.mlir.dialects import nvvm
 from jaxtyping import Array, Bool, Int
 
-from lsce.hopper.engine import ROW
+from lsce.backends.hopper.kernels.pipeline import ROW
 
 BIT = (np.arange(16)[:, None, None] * 2 + np.arange(2)).astype(np.uint32)
 """The bit of [16 (j), 1 (q), 2 (c)] in its word."""

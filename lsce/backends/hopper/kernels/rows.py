@@ -17,7 +17,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
 from jaxtyping import Array, BFloat16, Bool, Int
 
-from lsce.hopper.engine import launch
+from lsce.backends.hopper.kernels.pipeline import launch
 
 WARPGROUPS = 4
 TOGETHER = 4

@@ -1,8 +1,7 @@
 """The Hopper kernels on a real GPU: every mode and option, large and tiny shapes, memory.
 
-`python -m pytest -m gpu tests/test_hopper_gpu.py`, about 100 seconds of which most is compilation.
-Every result is computed twice and must be the same to the last bit. Each check also runs at small
-shapes on the chunked backend, on any machine: what the kernels are held against is itself tested.
+`make test-gpu`; about 100 seconds, of which most is compilation. Every result is computed twice and
+must be the same to the last bit. Each check also runs at small shapes on the chunked backend, on any machine: what the kernels are held against is itself tested.
 """
 
 import functools
@@ -26,9 +25,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lsce
-from lsce import hopper
-from lsce.hopper import filtering, tiles
+from lsce.backends import hopper
+from lsce.backends.hopper import tiles
 from lsce.problem import Problem
+from lsce.sparse import filter as filtering
 
 BF16 = np.dtype(jnp.bfloat16)
 DEVICE = jax.devices()[0]

@@ -19,12 +19,18 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
-from lsce import backends, hopper
-from lsce.hopper import filtering, fused, handover, marks, plan, stretches, tiles
-from lsce.hopper.forward import Sums
-from lsce.hopper.gradients import Call
-from lsce.hopper.loss import most_frequent, places, token_losses
+from lsce import backends
+from lsce.backends import hopper
+from lsce.backends.hopper import fused, tiles
+from lsce.backends.hopper import schedule as stretches
+from lsce.backends.hopper.gradients import Call
+from lsce.backends.hopper.kernels import combine as handover
+from lsce.backends.hopper.kernels import marks
+from lsce.backends.hopper.kernels.lse_forward import Sums
+from lsce.backends.hopper.loss import most_frequent, places, token_losses
 from lsce.problem import Problem
+from lsce.sparse import filter as filtering
+from lsce.sparse import plan
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

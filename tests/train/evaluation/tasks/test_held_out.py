@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.choices import MAX_OPTION_CHARACTERS, OPTIONS, questions
-from train.records import Message, Record
+from train.data.records import Message, Record
+from train.evaluation.tasks.held_out import MAX_OPTION_CHARACTERS, OPTIONS, questions
 
 
 def record(prompt: str, response: str, kind: str = "") -> Record:
