@@ -148,9 +148,8 @@ import json, pickle, sys, test_loader
 print(json.dumps(test_loader.draw(*pickle.loads(bytes.fromhex(sys.argv[1])))))
 """
     command = [sys.executable, "-c", code, pickle.dumps(arguments).hex()]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    }
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
+    environment = os.environ | {"PYTHONPATH": path}
     return json.loads(subprocess.check_output(command, env=environment, text=True))
 
 

@@ -1,7 +1,8 @@
 """The Hopper kernels on a real GPU: every mode and option, large and tiny shapes, memory.
 
 `make test-gpu`; about 100 seconds, of which most is compilation. Every result is computed twice and
-must be the same to the last bit. Each check also runs at small shapes on the chunked backend, on any machine: what the kernels are held against is itself tested.
+must be the same to the last bit. Each check also runs at small shapes on the chunked backend, on
+any machine: what the kernels are held against is itself tested.
 """
 
 import functools
