@@ -17,8 +17,9 @@ import jax
 import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
+from paths import ROOT
 
-pytest.register_assert_rewrite("contract", "on_devices")
+pytest.register_assert_rewrite("contract", "hopper_on_cpu", "on_devices")
 
 # A busy machine is no failure: examples are counted, not timed.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,17 +51,30 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 def pytest_collection_finish():
     """What is imported by now stays: the collector need not look through it again and again."""
     gc.freeze()
 
 
-ON_A_GPU = ("test_loss.py", "test_gpu.py")
+ON_A_GPU = {
+    ROOT / "tests" / module
+    for module in (
+        "lsce/test_loss.py",
+        "lsce/backends/hopper/test_gpu.py",
+        "train/run/test_gpu.py",
+    )
+}
 
 
 def pytest_collection_modifyitems(items):
     """Other tests hold a CPU to float32's exactness, or run the kernels' interpreter there."""
     if jax.default_backend() != "cpu":
         for item in items:
-            if item.path.name not in ON_A_GPU:
+            if item.path not in ON_A_GPU:
                 item.add_marker(pytest.mark.skip(reason="of a CPU: set JAX_PLATFORMS=cpu"))

@@ -1,0 +1,199 @@
+"""Gradients made in the forward pass, in Mosaic GPU's interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import Case, assert_no_worse, case, ours
+from hopper_on_cpu import CANDIDATE, problem
+
+import lsce
+from lsce.backends import hopper
+from lsce.backends.hopper import fused, tiles
+from lsce.backends.hopper.gradients import Call
+from lsce.sparse import plan
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 4.0, "z_loss": 1e-2}])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    # Two groups of tokens, so that dC is carried from one to the next; P of the last columns in dC.
+    [((400, 64, 256), (2, 1)), ((200, 512, 1024), (1, 2))],
+    ids=["groups", "P within dC"],
+)
+def test_fused(shape, layout, options, monkeypatch):
+    monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
+    this = case(shape, "bfloat16", **options)
+    with hopper.interpreted():
+        assert tiles.fused_layout(*shape, hopper.small_tiles().fused.tile_c) == layout
+        got = ours(
+            CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
+        )
+    assert_no_worse(got, this, slack=3.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [((400, 64, 256), [0, 1]), ((300, 512, 512), [1])],
+    ids=["groups", "P within dC"],
+)
+def test_fused_leaves_out_tokens_without_a_loss(shape, blocks, monkeypatch):
+    """Here all but 70, which fit a block: of one group of tokens in two nothing is left."""
+    monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
+    computed, whole = [], plan.whole
+
+    def recorded(blocks, live, *args, **options):
+        jax.debug.callback(lambda live: computed.append(int(live)), live)
+        return whole(blocks, live, *args, **options)
+
+    monkeypatch.setattr(plan, "whole", recorded)
+    this = case(shape, "bfloat16", label_smoothing=0.1, weights=True)
+    keep = np.random.default_rng(3).permutation(np.flatnonzero(this.inputs.labels >= 0))[:70]
+    ignored = ~np.isin(np.arange(shape[0]), keep)
+    inputs = this.inputs._replace(labels=np.where(ignored, -100, this.inputs.labels))
+    this = Case(inputs, this.options)
+    hidden = np.where(ignored[:, None], np.nan, inputs.hidden).astype(inputs.hidden.dtype)
+    options = this.options | {"gradient_filter": "fused", "return_stats": False}
+    with hopper.interpreted():
+        got = ours(CANDIDATE, inputs._replace(hidden=hidden), **options)
+        jax.effects_barrier()
+    assert sorted(computed) == blocks
+    assert_no_worse(got, this, slack=3.0)
+    assert not np.any(got.grads["hidden"][ignored])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [False, True], ids=["none with a loss", "an invalid label"])
+def test_fused_of_no_labels_and_wrong_ones(wrong):
+    given = case((40, 64, 256), "bfloat16").inputs
+    labels = np.full_like(given.labels, -100)
+    if wrong:
+        labels[[3, 5]] = 7, 256
+    options = {"gradient_filter": "fused", "return_stats": False, "label_smoothing": 0.1}
+    with hopper.interpreted():
+        got = ours(CANDIDATE, given._replace(labels=labels), **options, reduction="sum")
+    if wrong:
+        assert np.isnan(got.value)
+        assert all(np.isnan(grad.astype(np.float32)).any() for grad in got.grads.values())
+    else:
+        assert got.value == 0.0
+        assert not any(np.any(grad) for grad in got.grads.values())  # NaN counts as True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [((400, 64, 256), (0, 1, 2)), ((200, 512, 512), (0,))],
+    ids=["groups", "P within dC"],
+)
+def test_fused_gradients_do_not_depend_on_what_is_frozen(shape, wanted, monkeypatch):
+    monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
+    given = case(shape, "bfloat16").inputs
+    arrays = [jnp.asarray(x) for x in (given.hidden, given.head, np.linspace(0, 1, shape[0]))]
+
+    def loss(hidden, head, weights):
+        return lsce.linear_cross_entropy(
+            hidden,
+            head,
+            given.labels,
+            weights=weights,
+            label_smoothing=0.1,
+            reduction="sum",
+            gradient_filter="fused",
+            implementation="hopper",
+        )
+
+    with hopper.interpreted():
+        both = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays)
+        alone = {i: jax.jit(jax.grad(loss, argnums=i))(*arrays) for i in wanted}
+    assert all(np.any(grad) for grad in both)
+    losses = lsce.linear_cross_entropy(
+        *arrays[:2], given.labels, label_smoothing=0.1, reduction="none"
+    )
+    for i, got in alone.items():
+        if i < 2:
+            np.testing.assert_array_equal(got, both[i])
+        else:
+            np.testing.assert_allclose(got, losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [8192, 16_384], ids=["P within dC", "groups"])
+def test_fused_products_that_nobody_asked_for_are_not_made(n):
+    p = problem(n=n, gradient_filter="fused")
+    call = Call(p, None, tiles.choose(p), ctas=132)
+    arrays = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((n, p.d), jnp.bfloat16),
+            ((p.v, p.d), jnp.bfloat16),
+            ((n,), jnp.int32),
+            ((n,), jnp.float32),
+        )
+    ]
+
+    def kernels(argnums) -> list[bool]:
+        step = jax.jit(jax.grad(functools.partial(fused.weighted_sum, call), argnums=argnums))
+        text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        names = "probabilities", "hidden_gradient", "head_gradient"
+        return [f"lsce_{name}" in text for name in names]
+
+    assert kernels((0, 1)) == [True, True, True]
+    assert kernels(0) == [True, True, False]
+    assert kernels(1) == [True, False, True]
+    assert kernels(3) == [False, False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter's products
+def test_fused_beyond_its_range_is_infinite_and_not_wrong():
+    this = case((20, 64, 256), "bfloat16", spread=300.0)
+    with hopper.interpreted():
+        got = ours(
+            CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
+        )
+    assert 104 < this.truth.value < np.inf
+    assert got.value == np.inf
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+def test_fused_removes_a_token_beyond_its_range(z_loss):
+    this = case((40, 64, 256), "bfloat16", weights=True, z_loss=z_loss)
+    token = np.flatnonzero(this.inputs.labels >= 0)[0]
+    hidden, weights = this.inputs.hidden.copy(), this.inputs.weights.copy()
+    hidden[token] *= 100
+    weights[token] = 0.0
+    this = Case(this.inputs._replace(hidden=hidden, weights=weights), this.options)
+    assert this.truth.stats.loss[token] > 200
+    options = this.options | {"gradient_filter": "fused", "return_stats": False}
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **options)
+    assert_no_worse(got, this)
+    assert not np.any(got.grads["hidden"][token])
+
+
+@pytest.mark.slow
+def test_fused_scales_its_gradients_by_a_factor_that_bfloat16_does_not_hold():
+    given = case((40, 64, 256), "bfloat16").inputs
+
+    def loss(hidden, head, factor):
+        return factor * lsce.linear_cross_entropy(
+            hidden, head, given.labels, gradient_filter="fused", implementation="hopper"
+        )
+
+    with hopper.interpreted():
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        one, scaled = (
+            step(jnp.asarray(given.hidden), jnp.asarray(given.head), jnp.float32(factor))
+            for factor in (1.0, 0.7012)
+        )
+    for before, after in zip(one, scaled, strict=True):
+        before, after = (np.asarray(x, np.float64).ravel() for x in (before, after))
+        assert before @ after / (before @ before) == pytest.approx(0.7012, rel=1e-3)

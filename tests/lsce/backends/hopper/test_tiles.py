@@ -1,0 +1,98 @@
+"""Tile sizes: what cannot run cannot be built, and what is chosen fits."""
+
+import pytest
+from hopper_on_cpu import problem
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from lsce.backends.hopper import tiles
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: tiles.ForwardTiles(tile_n=96),
+        lambda: tiles.ForwardTiles(tile_n=128, tile_v=256),
+        lambda: tiles.ForwardTiles(steps=8),
+        lambda: tiles.ForwardTiles(tile_n=64, tile_v=256),
+        lambda: tiles.BackwardTiles(tile_c=192),
+        lambda: tiles.BackwardTiles(width=1000),
+        lambda: tiles.BackwardTiles(tile_c=256, head_c=256, head_d=256),
+        lambda: tiles.BackwardTiles(tile_c=128, head_c=256, head_d=64),
+        lambda: tiles.BackwardTiles(cluster=4),
+    ],
+)
+def test_tiles_that_cannot_run_cannot_be_built(wrong):
+    with pytest.raises(ValueError, match=r"self\.|shared memory"):
+        wrong()
+
+
+@pytest.mark.parametrize("d", [64, 576, 640, 896, 2048, 2304, 3584, 4096, 5120])
+def test_heuristic_tiles_fit_and_waste_little(d):
+    chosen = tiles.choose(problem(d=d))
+    for some in (chosen.sparse, chosen.exact):
+        for tile in (some.hidden_d, some.head_d):
+            assert -(-d // tile) * tile <= 1.2 * d
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "splits"), [(2048, 576, 2), (8192, 576, 1), (2048, 4096, 1), (1, 64, 4), (0, 64, 4)]
+)
+def test_few_tokens_have_their_gradient_cut_into_sums(n, d, splits):
+    """16 blocks of 3 tiles leave room for a second sum on 132 SMs; 256 tiles need none."""
+    assert tiles.heuristic(n, d, 49152, 132).sparse.hidden_splits == splits
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "v", "fewer"),
+    [(32768, 4096, 32000, True), (8192, 4096, 32000, False), (32768, 576, 49152, False)],
+)
+def test_chunks_shrink_where_that_keeps_a_quarter_of_the_memory(n, d, v, fewer):
+    """Not where they fit as they are, nor where the gradients alone are more."""
+    usual = tiles.BackwardTiles()
+    sparse = tiles.heuristic(n, d, v, 132).sparse
+    assert (sparse.slots_per_block < usual.slots_per_block) == fewer
+    slots = sparse.slots_for(n // 128, -(-v // 128))
+    temporary = 2 * 128 * 128 * slots + 2 * sparse.width * d + 4 * n * d
+    gradients = 2 * (n + v) * d
+    quarter = (4 * n * v + gradients) / 4
+    assert (temporary + gradients < quarter) == (n > 8192)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(n=56_274, d=4, v=111)
+@given(n=st.integers(1, 65_536), d=st.integers(1, 128), v=st.integers(1, 1200))
+def test_fused_layouts_fit(n, d, v):
+    d, v, tile_c = 64 * d, 256 * v, 256
+    groups, own = tiles.fused_layout(n, d, v, tile_c)
+    pairs = -(-n // 256)
+    assert 1 <= groups <= pairs
+    others = v // tile_c - own
+    if others:
+        assert groups == 1
+        # `plan.whole` makes two chunks of them, and the second one's P stays in the first one's dC.
+        assert 0 < others <= own
+        slots, panels = others * pairs * 2, d // tile_c
+        assert -(-slots // panels) * 128 <= own * tile_c
+        assert 2 * own * tile_c * pairs * 256 <= tiles.FUSED_WHOLE_BYTES
+    else:
+        # One group may also have all of P in its own buffer where no part of it fits into dC.
+        most = tiles.FUSED_WHOLE_BYTES if groups == 1 else groups * tiles.FUSED_BYTES
+        assert groups == pairs or 2 * pairs * 256 * v <= most
+
+
+def test_fused_layouts():
+    assert tiles.fused_layout(8192, 4096, 32_000, 256) == (1, 125)
+    # P of the last columns fits into dC of the others, and of one tile more it would not.
+    groups, own = tiles.fused_layout(8192, 2304, 256_000, 256)
+    assert groups == 1
+
+    def needed(own: int) -> int:
+        return -(-(1000 - own) * 64 // 9) * 128
+
+    assert needed(own) <= own * 256
+    assert needed(own - 1) > (own - 1) * 256
+    assert tiles.fused_layout(32768, 2304, 256_000, 256) == (8, 1000)
+    assert tiles.fused_layout(16384, 128, 256_000, 256) == (4, 1000)
