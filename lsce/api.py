@@ -14,7 +14,9 @@ from lsce.arguments import array, boolean, integer, number
 from lsce.problem import GradientFilter, HeadLayout, Problem
 
 Reduction = Literal["mean", "sum", "none"]
+ARRAYS = "hidden", "head", "labels", "bias", "weights", "vocab_order"
 INT32 = np.iinfo(np.int32)
+SMALLEST, LARGEST = (float(getattr(np.finfo(np.float32), x)) for x in ("smallest_normal", "max"))
 
 
 def linear_cross_entropy(
@@ -51,7 +53,9 @@ def linear_cross_entropy(
         `jax_default_matmul_precision` says otherwise.
       labels: y, the class of each token, any integer dtype.
       label_smoothing: β in [0, 1].
-      weights: w, one weight a token; 0 (or False) removes the token. Differentiable.
+      weights: w, one weight a token; 0 (or False) removes the token. Differentiable. Float32 has
+        to hold them: one that is not 0 and below 1.2e-38 makes the loss NaN, or where it is known
+        on the host an error.
       ignore_index: the label of tokens without a loss.
       bias: added to the logits. −∞ takes a class away, and makes the loss infinite with smoothing;
         a softcap makes −cap of it instead.
@@ -82,8 +86,11 @@ def linear_cross_entropy(
       derivatives need "chunked" or "reference".
 
     On a mesh of devices, outside `shard_map`, the call is that over all tokens; each device
-    computes a part of them, with the whole head. Inside `shard_map` it is the device's own: a
-    "mean" is over its tokens.
+    computes a part of them, with the whole head. The mesh is that of the arrays (`jax.device_put`,
+    `with_sharding_constraint`) or, under `jit`, of `jax.set_mesh`. A mesh that only stands in
+    `jit(…, in_shardings=…)` or in `with mesh:` is not seen from here: every device then computes
+    all tokens, as `lsce.explain` says where it is called in the same place. Inside `shard_map` the
+    call is the device's own: a "mean" is over its tokens.
 
     Raises:
       TypeError: an array or option of the wrong type, such as float labels or a traced option.
@@ -99,6 +106,7 @@ def linear_cross_entropy(
     0.3633
     """
     hidden, head = array("hidden", hidden), array("head", head)
+    _require_float32(weights)
     y: Any = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     bias, weights, vocab_order = (
         None if x is None else array(name, x)
@@ -121,7 +129,8 @@ def linear_cross_entropy(
         gradient_filter=gradient_filter,
         return_stats=return_stats,
     )
-    backend = backends.choose(problem, implementation)
+    mesh = sharding.mesh_of((hidden, head, y, bias, weights, vocab_order))
+    backend = backends.choose(sharding.of_one_device(problem, mesh), implementation)
 
     labels = _saturate(y)
     hidden = sharding.flat(hidden, problem.n, problem.d)
@@ -130,15 +139,15 @@ def linear_cross_entropy(
     valid = (y >= 0) & (y < problem.v)
     w = jnp.ones(problem.n, jnp.float32)
     if weights is not None:
-        w = sharding.flat(weights.astype(jnp.float32), problem.n)
-        # A removed token must not bring in a NaN of its hidden state as 0 · NaN.
-        live &= (w != 0.0) | jnp.all(jnp.isfinite(hidden), axis=1)
+        w = sharding.flat(_as_float32(weights), problem.n)
+        # A removed token must not bring in a NaN of its hidden state or its logits as 0 · NaN.
+        live &= (w != 0.0) | _moderate(hidden)
     invalid = live & ~valid & (w != 0.0)
     # From here on an invalid label is a weight of NaN, which marks the loss and the gradients.
     w = jnp.where(live, jnp.where(invalid, jnp.nan, w), 0.0)
     y = jnp.where(live & valid, y, -1)
     if reduction == "mean":
-        w = _normalised(w)
+        w = _normalised(w if weights is None else _scaled(w))
 
     if gradient_filter == "fused" and isinstance(backend, backends.FusedBackend):
         total, stats = sharding.weighted_sum(
@@ -161,6 +170,31 @@ def _normalised(weights: Float[Array, " N"]) -> Float[Array, " N"]:
     return jnp.where(count == 0.0, 0.0, weights / jnp.where(count == 0.0, 1.0, count))
 
 
+def _scaled(weights: Float[Array, " N"]) -> Float[Array, " N"]:
+    """w relative to the largest, so that Σ w neither overflows nor vanishes."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights), initial=0.0))
+    # Halfway first: the inverse of the greatest numbers is flushed to 0.
+    halfway = jnp.where(largest > 1.0, 2.0**-64, 2.0**64)
+    return weights * halfway / jnp.where(largest == 0.0, 1.0, largest * halfway)
+
+
+def _as_float32(weights: Array) -> Float[Array, "*tokens"]:
+    """Weights in float32, NaN for those that are not 0 and would be flushed to it there."""
+    w = weights.astype(jnp.float32)
+    if weights.dtype == jnp.bool_:
+        return w
+    # By their bits: a processor that flushes says that they equal 0.
+    unsigned = jnp.dtype(f"uint{8 * weights.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(weights), unsigned)
+    flushed = (bits << jnp.ones((), unsigned) != 0) & (jnp.abs(w) < SMALLEST)
+    return jnp.where(flushed, jnp.nan, w)
+
+
+def _moderate(hidden: Float[Array, "N D"]) -> Bool[Array, " N"]:
+    """The rows whose products with a head of the same kind of numbers cannot overflow."""
+    return jnp.all(jnp.abs(hidden.astype(jnp.float32)) <= 2.0**56, axis=1)
+
+
 def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Explanation:
     """Which backend `linear_cross_entropy` would take for this call, and why not the others.
 
@@ -170,13 +204,24 @@ def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Exp
     call = inspect.signature(linear_cross_entropy).bind(hidden, head, labels, **options)
     call.apply_defaults()
     given = call.arguments
-    for name in ("hidden", "head", "labels", "bias", "weights", "vocab_order"):
+    _require_float32(given["weights"])
+    for name in ARRAYS:
         left_out = given[name] is None and name in ("bias", "weights", "vocab_order")
         if not left_out and not hasattr(given[name], "dtype"):
             given[name] = array(name, given[name])  # a list, or a mistake
     options = dict(call.kwargs)
     implementation = options.pop("implementation")
-    return backends.explain(_problem(*call.args, **options), implementation)
+    problem = _problem(*call.args, **options)
+    mesh = sharding.mesh_of([given[name] for name in ARRAYS if given[name] is not None])
+    share = sharding.of_one_device(problem, mesh)
+    explanation = backends.explain(share, implementation)
+    if mesh is not None and mesh.size > 1:
+        where = f"{share.n:,} of {problem.n:,} tokens on each of {mesh.size} devices"
+    elif jax.device_count() > 1:
+        where = "all tokens on each device: no array carries a mesh, and jax.set_mesh gives none"
+    else:
+        return explanation
+    return explanation.adding(where)
 
 
 def check_labels(labels: Any, vocab_size: int, *, ignore_index: int = -100) -> None:
@@ -222,6 +267,12 @@ def _problem(
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} has dtype {x.dtype}; must be a float dtype")
     _require_integers(labels)
+    for name, x in {"hidden": hidden, "head": head}.items():
+        if not all(isinstance(size, int) for size in x.shape):
+            raise ValueError(
+                f"{name} has the symbolic shape ({', '.join(map(str, x.shape))}); the loss is cut "
+                "into tiles of known sizes, so export it for a fixed number of tokens"
+            )
     if hidden.ndim < 1 or hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"hidden {hidden.shape} and labels {labels.shape}; "
@@ -284,6 +335,22 @@ def _problem(
         has_vocab_order=vocab_order is not None,
         **options,
     )
+
+
+def _require_float32(weights: Any) -> None:
+    """ValueError for weights on the host that float32 would turn into 0 or ∞."""
+    if weights is None or isinstance(weights, jax.Array | jax.ShapeDtypeStruct):
+        return
+    given = np.asarray(weights)
+    if not np.issubdtype(given.dtype, np.floating):
+        return
+    size = np.abs(given)
+    beyond = (size > 0.0) & (size < SMALLEST) | (size > LARGEST) & np.isfinite(size)
+    if beyond.any():
+        raise ValueError(
+            f"weights hold {given[beyond].flat[0]}, which float32 does not; scale them, for "
+            "example so that the largest is 1"
+        )
 
 
 def _require_integers(labels: Any) -> None:

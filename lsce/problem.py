@@ -11,6 +11,11 @@ LARGEST = 1e30
 """Of an option: its inverse, too, is a float32 that nothing flushes to 0."""
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One call of the loss as a hashable value.

@@ -2,8 +2,9 @@
 
 XLA cannot split a kernel: given arrays of a mesh it would gather them, and every device would
 compute everything. So the split is made here, whatever the backend: a call on arrays of a mesh
-becomes a `shard_map` over as many of its axes as divide the tokens, with the whole head on every
-device. Gradients of the head and the bias are summed over the devices once, at the end.
+becomes a `shard_map` over all of its axes, with the whole head on every device; where they do not
+divide the tokens, some without a loss are added. Gradients of the head and the bias are summed over
+the devices once, at the end.
 
 A call inside somebody else's `shard_map` is that device's own; there remains to say that its
 results differ from device to device, so that JAX knows what to sum.
@@ -11,19 +12,22 @@ results differ from device to device, so that JAX knows what to sum.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from lsce.problem import Problem
+from lsce.problem import Problem, cdiv
+
+NO_MESH = AbstractMesh((), ())
 
 
 def token_losses(backend: Any, problem: Problem, *arrays: Any) -> Any:
     """`backend.token_losses`, on all devices that the arrays lie on."""
-    mesh = _mesh(arrays)
+    mesh = mesh_of(arrays)
     if mesh is None:
         return backend.token_losses(problem, *varying(arrays, like=arrays))
     call = _on_devices(backend, False, problem, mesh)
@@ -33,7 +37,7 @@ def token_losses(backend: Any, problem: Problem, *arrays: Any) -> Any:
 
 def weighted_sum(backend: Any, problem: Problem, *arrays: Any) -> Any:
     """`backend.weighted_sum`, likewise."""
-    mesh = _mesh(arrays)
+    mesh = mesh_of(arrays)
     if mesh is None:
         return backend.weighted_sum(problem, *varying(arrays, like=arrays))
     call = _on_devices(backend, True, problem, mesh)
@@ -42,17 +46,36 @@ def weighted_sum(backend: Any, problem: Problem, *arrays: Any) -> Any:
     return totals.sum(), stats
 
 
-def _mesh(arrays: Any) -> Any:
-    """The mesh of devices on which some of the arrays lie, outside any `shard_map`.
+def mesh_of(arrays: Any) -> Any:
+    """The mesh of devices that a call on these arrays is split over, outside any `shard_map`.
 
+    That is the mesh on which some of them lie, or else the one of `jax.set_mesh` around a `jit`.
     None for one device, unless the mesh is explicit: its arrays carry shardings all the same, which
     backends know nothing of.
     """
-    for x in jax.tree.leaves(arrays):
-        mesh = jax.typeof(x).sharding.mesh
+    leaves = jax.tree.leaves(arrays)
+    meshes = [_own_mesh(x) for x in leaves]
+    if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in leaves):
+        meshes.append(jax.sharding.get_abstract_mesh())
+    for mesh in meshes:
         if _is_explicit(mesh) or (mesh.size > 1 and AxisType.Manual not in mesh.axis_types):
             return mesh
     return None
+
+
+def _own_mesh(x: Any) -> Any:
+    """The abstract mesh of an array, or of a `jax.ShapeDtypeStruct`; an empty one for none."""
+    if isinstance(x, jax.Array):
+        return jax.typeof(x).sharding.mesh
+    sharding = getattr(x, "sharding", None)
+    return sharding.mesh.abstract_mesh if isinstance(sharding, NamedSharding) else NO_MESH
+
+
+def of_one_device(problem: Problem, mesh: Any) -> Problem:
+    """The part of a problem that each device of the mesh computes."""
+    if mesh is None:
+        return problem
+    return dataclasses.replace(problem, n=cdiv(problem.n, mesh.size))
 
 
 def _is_explicit(mesh: Any) -> bool:
@@ -61,7 +84,7 @@ def _is_explicit(mesh: Any) -> bool:
 
 
 def _axes(mesh: Any, n: int) -> tuple[str, ...]:
-    """The axes that n tokens are split over: as many as divide them."""
+    """As many of the axes as divide n tokens."""
     axes, devices = [], 1
     for name, size in mesh.shape.items():
         if n % (devices * size) == 0:
@@ -78,7 +101,7 @@ def _explicitly(mesh: Any, axes: tuple[str, ...]) -> NamedSharding:
 
 
 def flat(x: Any, n: int, *trailing: int) -> Any:
-    """x of any leading axes as [n, …]; on an explicit mesh split as the tokens will be.
+    """x of any leading axes as [n, …]; on an explicit mesh split as the tokens will be, if it can.
 
     There a reshape that joins axes needs to be told how its result lies.
     """
@@ -100,9 +123,9 @@ def shaped(x: Any, like: Any) -> Any:
 @functools.cache
 def _on_devices(backend: Any, fused: bool, problem: Problem, mesh: Any) -> Any:
     """(arrays with an entry a token, arrays of all tokens) → what the backend returns."""
-    axes = _axes(mesh, problem.n)
-    devices = math.prod(mesh.shape[name] for name in axes)
-    local = dataclasses.replace(problem, n=problem.n // devices)
+    local = of_one_device(problem, mesh)
+    missing = local.n * mesh.size - problem.n
+    axes = tuple(mesh.axis_names)
     by_token, whole = PartitionSpec(axes), PartitionSpec()
 
     def on_one(tokens: Any, shared: Any) -> Any:
@@ -123,10 +146,25 @@ def _on_devices(backend: Any, fused: bool, problem: Problem, mesh: Any) -> Any:
     )
 
     def call(tokens: Any, shared: Any) -> Any:
+        if missing:
+            hidden, labels, *weights = everywhere(tokens)
+            tokens = (_pad(hidden, 0), _pad(labels, -1), *(_pad(w, 0) for w in weights))
         if _is_explicit(mesh):
             tokens = jax.reshard(tokens, _explicitly(mesh, axes))
-            shared = jax.reshard(shared, NamedSharding(mesh, whole))
-        return split(tokens, shared)
+            shared = everywhere(shared)
+        out = split(tokens, shared)
+        if not missing:
+            return out
+        each, stats = everywhere(out)
+        stats = jax.tree.map(lambda x: x[: problem.n], stats)
+        return each if fused else each[: problem.n], stats
+
+    def everywhere(arrays: Any) -> Any:
+        """The same arrays, on an explicit mesh whole on every device."""
+        return jax.reshard(arrays, NamedSharding(mesh, whole)) if _is_explicit(mesh) else arrays
+
+    def _pad(x: Any, value: Any) -> Any:
+        return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
 
     return jax.jit(call)
 

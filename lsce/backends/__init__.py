@@ -78,6 +78,11 @@ class Explanation:
     implementation: str
     reasons: dict[str, str]
 
+    def adding(self, remark: str) -> "Explanation":
+        """The same with a remark about the backend that takes the call."""
+        chosen = f"{self.reasons[self.implementation]}; {remark}"
+        return Explanation(self.implementation, self.reasons | {self.implementation: chosen})
+
     def __str__(self) -> str:
         width = max(map(len, self.reasons))
         return "\n".join(

@@ -73,7 +73,7 @@ def _even_step(size: int, at_most: int, multiple: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _token_losses(problem, tile, hidden, head, labels, bias):
-    loss, _, stats = _forward(problem, tile, hidden, head, labels, bias)
+    loss, _, stats = _forward(problem, tile, hidden, head, labels, bias).finish(problem, labels)
     return loss, stats
 
 
@@ -84,17 +84,18 @@ def _fwd(problem, tile, hidden, head, labels, bias):
     wanted = Wanted.of(hidden, head, bias).as_residuals()
     hidden, head, labels = hidden.value, head.value, labels.value
     bias = None if bias is None else bias.value
-    loss, lse, stats = _forward(problem, tile, hidden, head, labels, bias)
-    return (loss, stats), (wanted, hidden, head, labels, bias, lse)
+    sums = _forward(problem, tile, hidden, head, labels, bias)
+    loss, _, stats = sums.finish(problem, labels)
+    return (loss, stats), (wanted, hidden, head, labels, bias, sums.maximum, sums.exp)
 
 
 def _bwd(problem, tile, residuals, cotangents):
-    wanted, hidden, head, labels, bias, lse = residuals
+    wanted, hidden, head, labels, bias, *softmax = residuals
     g, _ = cotangents  # the statistics have no gradients
     if isinstance(g, SymbolicZero):
         g = jnp.zeros(problem.n, jnp.float32)
     wanted = Wanted.from_residuals(wanted)
-    return _backward(problem, tile, wanted, hidden, head, labels, bias, lse, g)
+    return _backward(problem, tile, wanted, hidden, head, labels, bias, *softmax, g)
 
 
 _token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)
@@ -107,8 +108,8 @@ def _forward(
     head: Float[Array, "V D"] | Float[Array, "D V"],
     labels: Int[Array, " N"],
     bias: Float[Array, " V"] | None,
-) -> tuple[Float[Array, " N"], Float[Array, " N"], TokenStats | None]:
-    """The loss, lse and statistics of every token."""
+) -> LogitSums:
+    """The sums over all classes of every token."""
 
     def tokens(start, count, sums):
         e, y = _part(hidden, start, count), _part(labels, start, count)
@@ -120,8 +121,7 @@ def _forward(
         block = _loop(problem.v, tile.v, classes, LogitSums.empty(count))
         return jax.tree.map(lambda whole, part: _put(whole, start, part), sums, block)
 
-    sums = _loop(problem.n, tile.n, tokens, LogitSums.empty(problem.n))
-    return sums.finish(problem, labels)
+    return _loop(problem.n, tile.n, tokens, LogitSums.empty(problem.n))
 
 
 def _backward(
@@ -132,13 +132,15 @@ def _backward(
     head: Float[Array, "V D"] | Float[Array, "D V"],
     labels: Int[Array, " N"],
     bias: Float[Array, " V"] | None,
-    lse: Float[Array, " N"],
+    maximum: Float[Array, " N"],
+    total: Float[Array, " N"],
     g: Float[Array, " N"],
 ) -> tuple[Array | None, Array | None, None, Array | None]:
     """The gradients of Σ_n g_n·L_n in hidden, head, (labels,) and bias.
 
     With u the logits before the cap and slope = dz/du:
         du = g·((1 + 2λ·lse)·p − (1−β)·onehot(y) − β/V)·slope
+        p  = exp(z − maximum) / total       (exp(z − lse) would have the rounding of a large lse)
         dE = scale·du·C,  dC = scale·duᵀ·E,  db = Σ_n du
     Without a cap the smoothing part of du is the same in every column, so it is left out of the
     tiles and of their rounding, and comes in as vectors: −(β/V)·g_n·Σ_v C_v in dE,
@@ -148,11 +150,12 @@ def _backward(
     g = jnp.where(labels >= 0, g, 0.0 * g)
     # A token without a say may hold NaN in its hidden row and its lse, and 0 · NaN is not 0. Where
     # there is none, 0 · p stays as it is: its derivative in g is not 0.
-    active = (g != 0.0) | ((labels >= 0) & jnp.isfinite(lse))
+    finite = jnp.isfinite(maximum) & jnp.isfinite(total)
+    active = (g != 0.0) | ((labels >= 0) & finite)
     hidden = jnp.where(active[:, None], hidden, jnp.zeros_like(hidden))
-    weight = formula.softmax_weight(problem, jnp.where(active, lse, 0.0))
-    softmax = jnp.where(active, g * weight, 0.0)
-    lse = jnp.where(active, lse, jnp.inf)
+    maximum, total = jnp.where(active, maximum, jnp.inf), jnp.where(active, total, 1.0)
+    lse = jnp.where(active, maximum, 0.0) + jnp.log(total)
+    softmax = jnp.where(active, g * formula.softmax_weight(problem, lse) / total, 0.0)
     target = (1.0 - problem.label_smoothing) * g
     smoothing = (problem.label_smoothing / problem.v) * g
     vectors = problem.label_smoothing > 0.0 and problem.softcap is None
@@ -167,11 +170,12 @@ def _backward(
 
         def tokens(start, count, carry):
             d_hidden, d_strip, d_bias_strip = carry
-            e, y, p_weight, y_weight, smooth, e_lse = (
-                _part(x, start, count) for x in (hidden, labels, softmax, target, smoothing, lse)
+            e, y, p_weight, y_weight, smooth, top = (
+                _part(x, start, count)
+                for x in (hidden, labels, softmax, target, smoothing, maximum)
             )
             z = _logits(problem, e, c, b)
-            du = p_weight[:, None] * jnp.exp(z - e_lse[:, None])
+            du = p_weight[:, None] * jnp.exp(z - top[:, None])
             at_target = (y - first)[:, None] == jnp.arange(width, dtype=jnp.int32)[None, :]
             du = du - jnp.where(at_target, y_weight[:, None], 0.0)
             if problem.softcap is not None:

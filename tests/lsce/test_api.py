@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import beartype
 import jax
+import jax.export
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -60,6 +61,13 @@ REFUSED = {
         TypeError,
         "weights have dtype int32",
     ),
+    "weight below float32": ({"weights": np.full(N, 1e-50)}, ValueError, "weights hold 1e-50"),
+    "weight flushed to 0": (
+        {"weights": np.full(N, np.float32(1e-40))},
+        ValueError,
+        r"weights hold 9.99\d+e-41",
+    ),
+    "weight beyond float32": ({"weights": np.full(N, 1e39)}, ValueError, r"weights hold 1e\+39"),
     "order of another V": ({"vocab_order": zeros(3, dtype=np.int32)}, ValueError, r"\(3,\)"),
     "float order": ({"vocab_order": zeros(V)}, TypeError, "vocab_order has dtype float32"),
     "smoothing above 1": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing=1.1.*\[0, 1\]"),
@@ -195,6 +203,60 @@ def test_float64_inputs_get_float64_gradients_of_a_float32_loss(implementation):
 @pytest.mark.parametrize("mean_of_no_weight", [zeros(N), np.array([1, -1, 0, 0, 0, 0], np.float32)])
 def test_the_mean_over_no_weight_is_zero(mean_of_no_weight):
     assert lsce.linear_cross_entropy(**arguments(weights=mean_of_no_weight)) == 0.0
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e38], ids=str)
+def test_a_mean_does_not_depend_on_the_scale_of_its_weights(scale):
+    """Their sum is 0 or ∞ in float32, or near it."""
+    given = arguments()
+    step = jax.value_and_grad(
+        lambda hidden, weights: lsce.linear_cross_entropy(
+            hidden, given["head"], given["labels"], weights=weights
+        )
+    )
+    weights = np.linspace(1, 3, N, dtype=np.float32)
+    got, expected = (step(jnp.asarray(given["hidden"]), w) for w in (scale * weights, weights))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+    assert expected[0] > 0.1
+
+
+def test_weights_that_float32_flushes_to_zero_are_no_perfect_score():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        weights = jnp.full(N, 1e-40, dtype)
+        assert np.isnan(lsce.linear_cross_entropy(**arguments(weights=weights)))
+    assert lsce.linear_cross_entropy(**arguments(weights=jnp.zeros(N))) == 0.0
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("of_weights", [False, True], ids=["", "and weights"])
+def test_the_logits_of_a_removed_token_may_overflow(implementation, of_weights):
+    given = arguments()
+    hidden = given["hidden"].copy()
+    hidden[2] = 3e38
+    weights = np.where(np.arange(N) == 2, 0.0, 1.0).astype(np.float32)
+
+    def value(hidden, head, weights):
+        labels = given["labels"]
+        options = {"implementation": implementation, "return_stats": True}
+        return lsce.linear_cross_entropy(hidden, head, labels, weights=weights, **options)[0]
+
+    step = jax.grad(value, argnums=(0, 1, 2) if of_weights else (0, 1))
+    got, expected = (
+        step(jnp.asarray(h), given["head"], weights) for h in (hidden, given["hidden"])
+    )
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert np.any(b)
+    assert np.isfinite(got[-1]).all()
+
+
+def test_a_symbolic_batch_is_refused_with_what_to_do():
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = (batch, D), (V, D), (batch,)
+    dtypes = np.float32, np.float32, np.int32
+    given = [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
+    with pytest.raises(ValueError, match=r"hidden has the symbolic shape \(b, 8\).*fixed number"):
+        jax.export.export(jax.jit(lsce.linear_cross_entropy))(*given)
 
 
 class TestCheckLabels:

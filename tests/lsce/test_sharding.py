@@ -102,14 +102,38 @@ ON_A_MESH = """
     assert "all-to-all" not in text
 
     # Tokens that only one axis divides, and tokens that none does.
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     run, all_cotangents = step(implementation="chunked"), cotangent
-    for rows in (2, 1):
+    for rows, kind in itertools.product((2, 1), (AxisType.Auto, AxisType.Explicit)):
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
         part = {k: x[:rows, :3] if k in ("hidden", "weights") else x for k, x in arrays.items()}
         cotangent = all_cotangents[:rows, :3]
         given = part, labels[-rows:, :3]
         check(jax.jit(run)(*jax.device_put(given, NamedSharding(mesh, P()))), jax.jit(run)(*given))
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     cotangent = all_cotangents
+
+    # No device computes more than its share, be N no multiple of their number.
+    def flops(tokens, put):
+        shapes = ((tokens, D), np.float32), ((V, D), np.float32), ((tokens,), np.int32)
+        given = [put(*x) for x in shapes]
+        step = jax.jit(jax.grad(lsce.linear_cross_entropy, argnums=(0, 1)))
+        return step.lower(*given).compile().cost_analysis()["flops"]
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    struct = jax.ShapeDtypeStruct
+    on_mesh = lambda *x: struct(*x, sharding=NamedSharding(mesh, P()))
+    one, even, uneven = flops(1024, struct), flops(1024, on_mesh), flops(1022, on_mesh)
+    assert even < 0.3 * one
+    assert uneven < 0.3 * one
+    # Under `jax.set_mesh` without a word about the arrays; explain says which is which.
+    with jax.set_mesh(mesh):
+        assert flops(1024, struct) < 0.3 * one
+    says = lambda put, n: lsce.explain(
+        put((n, D), np.float32), put((V, D), np.float32), put((n,), np.int32)
+    ).reasons["chunked"]
+    assert says(on_mesh, 1022).endswith("256 of 1,022 tokens on each of 4 devices")
+    assert "no array carries a mesh" in says(struct, 1022)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
     # Gradients that a backend makes in its forward pass, for sums of weighted losses.
     from lsce import sharding

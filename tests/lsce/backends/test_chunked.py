@@ -107,6 +107,14 @@ def test_forward_mode_is_refused():
         jax.jvp(lambda h: loss(h, this.head, this.labels), (hidden,), (hidden,))
 
 
+def test_gradients_of_logits_in_the_thousands():
+    """exp(z − lse) would carry the rounding of the lse, 2e-4 here."""
+    head = jnp.array([[4099.0], [4096.0]])
+    got = jax.grad(lambda c: loss(jnp.ones((1, 1)), c, jnp.array([0])))(head)[:, 0]
+    p = 1 / (1 + np.exp(3.0))
+    np.testing.assert_allclose(got, [-p, p], rtol=1e-6)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_second_derivatives(softcap, monkeypatch):
     """Those of the reference are slopes of the true gradient; the chunked ones agree with them."""
