@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from train.data.encode import MIN_LENGTH
 from train.models.config import PRESETS
-from train.text.tokenizer import MIN_LENGTH, MIN_VOCAB_SIZE
+from train.text.bpe import MIN_VOCAB_SIZE
 
 DEFAULT_STEPS = 250
 
@@ -30,7 +31,10 @@ class TrainConfig:
     """
 
     data: Annotated[tuple[Path, ...], _shown("FILE ...", "Python's own documentation")] = ()
-    """JSONL files of alpaca records, of prompts and completions, or of chat messages."""
+    """JSON lines, a JSON array (both may be .gz) or Parquet: chat, alpaca, ShareGPT, prompt and
+    completion, or plain text."""
+    skip_bad_records: bool = False
+    """Leave out the records that cannot be read, and say which and why."""
     held_out: Annotated[float, _shown("SHARE")] = 0.1
     """Share of the records kept out of training and evaluated on."""
     max_length: Annotated[int, _shown("TOKENS")] = 256

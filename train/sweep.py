@@ -279,13 +279,13 @@ def check_runs(configs: Sequence[SweepConfig]) -> None:
 
 
 def _check_runs(configs: Sequence[SweepConfig]) -> None:
-    from train.data import records
+    from train.data import files
     from train.run import loop
 
     for config in configs:
         loop.check(config)
     for path in configs[0].data:
-        records.read_jsonl(path)
+        files.read(path, [] if configs[0].skip_bad_records else None)
 
 
 def run(job: Job) -> tuple[int, int | None]:

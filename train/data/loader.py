@@ -13,19 +13,25 @@ from typing import Any
 import grain
 import numpy as np
 
-from train.data import corpus, records
+from train.data import corpus, files, records
+from train.data.encode import MIN_LENGTH, encode_records
 from train.data.packing import Batch, Rows, pack
-from train.evaluation.tasks import held_out as choices
-from train.text import tokenizer
+from train.data.records import Record
+from train.text import bpe
 from train.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+MAX_CHARACTERS_PER_TOKEN = 16
+"""More than the mean of any text, so that no row of `max_length` tokens holds more text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """What became of the records, for the user to see."""
 
+    skipped: int
+    """Bad records, left out before all that follows."""
     records: int
     """Read in all; each is one of the four that follow."""
     train: int
@@ -48,6 +54,7 @@ class Counts:
         lost = [
             f"{n} {what}"
             for n, what in (
+                (self.skipped, "skipped, for they are bad"),
                 (self.empty, "left out with an empty response"),
                 (self.dropped, "dropped: no response within max_length"),
                 (self.shortened, "shortened to max_length"),
@@ -70,8 +77,8 @@ class Data:
     train: PackedLoader
     held_out: Rows
     """The held-out records, packed as the training ones are; no rows when `held_out=0`."""
-    questions: list[choices.Question]
-    """Multiple-choice questions made of the held-out records."""
+    held_out_records: list[Record]
+    """The same, as they were read."""
     counts: Counts
 
 
@@ -83,28 +90,31 @@ def build(
     batch_size: int,
     vocab_size: int,
     seed: int,
+    skip_bad_records: bool = False,
     cache_dir: Path | None = None,
 ) -> Data:
-    """Reads or makes the records, divides them, trains the tokenizer, packs, and makes questions.
+    """Reads or makes the records, divides them, trains the tokenizer and packs.
 
     Args:
-      data: JSONL files (`records.read_jsonl` has the formats); none means the default corpus,
-        questions and answers from the documentation of Python's standard library.
-      held_out: the share of prompts kept from training, divided by their hash.
-      max_length: tokens in a row; longer records are cut as `tokenizer.encode_record` says.
+      data: files (`files.read` says which); none means the default corpus, questions and answers
+        from the documentation of Python's standard library.
+      held_out: the share of records kept from training, divided as `records.split` says.
+      max_length: tokens in a row; longer records are cut as `encode.encode_records` says.
       batch_size: rows in a batch of `Data.train`. For accumulation, ask for all the rows of an
         optimizer step and divide them.
       vocab_size: of the BPE, which is trained on the training records.
-      seed: of the order of rows in each epoch, and of the questions.
+      seed: of the order of rows in each epoch.
+      skip_bad_records: leave out what is bad in the files, and say what it was.
       cache_dir: where trained tokenizers are kept, `default_cache_dir()` if None.
 
     Raises:
       ValueError: for bad data or options, naming them.
     """
-    if max_length < tokenizer.MIN_LENGTH:
-        raise ValueError(f"{max_length=} must be at least {tokenizer.MIN_LENGTH} tokens")
+    if max_length < MIN_LENGTH:
+        raise ValueError(f"{max_length=} must be at least {MIN_LENGTH} tokens")
+    skipped: list[str] = []
     everything = (
-        [record for path in data for record in records.read_jsonl(path)]
+        [r for path in data for r in files.read(path, skipped if skip_bad_records else None)]
         if data
         else corpus.standard_library_records()
     )
@@ -114,9 +124,10 @@ def build(
         raise ValueError(f"every response of the {len(everything)} records is empty")
     learned, kept_back = records.split(usable, held_out)
 
-    texts = [message.content for record in learned for message in record.messages]
-    bpe = tokenizer.train_or_load(texts, cache_dir or default_cache_dir(), vocab_size)
-    encoded = tokenizer.encode_records(bpe, learned + kept_back, max_length)
+    tokenizer = bpe.train_or_load(
+        list(_within_reach(learned, max_length)), cache_dir or default_cache_dir(), vocab_size
+    )
+    encoded = encode_records(tokenizer, learned + kept_back, max_length)
     train = [example for example in encoded[: len(learned)] if example is not None]
     evaluation = [example for example in encoded[len(learned) :] if example is not None]
     dropped = [
@@ -124,22 +135,24 @@ def build(
         for record, example in zip(learned + kept_back, encoded, strict=True)
         if example is None
     ]
-    for what, sources in (
+    for what, names in (
+        ("skipped, for they are bad", skipped),
         ("left out, for a response is empty", empty),
         (f"dropped, for their prompts leave no room for a response in {max_length=}", dropped),
     ):
-        if sources:
-            logger.warning("%d record(s) %s: %s", len(sources), what, _some(sources))
+        if names:
+            logger.warning("%d record(s) %s:%s", len(names), what, _some(names))
     if not train:
         raise ValueError(f"no training record has a response within {max_length=}: use longer rows")
 
     rows = pack(train, max_length)
     return Data(
-        tokenizer=bpe,
+        tokenizer=tokenizer,
         train=PackedLoader(rows, batch_size, seed),
         held_out=pack(evaluation, max_length),
-        questions=choices.questions(kept_back, seed),
+        held_out_records=kept_back,
         counts=Counts(
+            skipped=len(skipped),
             records=len(everything),
             train=len(train),
             held_out=len(evaluation),
@@ -152,6 +165,16 @@ def build(
             padding=float(np.mean(rows.segments == 0)),
         ),
     )
+
+
+def _within_reach(train: Sequence[Record], max_length: int) -> Iterator[str]:
+    """The texts that a vocabulary is for: of each record, what `max_length` tokens may hold."""
+    for record in train:
+        left = max_length * MAX_CHARACTERS_PER_TOKEN
+        for message in record.messages:
+            if left > 0:
+                yield message.content[:left]
+            left -= len(message.content)
 
 
 class PackedLoader:
@@ -221,6 +244,6 @@ def _identity(rows: Rows, batch_size: int, seed: int) -> str:
     return digest.hexdigest()
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _some(names: Sequence[str], most: int = 20) -> str:
+    rest = [f"and {len(names) - most} more"] if len(names) > most else []
+    return "".join(f"\n  {name}" for name in [*names[:most], *rest])

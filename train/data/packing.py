@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from train.text.tokenizer import Example, Tokenizer
+from train.text.tokenizer import Example
 
 IGNORE = -100
 
@@ -23,7 +23,7 @@ class Rows:
     """
 
     tokens: Int[np.ndarray, "R T"]
-    """Padding is the pad token."""
+    """0 in padding, which is told by its segment: 0 may be a token too."""
     labels: Int[np.ndarray, "R T"]
     """The token to predict after `tokens[t]`; −100 in prompts, in padding, at an example's end."""
     segments: Int[np.ndarray, "R T"]
@@ -56,7 +56,7 @@ def pack(examples: Sequence[Example], length: int) -> Rows:
 
     shape = (int(row.max()) + 1 if row.size else 0, length)
     rows = Rows(
-        tokens=np.full(shape, Tokenizer.pad, np.int32),
+        tokens=np.zeros(shape, np.int32),
         labels=np.full(shape, IGNORE, np.int32),
         segments=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),

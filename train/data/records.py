@@ -1,29 +1,41 @@
-"""What one training example is, how it is read from a JSONL file, and how records are divided.
+"""What one training example is, and how records are divided into training and held-out ones.
 
-A record is a conversation. The model learns to write what the assistant says in it, and only that.
+A record is a conversation, or plain text. The model learns to write what the assistant says in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NoReturn, cast, get_args
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
 
-Role = Literal["system", "user", "assistant"]
+logger = logging.getLogger(__name__)
+
+Role = Literal["system", "user", "assistant", "text"]
+"""Who says it; "text" is nobody, the one message of a record of plain text."""
+
+SHARE_TOLERANCE = 0.03
+"""How far the held-out share of all records may be from the one asked for, without a word."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
     role: Role
     content: str
+    learn: bool = True
+    """False where the assistant says what the model is not to learn: a turn of weight 0."""
+
+    @property
+    def has_loss(self) -> bool:
+        return self.learn and self.role in ("assistant", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A conversation with at least one assistant message."""
+    """A conversation with at least one message to learn, or plain text."""
 
     messages: tuple[Message, ...]
     source: str
@@ -32,81 +44,82 @@ class Record:
     """Wrong answers of a multiple-choice question are taken from records of the same kind."""
 
     @property
+    def is_text(self) -> bool:
+        return self.messages[0].role == "text"
+
+    @property
     def prompt(self) -> tuple[Message, ...]:
-        """The messages before the first assistant message."""
-        return self.messages[: self._first_assistant]
+        """The messages before `response`."""
+        return self.messages[: self._turn]
 
     @property
     def response(self) -> str:
-        """What the assistant says first."""
-        return self.messages[self._first_assistant].content
+        """What the assistant says first after the user has spoken: a greeting answers nothing."""
+        return self.messages[self._turn].content
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """What tells this record from others: its prompt, or all of it where no user asks."""
+        asked = any(message.role == "user" for message in self.prompt)
+        return self.prompt if asked else self.messages
 
     @property
     def has_empty_response(self) -> bool:
-        """Whether some assistant message says nothing: there is nothing good to learn from it."""
-        return any(m.role == "assistant" and not m.content.strip() for m in self.messages)
+        """Whether some message to learn says nothing: there is nothing good to learn from it."""
+        return any(message.has_loss and not message.content.strip() for message in self.messages)
 
     @property
-    def _first_assistant(self) -> int:
-        return next(i for i, message in enumerate(self.messages) if message.role == "assistant")
-
-
-def read_jsonl(path: str | Path) -> list[Record]:
-    """The records of a JSONL file, one JSON object a line; blank lines are skipped.
-
-    The fields of an object say which of three formats it is in:
-
-    - alpaca: `{"instruction": str, "input": str (may be absent or empty), "output": str}`
-    - prompt and completion: `{"prompt": str, "completion": str}`
-    - chat: `{"messages": [{"role": "system" | "user" | "assistant", "content": str}, …]}`
-
-    Other fields are ignored. Records with an empty response are returned like any other
-    (`Record.has_empty_response`), since published data sets hold some; the caller leaves them out.
-
-    Raises:
-      ValueError: naming file and line, for a line that is not UTF-8 or not a JSON object, a missing
-        field, a field of the wrong type, an unknown role, or a chat in which the assistant never
-        speaks; and for a file that is not there or has no records.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"--data: no file {path}")
-    if path.is_dir():
-        raise ValueError(f"--data: {path} is a folder, name the JSONL files in it")
-    records = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            records.append(_parse_line(line, f"{path}:{number}"))
-    if not records:
-        raise ValueError(f"{path} holds no records: give a JSONL file, one JSON object a line")
-    return records
+    def _turn(self) -> int:
+        learned = [i for i, message in enumerate(self.messages) if message.has_loss]
+        users = [i for i, message in enumerate(self.messages) if message.role == "user"]
+        return next((i for i in learned if users and i > users[0]), learned[0])
 
 
 def split(records: Sequence[Record], held_out: float = 0.1) -> tuple[list[Record], list[Record]]:
     """Divides records into `(train, held_out)`, each in the order given.
 
-    The side of a record depends on nothing but a hash of its prompt, so records that ask the same
-    thing land on the same side, and records added later move none of the others. About `held_out`
-    of the prompts are held out; where there are two prompts or more, neither side is left empty.
-    `held_out=0` keeps everything for training.
+    The side of a record depends on a hash of its question, so records that ask the same thing land
+    on the same side, and records added later move none of the others. About `held_out` of the
+    questions are held out, but none that more than this share of all records ask; where there are
+    two questions or more, neither side is left empty. A share that is far from the one asked for,
+    as with few questions, is said in a warning. `held_out=0` keeps everything for training.
 
     Raises:
-      ValueError: unless 0 ≤ held_out < 1, or when a held-out part is asked of a single prompt.
+      ValueError: unless 0 ≤ held_out < 1, or when a held-out part is asked of a single question.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be in [0, 1), got {held_out!r}")
     if held_out == 0:
         return list(records), []
-    hashes = [_prompt_hash(record) for record in records]
-    if len(set(hashes)) < 2:
+    hashes = [_hash(record.question) for record in records]
+    sizes = Counter(hashes)
+    if len(sizes) < 2:
         raise ValueError(
             f"cannot hold out {held_out:g} of {len(records)} record(s) with fewer than two"
             " different prompts: give more data, or hold nothing out (--held-out 0)"
         )
-    bound = max(round(held_out * 2**64), min(hashes) + 1)
-    bound = min(bound, max(hashes))
-    train = [record for record, key in zip(records, hashes, strict=True) if key >= bound]
-    return train, [record for record, key in zip(records, hashes, strict=True) if key < bound]
+    wanted = held_out * len(records)
+    small = {key for key, size in sizes.items() if size <= max(wanted, 1)} or {
+        min(sizes, key=lambda key: (sizes[key], key))
+    }
+    bound = max(round(held_out * 2**64), min(small) + 1)
+    chosen = {key for key in small if key < bound}
+    if len(chosen) == len(sizes):
+        chosen.remove(max(chosen))
+    train = [record for record, key in zip(records, hashes, strict=True) if key not in chosen]
+    kept_back = [record for record, key in zip(records, hashes, strict=True) if key in chosen]
+    if abs(len(kept_back) - wanted) > SHARE_TOLERANCE * len(records):
+        logger.warning(
+            "held out %d of %d records, %.1f%% where %.1f%% was asked for: records of one prompt"
+            " stay together, and there are %d different prompts, the commonest in %d records",
+            len(kept_back),
+            len(records),
+            100 * len(kept_back) / len(records),
+            100 * held_out,
+            len(sizes),
+            max(sizes.values()),
+        )
+    return train, kept_back
 
 
 def stable_hash(*parts: str) -> int:
@@ -118,88 +131,5 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _prompt_hash(record: Record) -> int:
-    return stable_hash(*(text for m in record.prompt for text in (m.role, m.content)))
-
-
-def _parse_line(line: bytes, where: str) -> Record:
-    def refuse(what: str) -> NoReturn:
-        raise ValueError(f"{where}: {what}") from None
-
-    try:
-        fields = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        refuse(f"not UTF-8 ({error})")
-    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits
-        refuse(f"invalid JSON ({error})")
-    if not isinstance(fields, dict):
-        refuse(f"expected a JSON object, got {_type_name(fields)}")
-    # The first format that is there, whole if one is.
-    there = [needed for needed in _FORMATS if fields.get(needed[0]) is not None]
-    whole = [needed for needed in there if all(fields.get(name) is not None for name in needed)]
-    for needed in whole or there:
-        return Record(tuple(_FORMATS[needed](fields, refuse)), source=where)
-    refuse(
-        "none of the fields that tell the format: 'messages' (chat), 'prompt' (with 'completion')"
-        f" or 'instruction' (alpaca, with 'output'); the fields are {sorted(fields)}"
-    )
-
-
-def _parse_chat(fields: dict[str, Any], refuse: Callable[[str], NoReturn]) -> Iterable[Message]:
-    messages = fields["messages"]
-    if not isinstance(messages, list):
-        refuse(f"'messages' must be an array, got {_type_name(messages)}")
-    parsed = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            refuse(f"'messages[{index}]' must be an object, got {_type_name(message)}")
-        role = _text(message, "role", refuse, f"messages[{index}].role")
-        if role not in get_args(Role):
-            refuse(f"unknown role {role!r} in 'messages[{index}]': use one of {get_args(Role)}")
-        content = _text(message, "content", refuse, f"messages[{index}].content")
-        parsed.append(Message(cast(Role, role), content))
-    if not any(message.role == "assistant" for message in parsed):
-        refuse("no message has the role 'assistant', so there is no response to learn")
-    return parsed
-
-
-def _parse_prompt(fields: dict[str, Any], refuse: Callable[[str], NoReturn]) -> Iterable[Message]:
-    yield Message("user", _text(fields, "prompt", refuse))
-    yield Message("assistant", _text(fields, "completion", refuse))
-
-
-def _parse_alpaca(fields: dict[str, Any], refuse: Callable[[str], NoReturn]) -> Iterable[Message]:
-    instruction = _text(fields, "instruction", refuse)
-    context = _text(fields, "input", refuse) if fields.get("input") is not None else ""
-    yield Message("user", f"{instruction}\n\n{context}" if context else instruction)
-    yield Message("assistant", _text(fields, "output", refuse))
-
-
-_FORMATS = {
-    ("messages",): _parse_chat,
-    ("prompt", "completion"): _parse_prompt,
-    ("instruction", "output"): _parse_alpaca,
-}
-"""By the fields that a record must have."""
-
-
-def _text(
-    fields: dict[str, Any], name: str, refuse: Callable[[str], NoReturn], shown: str | None = None
-) -> str:
-    shown = shown or name
-    if name not in fields:
-        refuse(f"missing field '{shown}'")
-    value = fields[name]
-    if not isinstance(value, str):
-        refuse(f"'{shown}' must be a string, got {_type_name(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        refuse(f"'{shown}' holds half of a surrogate pair, which is no character")
-    return value
-
-
-def _type_name(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
-    names |= {int: "a number", float: "a number", type(None): "null"}
-    return names[type(value)]
+def _hash(messages: Sequence[Message]) -> int:
+    return stable_hash(*(text for m in messages for text in (m.role, m.content)))

@@ -20,11 +20,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 import lsce
 from lsce import calibration
 from train import mesh as devices
+from train.data.encode import encode_records
 from train.data.packing import IGNORE, Rows, pack
 from train.data.records import Message, Record
 from train.evaluation.tasks.held_out import Question
 from train.models.decoder import Llama
-from train.text.tokenizer import Example, Tokenizer, encode_records
+from train.text.tokenizer import Example, Tokenizer
 
 BINS = 15
 
@@ -253,7 +254,7 @@ def fitting_questions(
 def without_end(example: Example) -> Example:
     """The example with the loss taken on the response's text, and not on the token that ends it."""
     mask = example.loss_mask.copy()
-    mask[-1] = False
+    mask[np.flatnonzero(mask)[-1]] = False  # a template may have more behind it, without loss
     return dataclasses.replace(example, loss_mask=mask)
 
 

@@ -22,6 +22,7 @@ from train.config import DEFAULT_STEPS, TrainConfig
 from train.data import loader
 from train.evaluation import report
 from train.evaluation.scoring import REPORTED, Evaluation, evaluate
+from train.evaluation.tasks.held_out import Exam
 from train.models.config import PRESETS, ModelConfig
 from train.models.decoder import Llama
 from train.run import folder as run_folder
@@ -64,6 +65,7 @@ class Run:
     config: TrainConfig
     out: Path
     data: loader.Data
+    exam: Exam
     rate: optax.Schedule
     checkpointer: Checkpointer
     state: TrainState
@@ -96,6 +98,7 @@ def prepare(config: TrainConfig) -> Run:
         batch_size=config.batch_size * config.accumulate,
         vocab_size=config.vocab_size,
         seed=config.seed,
+        skip_bad_records=config.skip_bad_records,
     )
     logger.info("data: %s", data.counts)
     shape = dataclasses.replace(shape, vocab_size=data.tokenizer.vocab_size)
@@ -137,7 +140,8 @@ def prepare(config: TrainConfig) -> Run:
         logger.info("steps: %d to %d", first_step + 1, total_steps)
     else:
         logger.info("steps: all %d are done", total_steps)
-    return Run(config, out, data, rate, checkpointer, state, first_step, total_steps)
+    exam = Exam.of(data, config.seed)
+    return Run(config, out, data, exam, rate, checkpointer, state, first_step, total_steps)
 
 
 def check(config: TrainConfig) -> ModelConfig:
@@ -172,7 +176,7 @@ def train(run: Run) -> Evaluation:
         due = config.eval_every and step and step % config.eval_every == 0
         if due and step != run.total_steps and step not in monitor.evaluated:
             with monitor.paused(), stop.at_once():
-                monitor.evaluation(step, headline(evaluate(state.model, data, config)))
+                monitor.evaluation(step, headline(evaluate(state.model, run.exam, config)))
 
     with stop_requests() as stop, monitor, run.checkpointer:
         evaluate_during(run.first_step)  # where a signal cut it off
@@ -192,7 +196,7 @@ def train(run: Run) -> Evaluation:
 
         monitor.say("evaluating")
         with stop.at_once():
-            evaluation = evaluate(state.model, data, config)
+            evaluation = evaluate(state.model, run.exam, config)
             monitor.evaluation(run.total_steps, headline(evaluation))
             report.write(run.out, evaluation, config, step=run.total_steps)
         if stop.signum:

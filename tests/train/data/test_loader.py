@@ -16,6 +16,7 @@ from paths import ROOT, SHARED_DATA
 from train.data import loader
 from train.data.loader import Data, PackedLoader
 from train.data.packing import IGNORE, Rows, pack
+from train.evaluation.tasks.held_out import Exam
 from train.text.tokenizer import Example
 
 SHARED = SHARED_DATA
@@ -133,13 +134,14 @@ def write_records(path: Path, count: int, response: str = "the answer is {}, as 
 def draw(path: Path, cache_dir: Path, count: int, state: dict | None = None) -> list:
     """Builds, goes to `state`, and describes the next batches and all else there is."""
     data = build([path], cache_dir, batch_size=4, seed=7)
+    exam = Exam.of(data, seed=7)
     if state is not None:
         data.train.set_state(state)
     digests = []
     for _ in range(count):
         batch = next(data.train)
         digests.append(hashlib.sha256(b"".join(a.tobytes() for a in batch.values())).hexdigest())
-    return [digests, data.train.state(), data.held_out.tokens.tolist(), repr(data.questions)]
+    return [digests, data.train.state(), exam.held_out.tokens.tolist(), repr(exam.questions)]
 
 
 def draw_elsewhere(*arguments: object) -> list:
@@ -178,8 +180,8 @@ def test_counts_add_up(tmp_path, caplog):
     counts = data.counts
     assert counts.records == 63 == counts.train + counts.held_out + counts.empty + counts.dropped
     assert (counts.empty, counts.dropped, counts.shortened) == (1, 1, 1)
-    assert f"1 record(s) left out, for a response is empty: {path}:61" in caplog.text
-    assert f"in max_length=64: {path}:62" in caplog.text
+    assert f"1 record(s) left out, for a response is empty:\n  {path}:61" in caplog.text
+    assert f"in max_length=64:\n  {path}:62" in caplog.text
     rows = data.train.rows
     assert counts.train_rows == len(rows)
     assert counts.train_tokens == np.count_nonzero(rows.tokens)
@@ -199,13 +201,41 @@ def test_the_tokenizer_has_not_seen_what_is_held_out(tmp_path, monkeypatch):
         seen.extend(texts)
         return original(texts, *rest)
 
-    original = loader.tokenizer.train_or_load
-    monkeypatch.setattr(loader.tokenizer, "train_or_load", spy)
+    original = loader.bpe.train_or_load
+    monkeypatch.setattr(loader.bpe, "train_or_load", spy)
     data = build([path], tmp_path)
-    held_out = {question.prompt[0].content for question in data.questions}
+    held_out = {record.prompt[0].content for record in data.held_out_records}
     assert len(held_out) == data.counts.held_out > 3
     assert not held_out & set(seen)
     assert len(seen) == 2 * data.counts.train
+
+
+def test_the_tokenizer_learns_nothing_that_no_row_can_hold(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(texts, *rest):
+        seen.extend(texts)
+        return original(texts, *rest)
+
+    original = loader.bpe.train_or_load
+    monkeypatch.setattr(loader.bpe, "train_or_load", spy)
+    path = write_records(tmp_path / "data.jsonl", 20, "{}" + "x" * 100_000)
+    build([path], tmp_path)
+    record = len("What is the answer to question 1?") + max(map(len, seen))
+    assert record == 64 * loader.MAX_CHARACTERS_PER_TOKEN
+
+
+def test_bad_records_are_skipped_counted_and_named(tmp_path, caplog):
+    path = write_records(tmp_path / "data.jsonl", 40)
+    with path.open("a") as file:
+        file.write('{"a": 1}\nnonsense\n')
+    with pytest.raises(ValueError, match=rf"{path}:41: none of the fields"):
+        build([path], tmp_path)
+    data = build([path], tmp_path, skip_bad_records=True)
+    assert (data.counts.records, data.counts.skipped) == (40, 2)
+    assert f"2 record(s) skipped, for they are bad:\n  {path}:41: none" in caplog.text
+    assert f"\n  {path}:42: invalid JSON" in caplog.text
+    assert "2 skipped, for they are bad" in str(data.counts)
 
 
 def test_several_files_and_nothing_held_out(tmp_path):
@@ -213,7 +243,7 @@ def test_several_files_and_nothing_held_out(tmp_path):
     data = build(paths, tmp_path, held_out=0)
     assert (data.counts.train, data.counts.held_out) == (6, 0)
     assert len(data.held_out) == 0
-    assert data.questions == []
+    assert data.held_out_records == []
 
 
 @pytest.mark.parametrize(
@@ -252,7 +282,7 @@ def test_the_default_data(tmp_path):
     data = build((), tmp_path, batch_size=8, max_length=256, vocab_size=8192)
     assert data.tokenizer.vocab_size == 8192
     assert data.counts.train > 3500
-    assert len(data.questions) > 300
+    assert len(Exam.of(data, seed=0).questions) > 300
     assert data.counts.dropped == data.counts.empty == 0
     assert data.counts.padding < 0.03
     batch = next(data.train)
@@ -271,4 +301,4 @@ def test_published_data_sets(tmp_path, name):
     assert counts.train + counts.held_out + counts.empty + counts.dropped == counts.records
     assert counts.train > 0.8 * counts.records
     assert counts.padding < 0.05
-    assert len(data.questions) > 0.9 * counts.held_out
+    assert len(Exam.of(data, seed=0).questions) > 0.9 * counts.held_out

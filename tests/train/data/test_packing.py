@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.data.packing import IGNORE, Rows, pack
-from train.text.tokenizer import Example, Tokenizer
+from train.text.tokenizer import Example
 
 
 def example(tokens: list[int], loss_from: int) -> Example:
@@ -20,7 +20,7 @@ def unpack(rows: Rows) -> list[tuple[list[int], list[int]]]:
         for t in range(rows.tokens.shape[1]):
             token, label, segment, position = (a[row, t].item() for a in vars(rows).values())
             if segment == 0:
-                assert (token, label, position) == (Tokenizer.pad, IGNORE, 0)
+                assert (token, label, position) == (0, IGNORE, 0)
             elif segment == previous:
                 found[-1][0].append(token)
                 found[-1][1].append(label)

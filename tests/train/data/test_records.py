@@ -1,128 +1,21 @@
-import json
-from pathlib import Path
+import dataclasses
+import logging
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paths import SHARED_DATA
 
-from train.data.records import Message, Record, read_jsonl, split, stable_hash
-
-SHARED = SHARED_DATA
-
-
-def write(path: Path, *lines: object) -> Path:
-    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
-    return path
+from train.data.records import Message, Record, split, stable_hash
 
 
 def dialogue(prompt: str, response: str = "yes", source: str = "") -> Record:
     return Record((Message("user", prompt), Message("assistant", response)), source)
 
 
-CHAT = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "1 + 1?"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "And 1 more?"},
-        {"role": "assistant", "content": "3"},
-    ]
-}
-
-
-def test_three_formats_become_conversations(tmp_path):
-    path = write(
-        tmp_path / "data.jsonl",
-        {"instruction": "Add.", "input": "1, 2", "output": "3", "subsets": ["extra"]},
-        {"instruction": "Say hi.", "input": "", "output": "hi"},
-        {"instruction": "Say ho.", "output": "ho"},
-        {"prompt": "2 + 2 =", "completion": " 4"},
-        CHAT,
-        {"messages": None, "prompt": "whole?", "completion": "no"},
-        {"instruction": "Add.", "output": "3", "prompt": "another field"},
-    )
-    records = read_jsonl(path)
-    user, assistant = "user", "assistant"
-    assert [[(m.role, m.content) for m in r.messages] for r in records] == [
-        [(user, "Add.\n\n1, 2"), (assistant, "3")],
-        [(user, "Say hi."), (assistant, "hi")],
-        [(user, "Say ho."), (assistant, "ho")],
-        [(user, "2 + 2 ="), (assistant, " 4")],
-        [(m["role"], m["content"]) for m in CHAT["messages"]],
-        [(user, "whole?"), (assistant, "no")],
-        [(user, "Add."), (assistant, "3")],
-    ]
-    assert [r.source for r in records] == [f"{path}:{n}" for n in range(1, 8)]
-    assert [m.content for m in records[4].prompt] == ["Be brief.", "1 + 1?"]
-    assert records[4].response == "2"
-
-
-def test_blank_lines_are_skipped_and_counted(tmp_path):
-    path = tmp_path / "data.jsonl"
-    line = json.dumps({"prompt": "é\u2028", "completion": "ü"}, ensure_ascii=False).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)
-    records = read_jsonl(path)
-    assert [r.source for r in records] == [f"{path}:1", f"{path}:4"]
-    assert [r.messages[0].content for r in records] == ["é\u2028"] * 2
-
-
-@pytest.mark.parametrize(
-    ("bad", "what"),
-    [
-        ('{"prompt": "a", ', "invalid JSON"),
-        ("[" * 100_000, "invalid JSON"),
-        ('{"prompt": ' + "7" * 5000 + "}", "invalid JSON"),
-        ('["prompt"]', "expected a JSON object, got an array"),
-        ("3", "expected a JSON object, got a number"),
-        ({"question": "a", "answer": "b"}, "the fields are ['answer', 'question']"),
-        ({"prompt": "a"}, "missing field 'completion'"),
-        ({"instruction": "a", "input": "b"}, "missing field 'output'"),
-        (
-            {"instruction": "a", "input": ["b"], "output": "c"},
-            "'input' must be a string, got an array",
-        ),
-        ({"prompt": "a", "completion": None}, "'completion' must be a string, got null"),
-        ({"prompt": 1.5, "completion": "b"}, "'prompt' must be a string, got a number"),
-        ({"prompt": True, "completion": "b"}, "'prompt' must be a string, got a boolean"),
-        ('{"prompt": "a", "completion": "\\ud800"}', "'completion' holds half of a surrogate pair"),
-        ({"messages": {"role": "user"}}, "'messages' must be an array, got an object"),
-        ({"messages": ["hi"]}, "'messages[0]' must be an object, got a string"),
-        ({"messages": []}, "no message has the role 'assistant'"),
-        ({"messages": CHAT["messages"][:2]}, "no message has the role 'assistant'"),
-        ({"messages": [{"content": "a"}]}, "missing field 'messages[0].role'"),
-        ({"messages": [{"role": "user"}]}, "missing field 'messages[0].content'"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "unknown role 'tool' in 'messages[0]'"),
-    ],
-)
-def test_a_bad_record_is_named_by_file_and_line(tmp_path, bad, what):
-    path = write(tmp_path / "data.jsonl", {"prompt": "a", "completion": "b"}, "", bad)
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is asserted below)
-        read_jsonl(path)
-    assert str(error.value).startswith(f"{path}:3: ")
-    assert what in str(error.value)
-
-
-def test_bytes_that_are_no_text_are_named_by_file_and_line(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b'\n{"prompt": "\xff", "completion": "b"}')
-    with pytest.raises(ValueError, match=r"data\.jsonl:2: not UTF-8"):
-        read_jsonl(path)
-
-
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_records_is_refused(tmp_path, content):
-    path = tmp_path / "empty.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"empty\.jsonl holds no records"):
-        read_jsonl(path)
-
-
-def test_an_empty_response_can_be_told(tmp_path):
-    lines = [{"prompt": "a", "completion": c} for c in ("b", "", " \n", "  c")]
-    half_empty = {"messages": [*CHAT["messages"], {"role": "assistant", "content": ""}]}
-    records = read_jsonl(write(tmp_path / "data.jsonl", *lines, CHAT, half_empty))
-    assert [r.has_empty_response for r in records] == [False, True, True, False, False, True]
+def chat(*contents: str) -> Record:
+    """The assistant opens."""
+    roles = ("assistant", "user") * len(contents)
+    return Record(tuple(map(Message, roles, contents)), "")
 
 
 def test_split_depends_on_the_prompt_alone():
@@ -180,16 +73,59 @@ def test_stable_hash_knows_where_its_parts_end():
     assert stable_hash("ab", "c") != stable_hash("a", "bc") != stable_hash("abc")
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="no folder of data sets beside the repository")
-@pytest.mark.parametrize(
-    ("name", "count", "empty"),
-    [
-        ("alpaca/alpaca_20k-00000.jsonl", 8971, [1462, 3588, 6235]),
-        ("dolly/dolly_3k.jsonl", 2996, []),
-    ],
-)
-def test_published_data_sets(name, count, empty):
-    records = read_jsonl(SHARED / name)
-    assert len(records) == count
-    sources = [r.source for r in records if r.has_empty_response]
-    assert sources == [f"{SHARED / name}:{line}" for line in empty]
+def test_the_response_is_what_the_assistant_says_after_the_user():
+    record = chat("Hello! How can I help?", "What is 1 + 1?", "2", "Sure?", "Yes")
+    assert record.response == "2"
+    assert record.prompt == record.messages[:2]
+    unlearned = dataclasses.replace(record.messages[2], learn=False)
+    record = dataclasses.replace(
+        record, messages=(*record.messages[:2], unlearned, *record.messages[3:])
+    )
+    assert record.response == "Yes"
+    only = chat("Hello!")
+    assert (only.response, only.prompt) == ("Hello!", ())
+
+
+def test_chats_that_begin_with_the_same_greeting_are_told_apart():
+    records = [chat("Hello! How can I help?", f"question {i}", f"answer {i}") for i in range(100)]
+    train, held_out = split(records, 0.1)
+    assert 3 < len(held_out) < 20
+    assert len(train) + len(held_out) == 100
+
+
+@pytest.mark.parametrize("role", ["text", "assistant"])
+def test_what_nobody_asks_for_is_told_apart_by_what_is_said(role):
+    records = [Record((Message(role, f"line {i}"),), "") for i in range(100)]
+    assert 3 < len(split(records, 0.1)[1]) < 20
+
+
+@pytest.mark.parametrize("common", [900, 300])
+def test_a_prompt_of_many_records_is_not_held_out(common, caplog):
+    records = [dialogue("Translate A", f"answer {i}") for i in range(common)]
+    records += [dialogue(f"question {i}") for i in range(1000 - common)]
+    train, held_out = split(records, 0.1)
+    assert not {r.prompt for r in train} & {r.prompt for r in held_out}
+    share = len(held_out) / 1000
+    assert len(held_out) == pytest.approx(0.1 * (1000 - common), rel=0.5)
+    warned = f"held out {len(held_out)} of 1000 records, {share:.1%} where 10.0% was asked for"
+    assert (warned in caplog.text) == (abs(share - 0.1) > 0.03)
+    assert ("in 900 records" in caplog.text) == (common == 900)
+
+
+def test_where_every_prompt_has_many_records_the_smallest_is_held_out(caplog):
+    records = [dialogue("a")] * 60 + [dialogue("b")] * 40
+    with caplog.at_level(logging.WARNING):
+        assert split(records, 0.1) == (records[:60], records[60:])
+    assert "held out 40 of 100 records, 40.0% where 10.0% was asked for" in caplog.text
+
+
+def test_an_empty_response_can_be_told():
+    assert [dialogue("a", answer).has_empty_response for answer in ("b", "", " \n", "  c")] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    half_empty = chat("", "a", "b")
+    assert half_empty.has_empty_response
+    unlearned = dataclasses.replace(half_empty.messages[0], learn=False)
+    assert not dataclasses.replace(
+        half_empty, messages=(unlearned, *half_empty.messages[1:])
+    ).has_empty_response

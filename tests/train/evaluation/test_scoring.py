@@ -12,13 +12,15 @@ import pytest
 from flax import nnx
 
 from lsce import calibration
+from train.data.encode import encode_records
 from train.data.packing import IGNORE, Rows, pack
 from train.data.records import Message, Record
 from train.evaluation.scoring import Scores, choice_scores, evaluate, evaluate_tokens, score_batch
 from train.evaluation.tasks.held_out import Question
 from train.models.config import ModelConfig
 from train.models.decoder import Llama
-from train.text.tokenizer import Tokenizer, encode_records, train
+from train.text.bpe import BPE as Tokenizer
+from train.text.bpe import train
 
 LENGTH = 48
 
@@ -136,9 +138,9 @@ def one_option_a_row(model: Llama, data: Data) -> tuple[np.ndarray, np.ndarray]:
     prompts, answers = [], []
     for question in data.questions:
         (message,) = question.prompt
-        prompt = [tok.bos, tok.user, *tok.encode(message.content), tok.end, tok.assistant]
+        prompt = [tok.bos, tok.user, *tok.encode_text(message.content), tok.end, tok.assistant]
         prompts += [prompt] * len(question.options)
-        answers += [tok.encode(option) for option in question.options]
+        answers += [tok.encode_text(option) for option in question.options]
     tokens = np.zeros((len(answers), LENGTH), np.int32)
     for row, prompt, answer in zip(tokens, prompts, answers, strict=True):
         row[: len(prompt) + len(answer)] = prompt + answer

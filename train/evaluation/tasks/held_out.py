@@ -1,15 +1,23 @@
-"""Multiple-choice questions made of held-out records: four real answers, of which one is right."""
+"""What is held out of training: its tokens, and multiple-choice questions made of it.
+
+A question offers four real answers, of which one is right.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
+from train.data.loader import Data
+from train.data.packing import Rows
 from train.data.records import Message, Record, stable_hash
+from train.text.tokenizer import Tokenizer
 
 OPTIONS = 4
 MAX_OPTION_CHARACTERS = 300
@@ -24,13 +32,29 @@ class Question:
     source: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """What a run is scored on."""
+
+    tokenizer: Tokenizer
+    held_out: Rows
+    """Records, of which the response tokens are predicted."""
+    questions: Sequence[Question]
+
+    @classmethod
+    def of(cls, data: Data, seed: int) -> Self:
+        """The exam on what a run's data keeps from training; `seed` is of the questions."""
+        return cls(data.tokenizer, data.held_out, questions(data.held_out_records, seed))
+
+
 def questions(held_out: Sequence[Record], seed: int = 0) -> list[Question]:
     """A question for each held-out record of whose kind there are three others to be wrong with.
 
     The options are the first paragraphs of responses, at most 300 characters long. No two options
     of a question are equal, even but for case and spaces, and none of the wrong ones is an answer
     that some held-out record gives to the same prompt. A question is decided by `seed`, its record
-    and the options there are of its kind, not by the order of the records.
+    and the options there are of its kind, not by the order of the records. What nobody asks for,
+    as plain text, makes no question.
     """
     options_of_kind: dict[str, dict[str, str]] = defaultdict(dict)
     answers_of_prompt: dict[tuple[Message, ...], set[str]] = defaultdict(set)
@@ -62,9 +86,19 @@ def questions(held_out: Sequence[Record], seed: int = 0) -> list[Question]:
 
 
 def _option(record: Record) -> str:
-    option = record.response.strip().partition("\n\n")[0].strip()
+    """The beginning of the response, unchanged: what is scored is what training text begins with.
+
+    A cut is made where there are blanks, if there are any in the last fifth of what may be kept.
+    """
+    response = record.response
+    if not record.prompt or not response.strip():
+        return ""
+    paragraph = response.find("\n\n", len(response) - len(response.lstrip()))
+    option = response if paragraph < 0 else response[:paragraph].rstrip()
     if len(option) > MAX_OPTION_CHARACTERS:
-        option = option[: MAX_OPTION_CHARACTERS + 1].rpartition(" ")[0].rstrip()
+        blank = re.search(r"\s\S*$", option[: MAX_OPTION_CHARACTERS + 1])
+        near = blank is not None and blank.start() >= MAX_OPTION_CHARACTERS * 4 // 5
+        option = option[: blank.start() if near else MAX_OPTION_CHARACTERS].rstrip()
     return option
 
 

@@ -1,11 +1,15 @@
 import collections
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.data.packing import pack
 from train.data.records import Message, Record
-from train.evaluation.tasks.held_out import MAX_OPTION_CHARACTERS, OPTIONS, questions
+from train.evaluation.scoring import fitting_questions
+from train.evaluation.tasks.held_out import MAX_OPTION_CHARACTERS, OPTIONS, Exam, questions
+from train.text.bpe import train
 
 
 def record(prompt: str, response: str, kind: str = "") -> Record:
@@ -72,11 +76,59 @@ def test_an_option_is_the_first_paragraph_cut_at_a_word():
     texts = ["one\n\nmore", "\n two \n\nmore", "three\nlines\n\n\n\nmore", words, "Three  LINES"]
     made = questions([record(str(i), text) for i, text in enumerate(texts)])
     right = [q.options[q.answer] for q in made]
-    assert right[:3] == ["one", "two", "three\nlines"]
+    assert right[:3] == ["one", "\n two", "three\nlines"]
     assert right[3] == words[: len(right[3])].rstrip()
     assert MAX_OPTION_CHARACTERS - 5 <= len(right[3]) <= MAX_OPTION_CHARACTERS
     for question in made:
         assert not {"three\nlines", "Three  LINES"} <= set(question.options)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", "\n\n", "\t "])
+def test_what_is_scored_is_what_was_trained(blank):
+    records = [
+        record(f"the {color} one?", blank + color) for color in ("red", "blue", "green", "b")
+    ]
+    tokenizer = train([m.content for r in records for m in r.messages], 300)
+    exam = Exam(tokenizer, pack([], 64), questions(records))
+    for (question, examples), trained in zip(
+        fitting_questions(exam, 64), tokenizer.encode(records), strict=True
+    ):
+        scored = examples[question.answer]
+        np.testing.assert_array_equal(scored.tokens, trained.tokens)
+        assert scored.loss_mask.tolist() == [*trained.loss_mask[:-1].tolist(), False]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "第248條 " + "一二三四五六七八九十" * 40,
+        "https://example.org/" + "a/" * 400,
+        "\n".join(f"line{i}=call({i})" for i in range(60)),
+    ],
+)
+def test_text_without_spaces_is_cut_too(text):
+    made = questions([record(str(i), text[:8] + str(i) + text[8:]) for i in range(4)])
+    assert len(made) == 4
+    for question in made:
+        assert min(map(len, question.options)) >= MAX_OPTION_CHARACTERS * 4 // 5
+        assert max(map(len, question.options)) <= MAX_OPTION_CHARACTERS
+
+
+def test_what_nobody_asks_for_makes_no_question():
+    texts = [Record((Message("text", f"text {i}"),), "") for i in range(9)]
+    assert questions(texts) == []
+    assert len(questions([*texts, *RECORDS])) == len(RECORDS)
+
+
+def test_the_answer_to_the_user_is_asked_for_and_not_the_greeting():
+    greeting = Message("assistant", "How can I help?")
+    records = [
+        Record((greeting, Message("user", f"{i}?"), Message("assistant", f"It is {i}")), "")
+        for i in range(4)
+    ]
+    for question, of in zip(questions(records), records, strict=True):
+        assert question.prompt == of.messages[:2]
+        assert question.options[question.answer] == of.messages[2].content
 
 
 def test_the_first_answer_of_a_longer_conversation_is_asked_for():

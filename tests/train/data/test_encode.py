@@ -1,26 +1,16 @@
 import dataclasses
-import multiprocessing
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.data.encode import MIN_LENGTH, encode_records
 from train.data.records import Message, Record
-from train.text.tokenizer import (
-    MIN_LENGTH,
-    MIN_VOCAB_SIZE,
-    SPECIAL_TOKENS,
-    Example,
-    Tokenizer,
-    encode_record,
-    encode_records,
-    train,
-    train_or_load,
-)
+from train.text.bpe import train
+from train.text.tokenizer import Example
 
-TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 5
-BPE = train(TEXTS, 300)
+BPE = train(["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 5, 300)
 
 
 def conversation(*contents: str) -> Record:
@@ -40,79 +30,12 @@ def layout(example: Example | None) -> str:
     return "".join(parts)
 
 
-@given(st.text())
-def test_decoding_undoes_encoding(text):
-    assert BPE.decode(BPE.encode(text)) == text
-
-
-@pytest.mark.parametrize("text", [*SPECIAL_TOKENS, "a<|end|><|assistant|>b"])
-def test_text_never_becomes_a_special_token(text):
-    tokens = BPE.encode(text)
-    assert min(tokens) >= len(SPECIAL_TOKENS)
-    assert BPE.encode_batch([text]) == [tokens]
-    assert Tokenizer.from_json(BPE.to_json()).encode(text) == tokens
-
-
-def test_special_tokens_come_first():
-    assert [BPE.pad, BPE.bos, BPE.end, BPE.system, BPE.user, BPE.assistant] == [0, 1, 2, 3, 4, 5]
-    assert BPE.decode(range(6), skip_special=False) == "".join(SPECIAL_TOKENS)
-
-
-def test_training_learns_what_is_frequent():
-    assert len(BPE.encode(" cat sat on the dog")) == 5
-    assert MIN_VOCAB_SIZE < BPE.vocab_size <= 300
-    assert train(TEXTS, 270).vocab_size == 270
-    assert train(["x"], 8192).vocab_size == MIN_VOCAB_SIZE
-
-
-def test_a_vocabulary_without_room_for_bytes_is_refused():
-    with pytest.raises(ValueError, match="vocab_size must be at least 262, got 261"):
-        train(TEXTS, 261)
-
-
-def test_someone_elses_tokenizer_is_refused():
-    with pytest.raises(ValueError, match="is not id"):
-        Tokenizer.from_json(BPE.to_json().replace("<|bos|>", "<|boss|>"))
-
-
-def _train_here(_: int) -> str:
-    return train(TEXTS, 300).to_json()
-
-
-def test_training_gives_the_same_in_every_process():
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert pool.map(_train_here, range(2)) == [BPE.to_json()] * 2
-
-
-def test_cache_is_keyed_by_content(tmp_path):
-    first = train_or_load(TEXTS, tmp_path / "new", 300)
-    assert first.to_json() == BPE.to_json()
-    (file,) = (tmp_path / "new").iterdir()
-    stamp = file.stat().st_mtime_ns
-    assert train_or_load(TEXTS, tmp_path / "new", 300).to_json() == BPE.to_json()
-    assert file.stat().st_mtime_ns == stamp  # loaded, not trained
-    for texts, size in ((TEXTS[1:], 300), (TEXTS, 299), (["".join(TEXTS)], 300)):
-        train_or_load(texts, tmp_path / "new", size)
-    assert len(list((tmp_path / "new").iterdir())) == 4
-
-
-def test_a_damaged_cache_file_is_replaced(tmp_path):
-    train_or_load(TEXTS, tmp_path, 300)
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
-    assert train_or_load(TEXTS, tmp_path, 300).to_json() == BPE.to_json()
-    assert file.read_text(encoding="utf-8") == BPE.to_json()
-
-
-def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path, caplog):
-    (tmp_path / "file").touch()
-    tokenizer = train_or_load(["a b c"], tmp_path / "file" / "cache", 300)
-    assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
-    assert "the tokenizer is not kept for the next run: " in caplog.text
+def encode(record: Record, max_length: int) -> Example | None:
+    return encode_records(BPE, [record], max_length)[0]
 
 
 def test_loss_is_on_what_the_assistant_says_and_on_its_end():
-    example = encode_record(BPE, conversation("cat?", "a cat"), 100)
+    example = encode(conversation("cat?", "a cat"), 100)
     assert layout(example) == "<|bos|><|user|>cat?<|end|><|assistant|>[a cat<|end|>]"
     assert example.tokens.dtype == np.int32
     assert example.removed == 0
@@ -122,10 +45,20 @@ def test_every_assistant_turn_has_loss():
     record = conversation("cat?", "a cat", "dog?", "a dog")
     system = Message("system", "be the cat")
     record = dataclasses.replace(record, messages=(system, *record.messages))
-    assert layout(encode_record(BPE, record, 100)) == (
+    assert layout(encode(record, 100)) == (
         "<|bos|><|system|>be the cat<|end|>"
         "<|user|>cat?<|end|><|assistant|>[a cat<|end|>]"
         "<|user|>dog?<|end|><|assistant|>[a dog<|end|>]"
+    )
+
+
+def test_a_turn_that_is_not_to_be_learned_has_no_loss():
+    record = conversation("cat?", "a dog", "no", "a cat")
+    bad = dataclasses.replace(record.messages[1], learn=False)
+    record = dataclasses.replace(record, messages=(record.messages[0], bad, *record.messages[2:]))
+    assert layout(encode(record, 100)) == (
+        "<|bos|><|user|>cat?<|end|><|assistant|>a dog<|end|>"
+        "<|user|>no<|end|><|assistant|>[a cat<|end|>]"
     )
 
 
@@ -133,13 +66,13 @@ def test_every_assistant_turn_has_loss():
 
 
 def test_a_long_response_loses_its_end():
-    example = encode_record(BPE, conversation("12", "0123456789"), 12)
+    example = encode(conversation("12", "0123456789"), 12)
     assert layout(example) == "<|bos|><|user|>12<|end|><|assistant|>[012345]"
     assert example.removed == 5
 
 
 def test_a_long_prompt_makes_room_for_the_response():
-    example = encode_record(BPE, conversation("0123456789", "12"), 12)
+    example = encode(conversation("0123456789", "12"), 12)
     assert layout(example) == "<|bos|><|user|>01234<|end|><|assistant|>[12<|end|>]"
     assert example.removed == 5
 
@@ -148,27 +81,27 @@ def test_of_two_prompt_messages_the_longer_makes_room():
     record = Record(
         (Message("system", "123"), Message("user", "0123456789"), Message("assistant", "7")), ""
     )
-    assert layout(encode_record(BPE, record, 17)) == (
+    assert layout(encode(record, 17)) == (
         "<|bos|><|system|>123<|end|><|user|>012345<|end|><|assistant|>[7<|end|>]"
     )
 
 
 def test_a_prompt_makes_room_for_half_a_row_of_response_and_no_more():
-    example = encode_record(BPE, conversation("0123456789", "7" * 50), 20)
+    example = encode(conversation("0123456789", "7" * 50), 20)
     assert layout(example) == "<|bos|><|user|>012345<|end|><|assistant|>[7777777777]"
 
 
 def test_a_prompt_keeps_half_of_itself_even_if_no_response_is_left():
     record = conversation("0123456789", "7")
-    assert layout(encode_record(BPE, record, 10)) == "<|bos|><|user|>01234<|end|><|assistant|>[7]"
-    assert encode_record(BPE, record, 9) is None
+    assert layout(encode(record, 10)) == "<|bos|><|user|>01234<|end|><|assistant|>[7]"
+    assert encode(record, 9) is None
 
 
 @given(st.lists(st.text("0123", max_size=30), min_size=2, max_size=5), st.integers(8, 60))
 def test_cutting_keeps_what_it_can(contents, max_length):
     record = conversation(*contents)
-    whole = encode_record(BPE, record, 10_000)
-    example = encode_record(BPE, record, max_length)
+    whole = encode(record, 10_000)
+    example = encode(record, max_length)
     response = len(contents[1]) + 1
     if example is None:
         assert 4 + (len(contents[0]) + 1) // 2 >= max_length
@@ -194,7 +127,7 @@ def test_many_records_are_encoded_as_each_alone():
     together = encode_records(BPE, records, 20)
     assert {type(example) for example in together} == {Example, type(None)}
     for record, example in zip(records, together, strict=True):
-        alone = encode_record(BPE, record, 20)
+        alone = encode(record, 20)
         assert (alone is None) == (example is None)
         if alone is not None and example is not None:
             np.testing.assert_array_equal(alone.tokens, example.tokens)
@@ -203,4 +136,4 @@ def test_many_records_are_encoded_as_each_alone():
 
 def test_a_row_too_short_for_any_example_is_refused():
     with pytest.raises(ValueError, match=f"max_length must be at least {MIN_LENGTH} tokens, got 7"):
-        encode_record(BPE, conversation("a", "b"), 7)
+        encode(conversation("a", "b"), 7)
