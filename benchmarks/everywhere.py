@@ -1,106 +1,94 @@
 """Default settings beside naive optax at every case and N: python -m benchmarks.everywhere.
 
 What a user gets who changes nothing must never be slower than what they had, nor need much memory.
-Inputs are drawn with the column statistics of real models (`benchmarks.activations`), or are a real
-model's where `--real` names a folder of them. Writes JSON and prints one table in markdown, of the
-loss with label smoothing and its gradients; `--from` renders an earlier run.
+Inputs are drawn with the column statistics of real models (`benchmarks.inputs.like_models`), or are
+a real model's where `--real` names a folder of them. Writes JSON and prints one table in markdown,
+of the loss with label smoothing and its gradients; `--from` renders an earlier run.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks import activations, cases, flags, report, runner
-from benchmarks.errors import Reference
-from benchmarks.inputs import Inputs
-from benchmarks.report import Report, Row
-from benchmarks.settings import Run, Settings
+import jax
+
+from benchmarks import flags
+from benchmarks.flags import shown
+from benchmarks.frameworks.jax import JaxFramework
+from benchmarks.implementations.settings import Run, Settings
+from benchmarks.inputs import cases, like_models, real
+from benchmarks.inputs.arrays import Inputs
+from benchmarks.measure import report, runner
+from benchmarks.measure.errors import Reference
+from benchmarks.measure.report import Report, Row
 
 TOKENS = (2048, 8192, 32768)
 SETTINGS = Settings(label_smoothing=0.1)
 OURS, NAIVE = (Run(name, "fwdbwd", SETTINGS) for name in ("auto", "naive"))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        if options.from_files:
-            measured = comparable(sum(map(report.read, options.from_files), Report()))
-        else:
-            measured = Report()
-            for name in options.case:
-                measured += measure(
-                    name,
-                    options.n,
-                    options.seconds,
-                    options.commit,
-                    options.real.get(name),
-                    errors=options.errors,
-                )
-                if options.json:  # after each case, so that an interrupted run leaves what it has
-                    report.write(measured, options.json)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.everywhere: {error}", file=sys.stderr)
-        return 2
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EverywhereFlags(flags.TableFlags):
+    seconds: Annotated[float, shown("S")] = 1.0
+    """About how long to time each row."""
+    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)}}} ...")] = tuple(
+        name for name in cases.CASES if name != "tiny"
+    )
+    """Heads to measure at."""
+    n: Annotated[tuple[int, ...], shown("TOKENS ...")] = TOKENS
+    """Numbers of tokens."""
+    real: Annotated[tuple[str, ...] | None, shown("CASE=FOLDER ...", "none")] = None
+    """Cases and a real model's activations for them, as `benchmarks.extract` writes them."""
+    errors: bool = False
+    """Compare the gradients with exact ones, too."""
+
+    def check(self) -> None:
+        super().check()
+        flags.check_at_least(1, "--n", *self.n)
+        for text in self.real or ():
+            name, equals, folder = text.partition("=")
+            if not equals or name not in cases.CASES:
+                raise ValueError(f"--real {text} must be CASE=FOLDER")
+            if name not in self.case:
+                raise ValueError(f"--real {text}, but --case is {' '.join(self.case)}")
+            if not (path := pathlib.Path(folder) / real.HIDDEN).is_file():
+                raise ValueError(f"--real {text}: there is no {path}")
+
+    def folder(self, case: str) -> pathlib.Path | None:
+        """Where a case's activations are; None where they are drawn."""
+        folders = dict(text.split("=", 1) for text in self.real or ())
+        return pathlib.Path(folders[case]) if case in folders else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return flags.run("everywhere", parse, make, arguments)
+
+
+def parse(arguments: Sequence[str] | None = None) -> EverywhereFlags:
+    return flags.parse(EverywhereFlags, "everywhere", __doc__, arguments)
+
+
+def make(options: EverywhereFlags) -> int:
+    if options.from_files:
+        measured = comparable(sum(map(report.read, options.from_files), Report()))
+    else:
+        measured = Report()
+        for name in options.case:
+            measured += measure(
+                name,
+                options.n,
+                options.seconds,
+                options.commit,
+                options.folder(name),
+                errors=options.errors,
+            )
+            if options.json:  # after each case, so that an interrupted run leaves what it has
+                report.write(measured, options.json)
     print(markdown(measured))
     return 0 if measured.rows else 1
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    about, _, notes = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.everywhere", description=about, epilog=notes
-    )
-    names = [name for name in cases.CASES if name != "tiny"]
-    add = parser.add_argument
-    add("--case", nargs="+", default=names, metavar="NAME", help=f"by default {', '.join(names)}")
-    add(
-        "--n",
-        nargs="+",
-        type=flags.count,
-        default=TOKENS,
-        metavar="TOKENS",
-        help=f"by default {', '.join(map(str, TOKENS))}",
-    )
-    add(
-        "--real",
-        nargs="+",
-        type=_real,
-        default=(),
-        metavar="NAME=FOLDER",
-        help="activations that benchmarks.activations can read, and the case they are for",
-    )
-    add(
-        "--seconds",
-        type=flags.positive,
-        default=1.0,
-        help="about how long to time each; default 1",
-    )
-    add("--errors", action="store_true", help="also compare the gradients with exact ones")
-    add("--json", type=flags.new_file, metavar="FILE", help="write the rows there")
-    add(
-        "--from",
-        dest="from_files",
-        type=pathlib.Path,
-        nargs="+",
-        metavar="FILE",
-        help="measure nothing; render these rows",
-    )
-    add("--commit", help="recorded instead of git's answer, where the checkout has no git")
-    options = parser.parse_args(arguments)
-    options.real = dict(options.real)
-    if options.from_files and options.json:
-        parser.error("--from measures nothing that --json could keep: leave one of them out")
-    for name, folder in options.real.items():
-        if name not in options.case:
-            parser.error(f"--real {name}={folder}, but --case is {' '.join(options.case)}")
-        if not (folder / activations.HIDDEN).is_file():
-            parser.error(f"--real {name}={folder}: there is no {folder / activations.HIDDEN}")
-    return options
 
 
 def comparable(rows: Report) -> Report:
@@ -114,13 +102,6 @@ def comparable(rows: Report) -> Report:
     return found
 
 
-def _real(text: str) -> tuple[str, pathlib.Path]:
-    name, equals, folder = text.partition("=")
-    if not equals or name not in cases.CASES:
-        raise argparse.ArgumentTypeError(f"{text!r} must be CASE=FOLDER")
-    return name, pathlib.Path(folder)
-
-
 def measure(
     name: str,
     tokens: Iterable[int],
@@ -131,9 +112,6 @@ def measure(
     errors: bool = False,
 ) -> Report:
     """Both runs of a case at each N, smallest first, on the first N of the same tokens."""
-    # Imported here: to render a table nothing of JAX need load.
-    from benchmarks.jax_framework import JaxFramework
-
     sizes = sorted(tokens)
     drawn = inputs_for(cases.find(name, sizes[-1]), folder)
     measured, parts = Report(), []
@@ -165,16 +143,14 @@ def measure(
 def inputs_for(case: cases.Case, folder: pathlib.Path | None) -> Inputs:
     """A folder's activations, as many as there are, or drawn ones; on JAX's device."""
     if folder is None:
-        return activations.draw(case)
-    import jax
-
-    found = activations.read(folder, v=case.v)
+        return like_models.draw(case)
+    found = real.read(folder, v=case.v)
     if (len(found.head), found.head.shape[1]) != (case.v, case.d):
         raise ValueError(
             f"{folder} holds a head {found.head.shape}, not {(case.v, case.d)} of {case}"
         )
-    arrays: Any = jax.device_put(found)
-    return Inputs("real", *arrays)
+    held: Any = jax.device_put(found)
+    return Inputs("real", *held)
 
 
 def markdown(measured: Report) -> str:

@@ -1,6 +1,6 @@
 """A real model's activations for the benchmarks: python -m benchmarks.extract GGUF JSONL FOLDER.
 
-Runs a causal language model over texts and writes, in the pieces that `benchmarks.activations.read`
+Runs a causal language model over texts and writes, in the pieces that `benchmarks.inputs.real.read`
 takes, its last hidden states after the final norm, the tokens that followed, and its tied head.
 
 The texts are instruction records, one JSON object with `instruction`, `input` and `output` a line,
@@ -11,17 +11,19 @@ Needs `pip install torch transformers accelerate gguf`, none of which lsce depen
 as Q8_0. Mind the model's licence: Gemma's weights must not be passed on.
 """
 
-import argparse
+import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import ml_dtypes
 import numpy as np
+import tyro
 
 from benchmarks import flags
+from benchmarks.flags import shown
 
 Record = dict[str, Any]
 LENGTH = 512
@@ -43,42 +45,44 @@ def chatml(record: Record) -> str:
     )
 
 
-FORMATS: dict[str, Callable[[Record], str]] = {"alpaca": alpaca, "chatml": chatml}
+Format = Literal["alpaca", "chatml"]
+FORMATS: dict[Format, Callable[[Record], str]] = {"alpaca": alpaca, "chatml": chatml}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractFlags:
+    model: tyro.conf.Positional[Annotated[pathlib.Path, shown("GGUF", "")]]
+    """The model's file."""
+    texts: tyro.conf.Positional[Annotated[pathlib.Path, shown("JSONL", "")]]
+    """Instruction records."""
+    folder: tyro.conf.Positional[Annotated[pathlib.Path, shown("FOLDER", "")]]
+    """Where the pieces go."""
+    format: Format = "alpaca"
+    """How a record becomes a text."""
+    tokens: Annotated[int, shown("TOKENS")] = 8192
+    """At least as many."""
+    classes: Annotated[int | None, shown("CLASSES", "all")] = None
+    """Count only tokens whose label is below this."""
+
+    def check(self) -> None:
+        flags.check_at_least(1, "--tokens", self.tokens)
+        flags.check_at_least(1, "--classes", self.classes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     try:
-        extract(options)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.extract: {error}", file=sys.stderr)
-        return 2
+        return flags.run("extract", parse, extract, arguments)
     except ImportError as error:
         needs = "pip install torch transformers accelerate gguf"
         print(f"benchmarks.extract: {error}; {needs}", file=sys.stderr)
         return 2
-    return 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    about, _, notes = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.extract",
-        description=about,
-        epilog=notes,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("model", type=pathlib.Path, metavar="GGUF", help="the model's file")
-    add("texts", type=pathlib.Path, metavar="JSONL", help="instruction records")
-    add("folder", type=pathlib.Path, metavar="FOLDER", help="where the pieces go")
-    add("--format", choices=FORMATS, default="alpaca", help="default %(default)s")
-    add("--tokens", type=flags.count, default=8192, help="at least as many; default %(default)s")
-    add("--classes", type=flags.count, help="count only tokens whose label is below this")
-    return parser.parse_args(arguments)
+def parse(arguments: Sequence[str] | None = None) -> ExtractFlags:
+    return flags.parse(ExtractFlags, "extract", __doc__, arguments)
 
 
-def extract(options: argparse.Namespace) -> None:
+def extract(options: ExtractFlags) -> int:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,6 +114,7 @@ def extract(options: argparse.Namespace) -> None:
     write(options.folder, hidden, labels, quants, scales)
     mean = nats(hidden[:1024], labels[:1024], quants, scales)
     print(f"{len(labels)} tokens in {options.folder}; the first 1,024 at {mean:.3f} nats")
+    return 0
 
 
 def records(path: pathlib.Path) -> Iterator[Record]:
@@ -165,7 +170,7 @@ def write(
     scales: np.ndarray,
     piece: int = PIECE,
 ) -> None:
-    """The files that `benchmarks.activations.read` describes."""
+    """The files that `benchmarks.inputs.real.read` describes."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "hidden.npy", hidden.astype(ml_dtypes.bfloat16).view(np.uint16))
     np.save(folder / "labels.npy", labels.astype(np.int32))

@@ -9,21 +9,26 @@ Two things differ on a GPU: bfloat16 products add an error of about 0.0024 in qu
 kernel, which knows only the maximum so far, keeps a little more than is counted here.
 """
 
-import argparse
+import dataclasses
 import datetime
 import functools
 import math
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.scipy.special import logsumexp
 
-from benchmarks import activations, flags, inputs, report, runner
-from benchmarks.errors import relative_error
+from benchmarks import flags
+from benchmarks.flags import shown
+from benchmarks.inputs import arrays, real
+from benchmarks.measure import report, runner
+from benchmarks.measure.errors import relative_error
 from lsce.backends.hopper.kernels.lse_forward import Sums
 from lsce.backends.hopper.loss import most_frequent, places
 from lsce.backends.hopper.tiles import BLOCK, Tiles
@@ -55,58 +60,56 @@ class Row(NamedTuple):
     time: str
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilterFlags(flags.Flags):
+    activations: tyro.conf.Positional[
+        Annotated[pathlib.Path, shown("ACTIVATIONS", "", help="Of a real model.")]
+    ]
+    n: Annotated[tuple[int, ...], shown("TOKENS ...")] = (2048,)
+    """Numbers of tokens, in whole blocks of 128."""
+    v: Annotated[int | None, shown("CLASSES", "all")] = None
+    """Only the first so many classes."""
+    power: Annotated[tuple[float, ...] | None, shown("POWER ...", "the default filter")] = None
+    """ε = 2^POWER, such as -10."""
+
+    def check(self) -> None:
+        super().check()
+        flags.check_at_least(1, "--n", *self.n)
+        flags.check_at_least(1, "--v", self.v)
+        for power in self.power or ():
+            if not -126 <= power < 0:
+                raise ValueError(
+                    f"--power must be below 0, as -10 is, and at least -126, not {power:g}"
+                )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return flags.run("filter_error", parse, measure_all, arguments)
+
+
+def parse(arguments: Sequence[str] | None = None) -> FilterFlags:
+    return flags.parse(FilterFlags, "filter_error", __doc__, arguments)
+
+
+def measure_all(options: FilterFlags) -> int:
     rows: list[Row] = []
-    try:
-        for n in options.n:
-            arrays = read(options.activations, n, options.v)
-            for power in options.power or [None]:
-                epsilon = "auto" if power is None else 2.0**power
-                rows.append(measure(options.activations.name, arrays, epsilon, options.commit))
-                print(line(rows[-1]), flush=True)
-                if options.json:
-                    report.write_json([row._asdict() for row in rows], options.json)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.filter_error: {error}", file=sys.stderr)
-        return 2
+    for n in options.n:
+        found = read(options.activations, n, options.v)
+        for power in options.power or [None]:
+            epsilon = "auto" if power is None else 2.0**power
+            rows.append(measure(options.activations.name, found, epsilon, options.commit))
+            print(line(rows[-1]), flush=True)
+            if options.json:
+                report.write_json([row._asdict() for row in rows], options.json)
     return 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    about, _, notes = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.filter_error", description=about, epilog=notes
-    )
-    add = parser.add_argument
-    add("activations", type=pathlib.Path, metavar="ACTIVATIONS", help="of a real model")
-    add("--n", type=flags.count, nargs="+", default=[2048], help="tokens, in whole blocks of 128")
-    add("--v", type=flags.count, help="only the first so many classes")
-    add(
-        "--power",
-        type=_power,
-        nargs="+",
-        help="ε = 2^POWER, such as -10; by default the default filter",
-    )
-    add("--json", type=flags.new_file, metavar="FILE", help="write the rows there")
-    add("--commit", help="recorded instead of git's answer, where the checkout has no git")
-    return parser.parse_args(arguments)
-
-
-def _power(text: str) -> float:
-    power = float(text)
-    if not -126 <= power < 0:
-        raise argparse.ArgumentTypeError(f"{text} must be below 0, as -10 is, and at least -126")
-    return power
-
-
-def read(path: pathlib.Path, n: int, v: int | None) -> activations.Activations:
+def read(path: pathlib.Path, n: int, v: int | None) -> arrays.Arrays:
     """The first n tokens and v classes of a folder or an .npz file."""
     if path.suffix != ".npz":
-        return activations.read(path, n=n, v=v)
-    found = inputs.load(path, "float32")
-    whole = activations.Activations(found.hidden, found.head, found.labels)
-    return activations.first(whole, path, n=n, v=v)
+        return real.read(path, n=n, v=v)
+    found = arrays.load(path, "float32")
+    return real.first(arrays.Arrays(found.hidden, found.head, found.labels), path, n=n, v=v)
 
 
 def line(row: Row) -> str:
@@ -119,21 +122,21 @@ def line(row: Row) -> str:
 
 def measure(
     name: str,
-    arrays: activations.Activations,
+    found: arrays.Arrays,
     epsilon: float | str,
     commit: str | None = None,
     tile_c: int = Tiles().sparse.tile_c,
 ) -> Row:
     """The errors of a filter on hidden [N, D], head [V, D] and labels [N], N in whole blocks."""
-    n, d = arrays.hidden.shape
-    v = arrays.head.shape[0]
+    n, d = found.hidden.shape
+    v = found.head.shape[0]
     if n < 1 or n % BLOCK:
         raise ValueError(f"{n} tokens make no whole blocks of {BLOCK}; take a multiple")
     if not isinstance(epsilon, str) and not 0 < epsilon < 1:
         raise ValueError(f"ε = {epsilon:g} must be above 0 and below 1, as 2^-10 is")
     log_epsilon = filtering.log_epsilon(epsilon, jnp.int32(n), v)
-    head = jnp.asarray(arrays.head, jnp.float32)
-    hidden, labels, bound = ordered(jnp.asarray(arrays.hidden, jnp.float32), head, arrays.labels)
+    head = jnp.asarray(found.head, jnp.float32)
+    hidden, labels, bound = ordered(jnp.asarray(found.hidden, jnp.float32), head, found.labels)
 
     blocks = n // BLOCK
     lse, kept = np.zeros(n, np.float32), np.zeros(blocks)

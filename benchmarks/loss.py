@@ -7,39 +7,88 @@ for fwdbwd; its share, and "× matmul", are against a bare product E·Cᵀ timed
 --devices both are split after the tokens, and memory is that of one device.
 """
 
-import argparse
+import dataclasses
 import itertools
 import sys
+from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 
-from benchmarks import cases, errors, flags, inputs, report, runner
-from benchmarks.jax_framework import JaxFramework, check_devices
-from benchmarks.jax_losses import LOSSES
-from benchmarks.settings import MODES, Run, Settings, gradient_filter
+from benchmarks import flags, implementations, inputs
+from benchmarks.flags import shown
+from benchmarks.frameworks.jax import JaxFramework, check_devices
+from benchmarks.implementations.settings import MODES, Mode, Run, Settings, gradient_filter
+from benchmarks.inputs import cases
+from benchmarks.measure import errors, report, runner
+
+KNOWN = implementations.of("jax")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossFlags(flags.TimedFlags):
+    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)}}} ...")] = ("tiny",)
+    """Shapes to measure at."""
+    n: Annotated[tuple[int, ...] | None, shown("TOKENS ...", "each case's own")] = None
+    """Numbers of tokens, instead of the cases' own."""
+    devices: Annotated[int, shown("COUNT")] = 1
+    """Devices that share the tokens, each with the whole head."""
+    implementation: Annotated[tuple[str, ...], shown(f"{{{','.join(KNOWN)}}} ...")] = (
+        "auto",
+        "naive",
+    )
+    """Who computes the loss."""
+    mode: tuple[Mode, ...] = MODES
+    """The loss alone, and with its gradients."""
+    label_smoothing: Annotated[tuple[float, ...], shown("BETA ...")] = (0.1,)
+    """β in [0, 1]."""
+    gradient_filter: Annotated[tuple[str, ...], shown("{auto,none,fused,EPSILON} ...")] = ("auto",)
+    """Which gradients: none is exact."""
+    softcap: Annotated[float | None, shown("CAP", "off")] = None
+    """cap·tanh(z/cap) on the logits."""
+    vocab_order: bool = False
+    """Hand over the classes sorted by mean logit."""
+    stats: bool = False
+    """Compute the per-token statistics too."""
+    inputs: Annotated[str, flags.shown_inputs()] = "peaked"
+    dtype: Annotated[str | None, shown("{bfloat16,float32}", "bfloat16 unless on a CPU")] = None
+    """Of hidden states and head."""
+    seed: Annotated[int, shown("SEED")] = 0
+    """Of the random inputs."""
+    errors: bool = False
+    """Compare the gradients with exact ones in float32."""
+
+    def check(self) -> None:
+        super().check()
+        flags.check_at_least(1, "--n", *self.n or ())
+        flags.check_at_least(1, "--devices", self.devices)
+        flags.check_at_least(0, "--seed", self.seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return flags.run("loss", parse, measure_all, arguments)
+
+
+def parse(arguments: Sequence[str] | None = None) -> LossFlags:
+    return flags.parse(LossFlags, "loss", __doc__, arguments)
+
+
+def measure_all(options: LossFlags) -> int:
     total = report.Report()
-    try:
-        runs = runs_of(options)
-        shapes = [cases.find(name, n) for name in options.case for n in options.n]
-        for case in shapes:
-            check_devices(options.devices, case.n)
-        for case in shapes:
-            measured = measure(case, runs, options)
-            report.show(measured)
-            total += measured
-            if options.json:  # after each case, so that an interrupted run leaves what it has
-                report.write(total, options.json)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.loss: {error}", file=sys.stderr)
-        return 2
+    runs = runs_of(options)
+    shapes = [cases.find(name, n) for name in options.case for n in options.n or [None]]
+    for case in shapes:
+        check_devices(options.devices, case.n)
+    for case in shapes:
+        measured = measure(case, runs, options)
+        report.show(measured)
+        total += measured
+        if options.json:  # after each case, so that an interrupted run leaves what it has
+            report.write(total, options.json)
     return 0 if total.rows else 1
 
 
-def measure(case: cases.Case, runs: list[Run], options: argparse.Namespace) -> report.Report:
+def measure(case: cases.Case, runs: list[Run], options: LossFlags) -> report.Report:
     """All runs at one case's shapes."""
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     data = inputs.of(options.inputs, case, dtype, seed=options.seed)
@@ -55,91 +104,11 @@ def measure(case: cases.Case, runs: list[Run], options: argparse.Namespace) -> r
     )
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    about, _, notes = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.loss",
-        description=about,
-        epilog=notes,
-    )
-    add = parser.add_argument
-    add(
-        "--case",
-        nargs="+",
-        default=["tiny"],
-        metavar="NAME",
-        help=f"any of {', '.join(cases.CASES)}; default tiny",
-    )
-    add(
-        "--n",
-        nargs="+",
-        type=flags.count,
-        default=[None],
-        help="tokens, instead of the case's own number",
-    )
-    add(
-        "--devices",
-        type=flags.count,
-        default=1,
-        metavar="N",
-        help="devices that share the tokens, each with the whole head; default 1",
-    )
-    add(
-        "--implementation",
-        nargs="+",
-        default=["auto", "naive"],
-        metavar="NAME",
-        help=f"any of {', '.join(LOSSES)}; default auto naive",
-    )
-    add(
-        "--mode",
-        nargs="+",
-        default=list(MODES),
-        metavar="MODE",
-        help=f"any of {', '.join(MODES)}; default both",
-    )
-    add(
-        "--label-smoothing",
-        nargs="+",
-        type=float,
-        default=[0.1],
-        metavar="BETA",
-        help="β in [0, 1]; default 0.1",
-    )
-    add(
-        "--gradient-filter",
-        nargs="+",
-        default=["auto"],
-        metavar="FILTER",
-        help="auto (default), none (exact), fused or a number",
-    )
-    add("--softcap", type=float, help="cap·tanh(z/cap) on the logits")
-    add("--vocab-order", action="store_true", help="hand over the classes sorted by mean logit")
-    add("--stats", action="store_true", help="compute the per-token statistics too")
-    add(
-        "--inputs",
-        default="peaked",
-        help=f"{inputs.CHOICES}; default %(default)s",
-    )
-    add("--dtype", help="bfloat16 or float32; bfloat16 unless on a CPU")
-    add("--seed", type=flags.seed, default=0, help="of the random inputs; default 0")
-    add(
-        "--seconds",
-        type=flags.positive,
-        default=2.0,
-        help="about how long to time each row; default 2",
-    )
-    add("--errors", action="store_true", help="compare the gradients with exact ones in float32")
-    add("--json", type=flags.new_file, metavar="FILE", help="write the rows there")
-    add("--commit", help="recorded instead of git's answer, where the checkout has no git")
-    return parser.parse_args(arguments)
-
-
-def runs_of(options: argparse.Namespace) -> list[Run]:
+def runs_of(options: LossFlags) -> list[Run]:
     """The rows that the flags ask for. ValueError names a wrong value and the valid ones."""
     for name in options.implementation:
-        if name not in LOSSES:
-            raise ValueError(f"no implementation {name!r}; must be any of {', '.join(LOSSES)}")
+        if name not in KNOWN:
+            raise ValueError(f"no implementation {name!r}; must be any of {', '.join(KNOWN)}")
     return [
         Run(
             name,

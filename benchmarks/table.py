@@ -6,7 +6,6 @@ memory and time of the loss and of loss and gradient, and the gradient's time. `
 an earlier run.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import signal
@@ -14,11 +13,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from benchmarks import cases, flags, inputs, report, runner, worker
-from benchmarks.report import Report, Row
-from benchmarks.settings import MODES, Mode, Run, Settings
+from benchmarks import flags, inputs
+from benchmarks.flags import shown
+from benchmarks.frameworks import worker
+from benchmarks.implementations import IMPLEMENTATIONS, FrameworkName
+from benchmarks.implementations.settings import MODES, Mode, Run, Settings
+from benchmarks.inputs import arrays, cases
+from benchmarks.measure import report, runner
+from benchmarks.measure.report import Report, Row
 
 LABEL_SMOOTHING = 0.1
 
@@ -27,9 +31,12 @@ class Line(NamedTuple):
     """A line of the tables: an implementation with its options, apart from β."""
 
     title: str
-    framework: str
     implementation: str
     settings: Settings = Settings()
+
+    @property
+    def framework(self) -> FrameworkName:
+        return IMPLEMENTATIONS[self.implementation].framework
 
     def run(self, mode: Mode, label_smoothing: float) -> Run:
         settings = dataclasses.replace(self.settings, label_smoothing=label_smoothing)
@@ -38,102 +45,73 @@ class Line(NamedTuple):
 
 EXACT = Settings(gradient_filter=None)
 LINES = (
-    Line("**lsce**", "jax", "auto"),
-    Line("lsce, vocabulary in mean-logit order", "jax", "auto", Settings(vocab_order=True)),
-    Line("lsce, no filter (exact)", "jax", "auto", EXACT),
-    Line("lsce, fused gradients", "jax", "auto", Settings(gradient_filter="fused")),
-    Line("optax, one-hot labels", "jax", "naive"),
-    Line("optax, integer labels", "jax", "naive-integer"),
-    Line("jax-cce", "jax", "jax-cce"),
-    Line("tokamax, chunked XLA", "jax", "tokamax"),
-    Line("torch, eager", "torch", "torch-eager"),
-    Line("torch.compile", "torch", "torch-compile"),
-    Line("cut-cross-entropy", "torch", "cut-cross-entropy"),
-    Line("cut-cross-entropy, no filter", "torch", "cut-cross-entropy", EXACT),
-    Line("Liger", "torch", "liger"),
+    Line("**lsce**", "auto"),
+    Line("lsce, vocabulary in mean-logit order", "auto", Settings(vocab_order=True)),
+    Line("lsce, no filter (exact)", "auto", EXACT),
+    Line("lsce, fused gradients", "auto", Settings(gradient_filter="fused")),
+    Line("optax, one-hot labels", "naive"),
+    Line("optax, integer labels", "naive-integer"),
+    Line("jax-cce", "jax-cce"),
+    Line("tokamax, chunked XLA", "tokamax"),
+    Line("torch, eager", "torch-eager"),
+    Line("torch.compile", "torch-compile"),
+    Line("cut-cross-entropy", "cut-cross-entropy"),
+    Line("cut-cross-entropy, no filter", "cut-cross-entropy", EXACT),
+    Line("Liger, its Triton kernels", "liger"),
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        if options.from_files:
-            measured = one_case(sum(map(report.read, options.from_files), Report()))
-        else:
-            case = cases.find(options.case, options.n)
-            data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
-            measured = measure(
-                data,
-                case.name,
-                options.seconds,
-                options.commit,
-                options.frameworks,
-                options.lines,
-                options.json,
-            )
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.table: {error}", file=sys.stderr)
-        return 2
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableOfPeersFlags(flags.TableFlags):
+    case: Annotated[str, shown(f"{{{','.join(cases.CASES)}}}")] = "gemma2-2b"
+    """Shapes to measure at."""
+    n: Annotated[int | None, shown("TOKENS", "the case's own")] = None
+    """Number of tokens, instead of the case's own."""
+    inputs: Annotated[str, flags.shown_inputs()] = "peaked"
+    dtype: Annotated[str, shown("{bfloat16,float32}")] = "bfloat16"
+    """Of hidden states and head."""
+    seed: Annotated[int, shown("SEED")] = 0
+    """Of the random inputs."""
+    frameworks: tuple[FrameworkName, ...] = worker.FRAMEWORKS
+    """Only these."""
+    lines: Annotated[tuple[str, ...], shown("WORDS ...", "all")] = ("",)
+    """Only lines whose title contains one of these."""
+
+    def check(self) -> None:
+        super().check()
+        flags.check_at_least(1, "--n", self.n)
+        flags.check_at_least(0, "--seed", self.seed)
+        for part in self.lines:
+            if not any(part in line.title for line in LINES):
+                titles = ", ".join(line.title for line in LINES)
+                raise ValueError(f"--lines: no title contains {part!r}; the titles are {titles}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return flags.run("table", parse, make, arguments)
+
+
+def parse(arguments: Sequence[str] | None = None) -> TableOfPeersFlags:
+    return flags.parse(TableOfPeersFlags, "table", __doc__, arguments)
+
+
+def make(options: TableOfPeersFlags) -> int:
+    if options.from_files:
+        measured = one_case(sum(map(report.read, options.from_files), Report()))
+    else:
+        case = cases.find(options.case, options.n)
+        data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
+        measured = measure(
+            data,
+            case.name,
+            options.seconds,
+            options.commit,
+            options.frameworks,
+            options.lines,
+            options.json,
+        )
     print(markdown(measured))
     return 0 if measured.rows else 1
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    about, _, notes = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser("python -m benchmarks.table", description=about, epilog=notes)
-    add = parser.add_argument
-    add(
-        "--case",
-        default="gemma2-2b",
-        metavar="NAME",
-        help=f"one of {', '.join(cases.CASES)}; default %(default)s",
-    )
-    add("--n", type=flags.count, help="tokens, instead of the case's own number")
-    add(
-        "--inputs",
-        default="peaked",
-        help=f"{inputs.CHOICES}; default %(default)s",
-    )
-    add("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
-    add("--seed", type=flags.seed, default=0, help="of the random inputs; default 0")
-    add(
-        "--seconds",
-        type=flags.positive,
-        default=2.0,
-        help="about how long to time each row; default 2",
-    )
-    add("--json", type=flags.new_file, metavar="FILE", help="write the rows there")
-    add(
-        "--from",
-        dest="from_files",
-        type=pathlib.Path,
-        nargs="+",
-        metavar="FILE",
-        help="measure nothing; render these rows, of one case",
-    )
-    add(
-        "--frameworks",
-        nargs="+",
-        choices=worker.FRAMEWORKS,
-        default=worker.FRAMEWORKS,
-        help="only these; by default all",
-    )
-    add(
-        "--lines",
-        nargs="+",
-        default=[""],
-        metavar="WORDS",
-        help="only lines whose title contains one of these; by default all",
-    )
-    add("--commit", help="recorded instead of git's answer, where the checkout has no git")
-    options = parser.parse_args(arguments)
-    if options.from_files and options.json:
-        parser.error("--from measures nothing that --json could keep: leave one of them out")
-    for part in options.lines:
-        if not any(part in line.title for line in LINES):
-            titles = ", ".join(line.title for line in LINES)
-            parser.error(f"--lines: no title contains {part!r}; the titles are {titles}")
-    return options
 
 
 def one_case(rows: Report) -> Report:
@@ -148,11 +126,11 @@ def one_case(rows: Report) -> Report:
 
 
 def measure(
-    data: inputs.Inputs,
+    data: arrays.Inputs,
     case: str,
     seconds: float,
     commit: str | None = None,
-    frameworks: Sequence[str] = worker.FRAMEWORKS,
+    frameworks: Sequence[FrameworkName] = worker.FRAMEWORKS,
     titles: Sequence[str] = ("",),
     json: pathlib.Path | None = None,
 ) -> Report:
@@ -164,12 +142,12 @@ def measure(
     total = Report()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        inputs.save(data, folder / "inputs.npz")
+        arrays.save(data, folder / "inputs.npz")
         for framework in frameworks:
             runs = tuple(runs_of(framework, titles))
             last = framework == frameworks[-1]
             worker.write_plan(worker.Plan(case, runs, seconds, commit, last), framework, folder)
-            command = [sys.executable, "-m", "benchmarks.worker", framework, name]
+            command = [sys.executable, "-m", "benchmarks.frameworks.worker", framework, name]
             reason = "interrupted"
             try:
                 code = subprocess.run(command, check=False).returncode

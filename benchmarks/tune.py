@@ -10,7 +10,6 @@ faster again. At the end stand the entries for `TUNED` in lsce/backends/hopper/t
 `ruff format` breaks their lines.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import datetime
@@ -19,8 +18,8 @@ import importlib.metadata
 import itertools
 import platform
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +28,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import activations, cases, flags, inputs, memory, runner, timing
-from benchmarks.report import write_json
+from benchmarks import flags, inputs
+from benchmarks.flags import shown
+from benchmarks.inputs import cases, like_models
+from benchmarks.inputs.arrays import Inputs
+from benchmarks.measure import memory, runner, timing
+from benchmarks.measure.report import write_json
 from lsce.backends import hopper
 from lsce.backends.hopper import tiles
 from lsce.backends.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
@@ -230,7 +233,7 @@ def program(stage: Stage, problem: Problem, chosen: Tiles) -> Callable[..., Any]
 class Bench:
     """Times candidates on one set of inputs, which it holds on JAX's first device."""
 
-    def __init__(self, data: inputs.Inputs, seconds: float):
+    def __init__(self, data: Inputs, seconds: float):
         case = data.case(data.kind)
         if case.d % 64 or case.n % 8 or case.v % 8 or min(case.n, case.v) < 16:
             raise ValueError(
@@ -357,28 +360,51 @@ def environment(commit: str | None) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        shapes = [cases.find(name, options.n) for name in options.case]
-        for case in shapes:
-            if reason := hopper.BACKEND.refuses(problem_of(case)):
-                raise ValueError(f"{hopper.BACKEND.name} {reason}")
-        entries = tune_all(shapes, options)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.tune: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(entries))
-    return 0
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneFlags(flags.TimedFlags):
+    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)}}} ...", "required")]
+    """Shapes to tune at."""
+    n: Annotated[int | None, shown("TOKENS", "each case's own")] = None
+    """Number of tokens, instead of the cases' own."""
+    stage: tuple[Stage, ...] = STAGES
+    """Each starts from the tiles that the backend takes now."""
+    inputs: Annotated[str, flags.shown_inputs("typical, with a real model's column statistics")] = (
+        "typical"
+    )
+    seconds: Annotated[float, shown("S")] = 0.5
+    """About how long to time each."""
+    memory: Annotated[float, shown("TIMES")] = 1.25
+    """Most temporaries of a winner, relative to where its stage began; never so much that a quarter
+    of naive optax's memory is exceeded."""
+
+    def check(self) -> None:
+        super().check()
+        flags.check_at_least(1, "--n", self.n)
+        if not self.memory >= 1:
+            raise ValueError(
+                f"--memory must be at least 1, what the first tiles take, not {self.memory:g}"
+            )
 
 
-def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]:
-    """Tunes one case after the other; prints their rounds and returns their entries."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    return flags.run("tune", parse, tune_all, arguments)
+
+
+def parse(arguments: Sequence[str] | None = None) -> TuneFlags:
+    return flags.parse(TuneFlags, "tune", __doc__, arguments)
+
+
+def tune_all(options: TuneFlags) -> int:
+    """Tunes one case after the other; prints their rounds, and their entries at the end."""
+    shapes = [cases.find(name, options.n) for name in options.case]
+    for case in shapes:
+        if reason := hopper.BACKEND.refuses(problem_of(case)):
+            raise ValueError(f"{hopper.BACKEND.name} {reason}")
     report = environment(options.commit) | {"inputs": options.inputs, "cases": []}
     entries = []
     for case in shapes:
         typical = options.inputs == "typical"
-        data = activations.draw(case) if typical else inputs.of(options.inputs, case, "bfloat16")
+        data = like_models.draw(case) if typical else inputs.of(options.inputs, case, "bfloat16")
         bench = Bench(data, options.seconds)
         record: dict[str, Any] = dataclasses.asdict(case) | {"rounds": []}
         report["cases"].append(record)
@@ -400,56 +426,8 @@ def tune_all(shapes: list[cases.Case], options: argparse.Namespace) -> list[str]
             announce=announce,
         )
         entries.append(entry(bench.problem.chip, case, best))
-    return entries
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    about, _, notes = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser("python -m benchmarks.tune", description=about, epilog=notes)
-    add = parser.add_argument
-    add(
-        "--case",
-        nargs="+",
-        required=True,
-        metavar="NAME",
-        help=f"any of {', '.join(cases.CASES)}",
-    )
-    add("--n", type=flags.count, help="tokens, instead of the case's own number")
-    add(
-        "--stage",
-        nargs="+",
-        choices=STAGES,
-        default=STAGES,
-        help="all by default; each starts from the tiles that the backend takes now",
-    )
-    add(
-        "--inputs",
-        default="typical",
-        help=f"typical, with a real model's column statistics (default), or {inputs.CHOICES}",
-    )
-    add(
-        "--seconds",
-        type=flags.positive,
-        default=0.5,
-        help="about how long to time each; default 0.5",
-    )
-    add(
-        "--memory",
-        type=_at_least_one,
-        default=1.25,
-        metavar="TIMES",
-        help="most temporaries of a winner, relative to where its stage began; default 1.25, and "
-        "never so much that a quarter of naive optax's memory is exceeded",
-    )
-    add("--json", type=flags.new_file, metavar="FILE", help="write all trials there")
-    add("--commit", help="recorded instead of git's answer, where the checkout has no git")
-    return parser.parse_args(arguments)
-
-
-def _at_least_one(text: str) -> float:
-    if not (times := float(text)) >= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1, what the first tiles take")
-    return times
+    print("\n".join(entries))
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lsce
-from benchmarks import timing
-from benchmarks.errors import Gradients
-from benchmarks.inputs import Inputs
-from benchmarks.jax_losses import LOSSES
-from benchmarks.memory import extra_memory
-from benchmarks.runner import Prepared
-from benchmarks.settings import Run
+from benchmarks.implementations import IMPLEMENTATIONS, FrameworkName
+from benchmarks.implementations.settings import Run
+from benchmarks.inputs.arrays import Inputs
+from benchmarks.measure import timing
+from benchmarks.measure.errors import Gradients
+from benchmarks.measure.memory import extra_memory
+from benchmarks.measure.runner import Prepared
 
 
 def check_devices(count: int, n: int) -> None:
@@ -34,7 +34,7 @@ class JaxFramework:
     `devices` has been checked by `check_devices`.
     """
 
-    losses = LOSSES
+    name: FrameworkName = "jax"
 
     def __init__(self, inputs: Inputs, devices: int = 1):
         used = jax.local_devices()[:devices]
@@ -63,7 +63,10 @@ class JaxFramework:
         """Compiles this library's runs side by side; the rest XLA tunes by timing, so alone."""
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for run in runs:
-                if LOSSES[run.implementation].backend is not None and run not in self._ahead:
+                if (
+                    IMPLEMENTATIONS[run.implementation].backend is not None
+                    and run not in self._ahead
+                ):
                     self._ahead[run] = pool.submit(self._prepare, run)
 
     def prepare(self, run: Run) -> Prepared:
@@ -71,7 +74,7 @@ class JaxFramework:
         return self._prepare(run) if future is None else future.result()
 
     def _prepare(self, run: Run) -> Prepared:
-        implementation, settings = LOSSES[run.implementation], run.settings
+        implementation, settings = IMPLEMENTATIONS[run.implementation], run.settings
         arrays = (*self.arrays, self._order() if settings.vocab_order else None)
 
         def loss(hidden: Any, head: Any, labels: Any, order: Any) -> Any:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.errors import Gradients
-from benchmarks.inputs import DTYPES, Inputs
-from benchmarks.memory import ExtraMemory
-from benchmarks.runner import Prepared
-from benchmarks.settings import Run
-from benchmarks.torch_losses import LOSSES
+from benchmarks.implementations import IMPLEMENTATIONS, FrameworkName
+from benchmarks.implementations.settings import Run
+from benchmarks.inputs.arrays import DTYPES, Inputs
+from benchmarks.measure.errors import Gradients
+from benchmarks.measure.memory import ExtraMemory
+from benchmarks.measure.runner import Prepared
 
 
 class TorchFramework:
@@ -23,7 +23,7 @@ class TorchFramework:
     need is kept (and Liger makes its gradients there).
     """
 
-    losses = LOSSES
+    name: FrameworkName = "torch"
 
     def __init__(self, inputs: Inputs):
         self.version = f"torch {torch.__version__}"
@@ -47,7 +47,7 @@ class TorchFramework:
         """Nothing: compilation here is part of the first call."""
 
     def prepare(self, run: Run) -> Prepared:
-        implementation = LOSSES[run.implementation]
+        implementation = IMPLEMENTATIONS[run.implementation]
         arrays = self.hidden, self.head
 
         def call() -> Any:

@@ -1,6 +1,42 @@
-"""Other people's implementations of the same loss, one file each.
+"""Implementations of the loss to measure, ours and other people's, one file a library.
 
-To add one, write an `Implementation` and name it among the losses of its framework
-(benchmarks/jax_losses.py, benchmarks/torch_losses.py) and in the rows of benchmarks/table.py.
-A peer that is not installed is skipped, with the import error as the reason.
+To add one, write an `Implementation` in a file of its own and name it in `IMPLEMENTATIONS`, and in
+the lines of benchmarks/table.py. One that is not installed is skipped, with the import error as the
+reason.
 """
+
+from benchmarks.implementations import (
+    cut_cross_entropy,
+    jax_cce,
+    liger,
+    lsce,
+    optax,
+    tokamax,
+    torch,
+)
+from benchmarks.implementations.implementation import FrameworkName, Implementation
+
+IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        *lsce.BACKENDS,
+        optax.ONE_HOT,
+        optax.INTEGER,
+        jax_cce.IMPLEMENTATION,
+        tokamax.IMPLEMENTATION,
+        torch.EAGER,
+        torch.COMPILED,
+        cut_cross_entropy.IMPLEMENTATION,
+        liger.IMPLEMENTATION,
+    )
+}
+"""The registry, by name."""
+
+
+def of(framework: FrameworkName) -> dict[str, Implementation]:
+    """Those of one framework, by name."""
+    return {
+        name: implementation
+        for name, implementation in IMPLEMENTATIONS.items()
+        if implementation.framework == framework
+    }

@@ -3,7 +3,8 @@
 import importlib
 from typing import Any
 
-from benchmarks.settings import Implementation, Settings, unsupported
+from benchmarks.implementations.implementation import Implementation, unsupported
+from benchmarks.implementations.settings import Settings
 
 
 def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) -> Any:
@@ -20,4 +21,6 @@ def refuses(settings: Settings) -> str | None:
     return unsupported(settings, ("softcap", "filter"))
 
 
-IMPLEMENTATION = Implementation("cut-cross-entropy", loss, refuses, package="cut-cross-entropy")
+IMPLEMENTATION = Implementation(
+    "cut-cross-entropy", "torch", loss, refuses, package="cut-cross-entropy"
+)

@@ -4,7 +4,8 @@ import functools
 import importlib
 from typing import Any
 
-from benchmarks.settings import Implementation, Settings, unsupported
+from benchmarks.implementations.implementation import Implementation, unsupported
+from benchmarks.implementations.settings import Settings
 
 
 def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) -> Any:
@@ -13,5 +14,5 @@ def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) ->
 
 
 IMPLEMENTATION = Implementation(
-    "jax-cce", loss, functools.partial(unsupported, supported=("exact",)), package="jax-cce"
+    "jax-cce", "jax", loss, functools.partial(unsupported, supported=("exact",)), package="jax-cce"
 )

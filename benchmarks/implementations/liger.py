@@ -1,10 +1,14 @@
-"""Liger: chunks of tokens, gradients made in the forward."""
+"""Liger: chunks of tokens, gradients made in the forward, by its Triton kernels.
+
+Its newer paths for Hopper (CuTe DSL) are not measured.
+"""
 
 import functools
 import importlib
 from typing import Any
 
-from benchmarks.settings import Implementation, Settings, unsupported
+from benchmarks.implementations.implementation import Implementation, unsupported
+from benchmarks.implementations.settings import Settings
 
 
 def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) -> Any:
@@ -17,6 +21,7 @@ def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) ->
 
 IMPLEMENTATION = Implementation(
     "liger",
+    "torch",
     loss,
     functools.partial(unsupported, supported=("smoothing", "softcap", "exact")),
     package="liger-kernel",

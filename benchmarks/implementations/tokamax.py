@@ -4,7 +4,8 @@ import functools
 import importlib
 from typing import Any
 
-from benchmarks.settings import Implementation, Settings, unsupported
+from benchmarks.implementations.implementation import Implementation, unsupported
+from benchmarks.implementations.settings import Settings
 
 
 def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) -> Any:
@@ -15,5 +16,5 @@ def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) ->
 
 
 IMPLEMENTATION = Implementation(
-    "tokamax", loss, functools.partial(unsupported, supported=("exact",)), package="tokamax"
+    "tokamax", "jax", loss, functools.partial(unsupported, supported=("exact",)), package="tokamax"
 )

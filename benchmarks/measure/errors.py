@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.inputs import Inputs
-from benchmarks.settings import Settings
+from benchmarks.implementations.settings import Settings
+from benchmarks.inputs.arrays import Inputs
 
 
 class Gradients(NamedTuple):

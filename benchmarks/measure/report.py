@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.settings import Run, run_from_json
+from benchmarks.implementations.settings import Run, run_from_json
 
 
 @dataclasses.dataclass(frozen=True)

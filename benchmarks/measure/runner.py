@@ -4,16 +4,17 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from benchmarks.errors import Gradients, relative_error
-from benchmarks.inputs import Inputs
-from benchmarks.memory import ExtraMemory
-from benchmarks.report import Report, Row, Skipped, options
-from benchmarks.settings import PRODUCTS, Implementation, Run, Settings
-from benchmarks.timing import beside, tflops
+from benchmarks import implementations
+from benchmarks.implementations.settings import PRODUCTS, Run, Settings
+from benchmarks.inputs.arrays import Inputs
+from benchmarks.measure.errors import Gradients, relative_error
+from benchmarks.measure.memory import ExtraMemory
+from benchmarks.measure.report import Report, Row, Skipped, options
+from benchmarks.measure.timing import beside, tflops
 
 
 class Prepared(NamedTuple):
@@ -31,13 +32,13 @@ class Prepared(NamedTuple):
 class Framework(Protocol):
     """JAX or PyTorch, holding one set of inputs on its device."""
 
+    @property
+    def name(self) -> implementations.FrameworkName:
+        """Whose implementations it runs."""
+        ...
+
     version: str
     device: str
-
-    @property
-    def losses(self) -> Mapping[str, Implementation]:
-        """The implementations by name."""
-        ...
 
     def wait(self, result: Any) -> None:
         """Blocks until the result of a call is there."""
@@ -72,20 +73,18 @@ def measure_runs(
     before anything runs.
     """
     runs = list(runs)
+    known = implementations.of(framework.name)
     for run in runs:
-        if run.implementation not in framework.losses:
+        if run.implementation not in known:
             raise ValueError(
-                f"no implementation {run.implementation!r}; "
-                f"must be one of {', '.join(framework.losses)}"
+                f"no implementation {run.implementation!r}; must be one of {', '.join(known)}"
             )
     commit = commit or current_commit()
     shape = inputs.case(case)
     report = Report()
-    framework.ahead(
-        run for run in runs if not framework.losses[run.implementation].refuses(run.settings)
-    )
+    framework.ahead(run for run in runs if not known[run.implementation].refuses(run.settings))
     for run in runs:
-        if reason := framework.losses[run.implementation].refuses(run.settings):
+        if reason := known[run.implementation].refuses(run.settings):
             report += Report(skipped=(Skipped(run, reason),))
             continue
         announce(f"{run.implementation} {run.mode} {options(run)}")
@@ -133,7 +132,7 @@ def measure_runs(
             matmul_ratio=timing.p50_ms / bare.p50_ms,
             matmul_share=speed / tflops(shape.n, shape.d, shape.v, bare.p50_ms),
             device=framework.device,
-            framework=_versions(framework, run),
+            framework=_versions(framework.version, known[run.implementation].package),
             python=platform.python_version(),
             commit=commit,
             **errors,
@@ -161,12 +160,11 @@ def current_commit() -> str:
         return "unknown"
 
 
-def _versions(framework: Framework, run: Run) -> str:
-    package = framework.losses[run.implementation].package
+def _versions(framework: str, package: str | None) -> str:
     if package is None:
-        return framework.version
+        return framework
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # imported from a checkout, say
         version = "of unknown version"
-    return f"{framework.version}, {package} {version}"
+    return f"{framework}, {package} {version}"

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import activations, extract
+from benchmarks import extract
+from benchmarks.inputs import real
 
 
 def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path):
@@ -18,7 +19,7 @@ def test_what_is_written_is_what_is_read(tmp_path: pathlib.Path):
     scales = rng.uniform(0.01, 0.02, (25, 2)).astype(np.float16)
     extract.write(tmp_path, hidden, labels, quants, scales, piece=2 * 64)
     assert len(list(tmp_path.glob("head_q*.npy"))) == 13
-    got = activations.read(tmp_path)
+    got = real.read(tmp_path)
     np.testing.assert_array_equal(got.hidden, hidden.astype(ml_dtypes.bfloat16))
     np.testing.assert_array_equal(got.labels, labels)
     head = quants * np.repeat(scales.astype(np.float32), 32, axis=1)

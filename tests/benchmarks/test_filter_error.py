@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import activations, filter_error
+from benchmarks import filter_error
+from benchmarks.inputs import like_models
+from benchmarks.inputs.arrays import Arrays
 from lsce.sparse import filter as filtering
 from lsce.sparse import plan
 
@@ -15,9 +17,9 @@ N, D, V = 256, 16, 500
 
 
 @pytest.fixture(scope="module")
-def arrays() -> activations.Activations:
-    drawn = activations.generate("smollm", N, D, V)
-    return activations.Activations(*map(np.asarray, drawn))
+def arrays() -> Arrays:
+    drawn = like_models.generate("smollm", N, D, V)
+    return Arrays(*map(np.asarray, drawn))
 
 
 def softmax(hidden: np.ndarray, head: np.ndarray) -> np.ndarray:
@@ -27,7 +29,7 @@ def softmax(hidden: np.ndarray, head: np.ndarray) -> np.ndarray:
 
 
 def test_errors_are_those_of_leaving_the_inactive_tiles_out(
-    arrays: activations.Activations, monkeypatch: pytest.MonkeyPatch
+    arrays: Arrays, monkeypatch: pytest.MonkeyPatch
 ):
     seen = []
 
@@ -66,33 +68,33 @@ def test_errors_are_those_of_leaving_the_inactive_tiles_out(
     assert (row.n, row.d, row.v, row.epsilon) == (N, D, V, pytest.approx(0.05))
 
 
-def test_no_filter_to_speak_of_makes_no_error(arrays: activations.Activations):
+def test_no_filter_to_speak_of_makes_no_error(arrays: Arrays):
     row = filter_error.measure("drawn", arrays, 1e-30, "abc")
     assert row.hidden_error < 1e-6
     assert row.head_error < 1e-6
     assert row.pairs == 1
 
 
-def test_a_flat_distribution_is_kept_whole(arrays: activations.Activations):
+def test_a_flat_distribution_is_kept_whole(arrays: Arrays):
     flat = arrays._replace(hidden=arrays.hidden * np.asarray(1e-3, arrays.hidden.dtype))
     row = filter_error.measure("flat", flat, 0.05, "abc")
     assert row.whole_blocks == N // 128
     assert row.hidden_error < 1e-6
 
 
-def test_the_default_filter_is_the_backends(arrays: activations.Activations):
+def test_the_default_filter_is_the_backends(arrays: Arrays):
     row = filter_error.measure("drawn", arrays, "auto", "abc")
     expected = jnp.exp(filtering.log_epsilon("auto", jnp.int32(N), V))
     assert row.epsilon == pytest.approx(float(expected))
 
 
-def test_a_filter_that_is_no_probability_is_refused(arrays: activations.Activations):
+def test_a_filter_that_is_no_probability_is_refused(arrays: Arrays):
     with pytest.raises(ValueError, match="ε = 32 must be above 0 and below 1"):
         filter_error.measure("drawn", arrays, 32.0)
 
 
 def test_arrays_of_one_s_own_come_in_one_file(
-    arrays: activations.Activations, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    arrays: Arrays, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "mine.npz"
     hidden, head = (np.asarray(x, np.float32) for x in arrays[:2])
@@ -106,19 +108,10 @@ def test_arrays_of_one_s_own_come_in_one_file(
     assert capsys.readouterr().out.startswith("mine.npz: N, V = 256, 500: ε = 2^-5.00")
 
 
-@pytest.mark.parametrize(
-    "flags", [["--power", "1e9"], ["--power", "0"], ["--n", "-128"], ["--v", "-5"], ["--json", "."]]
-)
-def test_a_wrong_number_is_named(flags: list[str], capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        filter_error.main(["folder", *flags])
-    assert f"argument {flags[0]}: " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("n", [0, 100])
 def test_tokens_that_make_no_blocks_are_refused(
     n: int,
-    arrays: activations.Activations,
+    arrays: Arrays,
     capsys: pytest.CaptureFixture[str],
     tmp_path: pathlib.Path,
 ):

@@ -1,16 +1,17 @@
-"""Synthetic activations have the column statistics of real models, and real ones are read right."""
+"""Drawn activations have the column statistics of real models."""
 
 import dataclasses
 
 import jax
 import jax.extend
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import activations, cases, inputs
-from benchmarks.activations import PRESETS, Statistics, column_statistics, generate, lift, read
+from benchmarks.inputs import like_models
+from benchmarks.inputs.arrays import Arrays
+from benchmarks.inputs.columns import column_statistics
+from benchmarks.inputs.like_models import PRESETS, Statistics, generate
 
 EPS = 2.0**-12
 # Measured on Alpaca text at ε = 2^-12 with blocks of 128 tokens: Gemma 3 270M with V cut to
@@ -31,7 +32,7 @@ NOTHING = Statistics(
 )
 
 
-def mismatches(name: str, n: int, data: activations.Activations) -> list[str]:
+def mismatches(name: str, n: int, data: Arrays) -> list[str]:
     """Statistics that lie more than a quarter from the real model's."""
     found = column_statistics(data.hidden, data.head, eps=EPS)
     pairs = [(key, getattr(found, key), real) for key, real in REAL[name][1].items()]
@@ -54,30 +55,6 @@ def test_the_statistics_match_at_a_small_size():
 def test_flat_logits_do_not_match():
     data = generate(NOTHING, 256, 8, 49_152)
     assert len(mismatches("smollm", 256, data)) == 4
-
-
-def test_column_statistics_against_every_probability():
-    data = generate("smollm", 4000, 64, 1000)
-    data = data._replace(hidden=data.hidden[:300])
-    z = np.asarray(data.hidden[:256], np.float64) @ np.asarray(data.head, np.float64).T
-    p = np.exp(z - z.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    above = p > EPS
-    columns = above.reshape(2, 128, 1000).any(1)
-    by_mean = columns[:, np.argsort(-np.asarray(data.head, np.float64) @ data.hidden.mean(0))]
-    found = column_statistics(data.hidden, data.head, eps=EPS)
-    assert 0 < found.sorted_tiles <= 1
-    assert found.union == {}
-    np.testing.assert_allclose(found.elements, above.mean(), rtol=1e-2)
-    np.testing.assert_allclose(found.block_columns, columns.mean(), rtol=1e-2)
-    for tiles, marks in ((found.tiles, columns), (found.sorted_tiles, by_mean)):
-        # Rounding may move an element across ε, and so at most a tile or two of 14.
-        assert abs(tiles - marks[:, :896].reshape(2, 7, 128).any(2).mean()) <= 2 / 14
-
-
-def test_column_statistics_need_a_whole_tile():
-    with pytest.raises(ValueError, match="N=127 and V=200"):
-        column_statistics(jnp.ones((127, 8)), jnp.ones((200, 8)))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2), (33, 24, 201)])
@@ -125,66 +102,10 @@ def test_labels_follow_the_softmax():
 
 
 def test_no_class_is_drawn_twice_as_often_where_chunks_overlap(monkeypatch):
-    monkeypatch.setattr(activations, "CHUNK", 64)
+    monkeypatch.setattr(like_models, "CHUNK", 64)
     n, v = 20_000, 100
     counts = np.bincount(np.asarray(generate(NOTHING, n, 8, v).labels), minlength=v)
     assert np.all(np.abs(counts - n / v) < 5 * np.sqrt(n / v))
-
-
-def test_lift_keeps_every_logit():
-    rng = np.random.default_rng(0)
-    hidden, head = (rng.standard_normal((m, 30), np.float32) for m in (20, 100))
-    lifted = lift(hidden, 80), lift(head, 80)
-    assert [x.shape for x in lifted] == [(20, 80), (100, 80)]
-    np.testing.assert_allclose(lifted[0] @ lifted[1].T, hidden @ head.T, rtol=1e-4, atol=1e-4)
-    assert lift(hidden.astype(ml_dtypes.bfloat16), 80).dtype == ml_dtypes.bfloat16
-    with pytest.raises(ValueError, match="d=29 must be at least D=30"):
-        lift(hidden, 29)
-
-
-@pytest.fixture
-def pieces(tmp_path):
-    """A folder of pieces of N, D, V = 10, 64, 25 and the float32 arrays it stands for."""
-    rng = np.random.default_rng(0)
-    hidden = rng.standard_normal((10, 64), np.float32).astype(ml_dtypes.bfloat16)
-    q = rng.integers(-127, 128, (25, 64), np.int8)
-    scales = rng.uniform(0.01, 0.02, (25, 2)).astype(np.float16)
-    labels = np.array([3, 24, 0, 19, 20, 7, 8, 9, 21, 2], np.int32)
-    np.save(tmp_path / "hidden.npy", hidden.view(np.uint16))
-    np.save(tmp_path / "labels.npy", labels)
-    np.save(tmp_path / "head_scales.npy", scales)
-    for i in range(13):  # more than ten: their order is of numbers, not of letters
-        np.save(tmp_path / f"head_q{i}.npy", q[2 * i : 2 * i + 2])
-    head = q.astype(np.float32) * np.repeat(scales.astype(np.float32), 32, axis=1)
-    return tmp_path, hidden, head.astype(ml_dtypes.bfloat16), labels
-
-
-def test_pieces_are_put_together(pieces):
-    folder, hidden, head, labels = pieces
-    data = read(folder)
-    for got, expected in zip(data, (hidden, head, labels), strict=True):
-        np.testing.assert_array_equal(np.asarray(got), expected)
-
-
-def test_a_cut_vocabulary_leaves_out_tokens_with_labels_beyond_it(pieces):
-    folder, hidden, head, labels = pieces
-    data = read(folder, n=6, v=20)
-    inside = np.flatnonzero(labels < 20)[:6]
-    np.testing.assert_array_equal(np.asarray(data.hidden), hidden[inside])
-    np.testing.assert_array_equal(np.asarray(data.head), head[:20])
-    np.testing.assert_array_equal(np.asarray(data.labels), labels[inside])
-    with pytest.raises(ValueError, match="7 tokens with labels < 20, not n=8"):
-        read(folder, n=8, v=20)
-
-
-def test_a_missing_piece_is_named(pieces):
-    folder = pieces[0]
-    (folder / "head_q12.npy").unlink()
-    with pytest.raises(ValueError, match="24 of 25 head rows"):
-        read(folder)
-    np.save(folder / "head_q12.npy", np.zeros((1, 32), np.int8))
-    with pytest.raises(ValueError, match=r"head_q12.npy \(1, 32\) does not fit"):
-        read(folder)
 
 
 def test_mistakes_are_named():
@@ -208,17 +129,3 @@ def test_the_paper_shapes_trace_without_an_array_of_n_times_v():
     n, v = 32_768, 262_144
     traced = jax.make_jaxpr(lambda: generate("gemma", n, 4096, v))()
     assert max(sizes(traced.jaxpr)) <= v * 4096
-
-
-def test_pieces_are_inputs_of_a_case(pieces):
-    folder, hidden, head, labels = pieces
-    same = inputs.of(str(folder), cases.Case("same", 5, 64, 25), "bfloat16")
-    np.testing.assert_array_equal(same.hidden, hidden[:5])
-    hidden, head = hidden.astype(np.float32), head.astype(np.float32)
-    wide = inputs.of(str(folder), cases.Case("wide", 5, 128, 25), "bfloat16")
-    logits = hidden[:5] @ head.T
-    got = wide.hidden.astype(np.float32) @ wide.head.astype(np.float32).T
-    assert np.linalg.norm(got - logits) < 0.02 * np.linalg.norm(logits)
-    np.testing.assert_array_equal(wide.labels, labels[:5])
-    with pytest.raises(ValueError, match="not of"):
-        inputs.of(str(folder), cases.Case("more classes", 5, 64, 26), "bfloat16")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 Mode = Literal["fwd", "fwdbwd"]
@@ -46,42 +45,6 @@ class Run:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r}; must be one of {', '.join(MODES)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """One way to compute the mean loss, in the arrays of one framework.
-
-    `loss(hidden, head, labels, order, settings)` returns the scalar, or a pair with statistics
-    where the settings ask for them. It imports its library when called, so that an absent one
-    shows as an ImportError of that run alone.
-    """
-
-    name: str
-    loss: Callable[..., Any]
-    refuses: Callable[[Settings], str | None]
-    """Why the implementation cannot do what the settings ask for; None when it can."""
-    package: str | None = None
-    """The distribution on PyPI that it comes from, for the row's versions."""
-    backend: Callable[..., str] | None = None
-    """Called like `loss`: which of several kernels would run. None when there is only one."""
-
-
-def unsupported(settings: Settings, supported: tuple[str, ...]) -> str | None:
-    """A refusal that names the options in use that are not among the `supported` ones.
-
-    "exact" stands for a gradient filter of None, "filter" for any.
-    """
-    asked = {
-        "smoothing": settings.label_smoothing != 0,
-        "softcap": settings.softcap is not None,
-        "filter": settings.gradient_filter not in ("auto", None),
-        "exact": settings.gradient_filter is None and "filter" not in supported,
-        "vocabulary order": settings.vocab_order,
-        "statistics": settings.stats,
-    }
-    missing = [name for name, used in asked.items() if used and name not in supported]
-    return f"has no {' and no '.join(missing)}" if missing else None
 
 
 def gradient_filter(text: str) -> float | str | None:

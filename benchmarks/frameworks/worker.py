@@ -1,4 +1,4 @@
-"""One framework's process: python -m benchmarks.worker jax FOLDER.
+"""One framework's process: python -m benchmarks.frameworks.worker jax FOLDER.
 
 `benchmarks.table` starts one such process a framework, so that JAX and PyTorch never share a GPU's
 memory. The folder holds `inputs.npz`, the same for all, and `jax-plan.json`; it receives
@@ -9,11 +9,14 @@ import dataclasses
 import json
 import pathlib
 import sys
+from typing import get_args
 
-from benchmarks import errors, inputs, report, runner
-from benchmarks.settings import Run, run_from_json
+from benchmarks.implementations import FrameworkName
+from benchmarks.implementations.settings import Run, run_from_json
+from benchmarks.inputs import arrays
+from benchmarks.measure import errors, report, runner
 
-FRAMEWORKS = ("jax", "torch")
+FRAMEWORKS: tuple[FrameworkName, ...] = get_args(FrameworkName)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +48,18 @@ def report_path(framework: str, folder: pathlib.Path) -> pathlib.Path:
 def work(framework: str, folder: pathlib.Path) -> None:
     """Measures the framework's plan; a framework that cannot be imported skips all of it."""
     plan = read_plan(framework, folder)
-    data = inputs.load(folder / "inputs.npz")
+    data = arrays.load(folder / "inputs.npz")
     try:
         if framework == "jax":
-            from benchmarks.jax_framework import JaxFramework as Framework
+            from benchmarks.frameworks.jax import JaxFramework as Held
         else:
-            from benchmarks.torch_framework import TorchFramework as Framework
+            from benchmarks.frameworks.torch import TorchFramework as Held
     except ImportError as error:
         reason = f"{type(error).__name__}: {error}"
         measured = report.Report(skipped=tuple(report.Skipped(run, reason) for run in plan.runs))
     else:
         measured = runner.measure_runs(
-            Framework(data),
+            Held(data),
             data,
             plan.case,
             plan.runs,
