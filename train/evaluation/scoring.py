@@ -24,7 +24,7 @@ from train.data.encode import encode_records
 from train.data.packing import IGNORE, Rows, pack
 from train.data.records import Message, Record
 from train.evaluation.tasks.held_out import Question
-from train.models.decoder import Llama
+from train.models.decoder import Decoder
 from train.text.tokenizer import Example, Tokenizer
 
 BINS = 15
@@ -145,7 +145,7 @@ class TokenScores(NamedTuple):
     """Σ_v (p_v − [v = y])² = 1 − 2 p_y + Σ_v p_v²."""
 
 
-def evaluate(model: Llama, data: EvaluationData, config: EvaluationConfig) -> Evaluation:
+def evaluate(model: Decoder, data: EvaluationData, config: EvaluationConfig) -> Evaluation:
     """Scores the held-out tokens and the multiple-choice questions.
 
     The probability of a token is the model's own, softcap included: neither label smoothing nor
@@ -171,7 +171,9 @@ def evaluate(model: Llama, data: EvaluationData, config: EvaluationConfig) -> Ev
     )
 
 
-def evaluate_tokens(model: Llama, data: EvaluationData, config: EvaluationConfig) -> Scores | None:
+def evaluate_tokens(
+    model: Decoder, data: EvaluationData, config: EvaluationConfig
+) -> Scores | None:
     """Scores the prediction of each held-out response token; None when there are none."""
     counted = data.held_out.labels != IGNORE
     if not counted.any():
@@ -180,7 +182,7 @@ def evaluate_tokens(model: Llama, data: EvaluationData, config: EvaluationConfig
     return Scores.of(*(field[counted] for field in scores))
 
 
-def score_rows(model: Llama, rows: Rows, config: EvaluationConfig) -> TokenScores:
+def score_rows(model: Decoder, rows: Rows, config: EvaluationConfig) -> TokenScores:
     """`TokenScores` of R rows as numpy arrays [R, T].
 
     Batches have `config.batch_size` rows, the last one filled up with rows of padding, so that one
@@ -206,7 +208,7 @@ def score_rows(model: Llama, rows: Rows, config: EvaluationConfig) -> TokenScore
     jax.jit, static_argnames=("graphdef", "softcap"), compiler_options=devices.REPEATABLE
 )
 def score_batch(
-    graphdef: nnx.GraphDef[Llama],
+    graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
     batch: dict[str, Int[Array, "B T"]],
     softcap: float | None,
@@ -259,7 +261,7 @@ def without_end(example: Example) -> Example:
 
 
 def log_likelihoods(
-    model: Llama, examples: Sequence[Example], config: EvaluationConfig
+    model: Decoder, examples: Sequence[Example], config: EvaluationConfig
 ) -> tuple[Float[np.ndarray, " E"], Int[np.ndarray, " E"]]:
     """Σ log p over each example's response tokens, in nats, and the number of these tokens."""
     rows = pack(examples, config.max_length)

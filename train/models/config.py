@@ -4,23 +4,78 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: pair i of a head turns by θ^(−2i/H) a token, then scaled.
+
+    "linear" divides every frequency by `factor`. "llama3" divides those whose wavelength is longer
+    than `original_length` / `low_frequency_factor`, leaves those shorter than `original_length` /
+    `high_frequency_factor`, and goes smoothly from one to the other between.
+    """
+
+    theta: float = 1e4
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What differs from layer to layer besides the weights."""
+
+    rope: Rope
+    window: int | None
+    """A token sees itself and the `window` − 1 tokens before it; None: all before it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, and how it computes. Weights are float32 whatever `dtype` says."""
+    """The shape of a model, and how it computes. Weights are float32 whatever `dtype` says.
+
+    The defaults are Llama's; `train.models.families` has what the others set.
+    """
 
     vocab_size: int
+    """Rows of the head. A checkpoint may have more of them than its tokenizer has tokens."""
     hidden_size: int
     layers: int
     heads: int
     kv_heads: int
     head_size: int
     mlp_size: int
-    rope_theta: float = 1e4
+
+    rope: Rope = Rope()
+    local_rope: Rope | None = None
+    """Of the layers with a window; None: the same as of the others."""
+    window: int | None = None
+    """Tokens that a sliding layer sees, itself included."""
+    sliding: tuple[bool, ...] = ()
+    """Which layers see no more than `window`; empty: none does."""
+    query_scale: float | None = None
+    """Scores are query · key · `query_scale`; None: 1/√H."""
+    attention_softcap: float | None = None
+    """Scores are bounded to ±cap by cap·tanh(score/cap)."""
+    final_softcap: float | None = None
+    """Logits are bounded so. The loss does it, as the decoder gives hidden states."""
+    qkv_bias: bool = False
+    qk_norms: bool = False
+    """RMS norms over each head of queries and keys, before they turn."""
+    post_norms: bool = False
+    """A norm also behind attention and MLP, before the residual sum."""
+    zero_centred_norms: bool = False
+    """Norms multiply by 1 + scale in float32; otherwise by scale, in the activations' dtype."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by √D, which is rounded to the activations' dtype."""
     norm_epsilon: float = 1e-5
     tied_head: bool = True
     """The head is the embedding table; otherwise it has weights of its own."""
+
     dropout: float = 0.0
     """On the embeddings and on what each attention and MLP adds to the residual stream."""
     dtype: str = "float32"
@@ -33,6 +88,27 @@ class ModelConfig:
             raise ValueError(f"{self.heads=} must be a multiple of {self.kv_heads=}")
         if self.head_size % 2:
             raise ValueError(f"{self.head_size=} must be even: RoPE turns pairs of features")
+        if self.sliding and len(self.sliding) != self.layers:
+            raise ValueError(f"{len(self.sliding)=} must be {self.layers=}: one for each layer")
+        if any(self.sliding) and not (self.window and self.window > 0):
+            raise ValueError(f"{self.window=} must be at least 1: some layers are sliding")
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        full = LayerKind(self.rope, None)
+        local = LayerKind(self.local_rope or self.rope, self.window)
+        return tuple(local if slides else full for slides in self.sliding or [False] * self.layers)
+
+    @property
+    def pattern(self) -> tuple[LayerKind, ...]:
+        """The shortest beginning of `kinds` that gives all of it by repetition."""
+        kinds = self.kinds
+        return next(
+            kinds[:period]
+            for period in range(1, len(kinds) + 1)
+            if kinds[period:] == kinds[:-period]
+        )
 
 
 PRESETS: Mapping[str, ModelConfig] = {
@@ -53,7 +129,26 @@ PRESETS: Mapping[str, ModelConfig] = {
         kv_heads=3,
         head_size=64,
         mlp_size=1536,
-        rope_theta=1e5,
+        rope=Rope(1e5),
+    ),
+    "gemma3-270m": ModelConfig(
+        vocab_size=262144,
+        hidden_size=640,
+        layers=18,
+        heads=4,
+        kv_heads=1,
+        head_size=256,
+        mlp_size=2048,
+        rope=Rope(1e6),
+        local_rope=Rope(1e4),
+        window=512,
+        sliding=tuple((i + 1) % 6 != 0 for i in range(18)),
+        qk_norms=True,
+        post_norms=True,
+        zero_centred_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        norm_epsilon=1e-6,
     ),
 }
 """Shapes by name. The trainer replaces `vocab_size` by its tokenizer's."""

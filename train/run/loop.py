@@ -24,7 +24,7 @@ from train.evaluation import report
 from train.evaluation.scoring import REPORTED, Evaluation, evaluate
 from train.evaluation.tasks.held_out import Exam
 from train.models.config import PRESETS, ModelConfig
-from train.models.decoder import Llama
+from train.models.decoder import Decoder
 from train.run import folder as run_folder
 from train.run.checkpoint import Checkpointer
 from train.run.monitor import METRICS, Monitor, MonitorConfig, cut_rows_after
@@ -221,7 +221,7 @@ def state_maker(
     @functools.partial(jax.jit, out_shardings=devices.whole(config.devices))
     def create(seed: int) -> TrainState:
         weights, dropout = jax.random.split(jax.random.key(seed))
-        return TrainState.create(Llama(shape, rngs=nnx.Rngs(params=weights)), optimizer, dropout)
+        return TrainState.create(Decoder(shape, rngs=nnx.Rngs(params=weights)), optimizer, dropout)
 
     return create
 

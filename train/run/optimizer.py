@@ -42,7 +42,7 @@ def adamw(
     weight_decay: float,
     clip_norm: float | None,
 ) -> optax.GradientTransformation:
-    """Clip, then AdamW, which decays matrices and not the scales of norms.
+    """Clip, then AdamW, which decays matrices and not the scales of norms, nor biases.
 
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
@@ -61,6 +61,7 @@ def adamw(
 
 def _decayed(params: optax.Params) -> Any:
     # By name, since a stack of all layers' scales has two dimensions, as a matrix has.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "'scale'" not in jax.tree_util.keystr(path), params
-    )
+    def decayed(path: Any, _: Any) -> bool:
+        return not any(name in jax.tree_util.keystr(path) for name in ("'scale'", "'bias'"))
+
+    return jax.tree_util.tree_map_with_path(decayed, params)

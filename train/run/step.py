@@ -18,7 +18,7 @@ from lsce.calibration import CalibrationState
 from train import mesh as devices
 from train.config import TrainConfig
 from train.data.packing import IGNORE
-from train.models.decoder import Llama
+from train.models.decoder import Decoder
 
 Batch = Mapping[str, Int[Array, "B T"]]
 
@@ -35,18 +35,18 @@ class TrainState:
     opt_state: optax.OptState
     key: PRNGKeyArray
     """Of dropout. It never changes: a step's masks come from the key and the step's number."""
-    graphdef: nnx.GraphDef[Llama] = dataclasses.field(metadata={"static": True})
+    graphdef: nnx.GraphDef[Decoder] = dataclasses.field(metadata={"static": True})
     optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def create(
-        cls, model: Llama, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+        cls, model: Decoder, optimizer: optax.GradientTransformation, key: PRNGKeyArray
     ) -> TrainState:
         graphdef, params = nnx.split(model)
         return cls(jnp.int32(0), params, optimizer.init(params), key, graphdef, optimizer)
 
     @property
-    def model(self) -> Llama:
+    def model(self) -> Decoder:
         return nnx.merge(self.graphdef, self.params)
 
 
@@ -104,7 +104,7 @@ def loss_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def loss_sum(
-    model: Llama, batch: Batch, config: TrainConfig, dropout_key: PRNGKeyArray | None
+    model: Decoder, batch: Batch, config: TrainConfig, dropout_key: PRNGKeyArray | None
 ) -> LossSum:
     """The loss of a batch of rows. The one place where training calls `lsce`."""
     hidden = model(batch["tokens"], batch["segments"], batch["positions"], dropout_key=dropout_key)

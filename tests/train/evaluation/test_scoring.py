@@ -18,7 +18,7 @@ from train.data.records import Message, Record
 from train.evaluation.scoring import Scores, choice_scores, evaluate, evaluate_tokens, score_batch
 from train.evaluation.tasks.held_out import Question
 from train.models.config import ModelConfig
-from train.models.decoder import Llama
+from train.models.decoder import Decoder
 from train.text.bpe import BPE as Tokenizer
 from train.text.bpe import train
 
@@ -69,10 +69,10 @@ def data(tokenizer) -> Data:
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer) -> Llama:
+def model(tokenizer) -> Decoder:
     """A model whose blocks do something, and whose logits spread like those of a trained one."""
     shape = ModelConfig(tokenizer.vocab_size, 24, 1, 2, 1, 12, 32, dropout=0.5)
-    model = Llama(shape, rngs=nnx.Rngs(params=0))
+    model = Decoder(shape, rngs=nnx.Rngs(params=0))
     model.embedding.embedding[...] = model.embedding.embedding[...] * 6
     for linear in (model.blocks.attention.out, model.blocks.mlp.down):
         linear.kernel[...] = jax.random.normal(jax.random.key(1), linear.kernel.shape) / 5
@@ -80,11 +80,11 @@ def model(tokenizer) -> Llama:
 
 
 @nnx.jit
-def forward(model: Llama, tokens, segments, positions):
+def forward(model: Decoder, tokens, segments, positions):
     return model(tokens, segments, positions)
 
 
-def log_softmax(model: Llama, rows: Rows, softcap: float | None = None) -> np.ndarray:
+def log_softmax(model: Decoder, rows: Rows, softcap: float | None = None) -> np.ndarray:
     """log p [R, T, V] in float64, every logit at once."""
     hidden = forward(model, rows.tokens, rows.segments, rows.positions)
     logits = np.asarray(hidden, np.float64) @ np.asarray(model.head, np.float64).T
@@ -132,7 +132,7 @@ def test_batches_and_their_padding_leave_no_trace(model, data):
     np.testing.assert_allclose(few.nll, one.nll, rtol=1e-6)
 
 
-def one_option_a_row(model: Llama, data: Data) -> tuple[np.ndarray, np.ndarray]:
+def one_option_a_row(model: Decoder, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """Σ log p of each option's text and its number of tokens [Q, 4], with a row for each option."""
     tok = data.tokenizer
     prompts, answers = [], []
@@ -205,7 +205,7 @@ def test_nothing_held_out_is_no_error(model, data):
 def test_one_compilation_serves_a_run(model, data):
     traces = []
 
-    class Counted(Llama):
+    class Counted(Decoder):
         def __call__(self, *args, **kwargs):
             traces.append(args[0].shape)
             return super().__call__(*args, **kwargs)
@@ -218,7 +218,7 @@ def test_one_compilation_serves_a_run(model, data):
 
 def test_no_array_of_tokens_by_vocabulary():
     vocab_size, batch, length = 32768, 8, 256
-    model = Llama(ModelConfig(vocab_size, 16, 1, 1, 1, 16, 16), rngs=nnx.Rngs(params=0))
+    model = Decoder(ModelConfig(vocab_size, 16, 1, 1, 1, 16, 16), rngs=nnx.Rngs(params=0))
     names = ("tokens", "labels", "segments", "positions")
     rows = dict.fromkeys(names, jnp.zeros((batch, length), jnp.int32))
     compiled = score_batch.lower(*nnx.split(model), rows, None).compile()

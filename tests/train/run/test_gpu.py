@@ -14,14 +14,14 @@ import jax, numpy as np, optax
 from flax import nnx
 
 from train.config import TrainConfig
-from train.models.decoder import Llama
+from train.models.decoder import Decoder
 from train.data.packing import IGNORE
 from train.models.config import PRESETS
 from train.run.step import TrainState, train_step
 
 ROWS, LENGTH = 16, 256
 shape = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16", dropout=0.1)
-state = TrainState.create(Llama(shape, rngs=nnx.Rngs(0)), optax.adamw(1e-3), jax.random.key(0))
+state = TrainState.create(Decoder(shape, rngs=nnx.Rngs(0)), optax.adamw(1e-3), jax.random.key(0))
 random = np.random.default_rng(0)
 tokens = random.integers(0, 50, (ROWS, LENGTH), dtype=np.int32)  # so that gradients meet in rows
 batch = {

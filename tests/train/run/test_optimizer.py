@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from train.models.config import PRESETS
-from train.models.decoder import Llama
+from train.models.decoder import Decoder
 from train.run.optimizer import adamw, learning_rate
 
 EXPECTED = {
@@ -44,7 +44,7 @@ def one_update(gradient, params, **changes):
 
 
 def test_weight_decay_is_decoupled_and_spares_the_norms():
-    model = nnx.eval_shape(lambda: Llama(PRESETS["nano"], rngs=nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: Decoder(PRESETS["nano"], rngs=nnx.Rngs(params=0)))
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 3.0), nnx.state(model, nnx.Param))
     updates = one_update(jax.tree.map(jnp.zeros_like, params), params, weight_decay=0.5)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):

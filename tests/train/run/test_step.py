@@ -16,7 +16,7 @@ from lsce.calibration import expected_calibration_error
 from train.config import TrainConfig
 from train.data.packing import IGNORE
 from train.models.config import ModelConfig
-from train.models.decoder import Llama
+from train.models.decoder import Decoder
 from train.run.step import TrainState, train_step, train_step_autotuned
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -45,7 +45,7 @@ def make_batch(labelled: float = 0.6) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def create(shape: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    model = Llama(shape, rngs=nnx.Rngs(params=0))
+    model = Decoder(shape, rngs=nnx.Rngs(params=0))
     # Larger embeddings, so that the model is sure of something.
     model.embedding.embedding[...] = 30 * model.embedding.embedding[...]
     return TrainState.create(model, optimizer, jax.random.key(5))
@@ -67,7 +67,7 @@ def flat(state: TrainState) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
 
 
-def naive_loss(model: Llama, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+def naive_loss(model: Decoder, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
     """Σ L and the probabilities, from whole logits."""
     z = model(batch["tokens"], batch["segments"], batch["positions"]) @ model.head.T
     z = OPTIONS["softcap"] * jnp.tanh(z / OPTIONS["softcap"])

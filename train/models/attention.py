@@ -1,0 +1,164 @@
+"""Grouped-query attention with rotary positions, and what a token may see."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from train.models.cache import LayerCache
+from train.models.config import LayerKind, ModelConfig, Rope
+from train.models.layers import RMSNorm, linear
+
+
+class View(NamedTuple):
+    """Where the tokens of a batch stand and what they see: the same for all layers of a kind."""
+
+    rotation: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+    """cos and sin of each token's angles, float32."""
+    mask: Bool[Array, "B 1 T S"]
+    """Whether token t sees token s."""
+
+
+class Attention(nnx.Module):
+    """`heads` queries share `kv_heads` keys and values."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        inner, shared = (n * config.head_size for n in (config.heads, config.kv_heads))
+        bias = config.qkv_bias
+        self.query = linear(config, config.hidden_size, inner, rngs, bias=bias)
+        self.key = linear(config, config.hidden_size, shared, rngs, bias=bias)
+        self.value = linear(config, config.hidden_size, shared, rngs, bias=bias)
+        self.out = linear(config, inner, config.hidden_size, rngs, residual=True)
+        if config.qk_norms:
+            self.query_norm = RMSNorm(config.head_size, config)
+            self.key_norm = RMSNorm(config.head_size, config)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], view: View, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """The mix of what each token sees, and the cache with these tokens' keys and values."""
+        config = self.config
+        heads = (*x.shape[:2], -1, config.head_size)
+        query, key, value = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
+        if config.qk_norms:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = apply_rope(query, view.rotation), apply_rope(key, view.rotation)
+        if cache is not None:
+            cache = cache.append(key, value)
+            key, value = cache.keys, cache.values
+        mixed = attend(
+            query,
+            key,
+            value,
+            view.mask,
+            scale=config.query_scale or config.head_size**-0.5,
+            softcap=config.attention_softcap,
+        )
+        return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Bool[Array, "B 1 T S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(cap(scale · query · keyᵀ)) · value, where N/K queries share a key.
+
+    The softmax is float32. Heads come before tokens inside: on a CPU the gradient takes half the
+    time that it takes `jax.nn.dot_product_attention`.
+    """
+    shared = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    scores = jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(value.dtype)
+    return jnp.swapaxes(jnp.einsum("bnts,bnsh->bnth", weights, value), 1, 2)
+
+
+def view(
+    kind: LayerKind,
+    head_size: int,
+    segments: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    past: Int[Array, "B S"] | None = None,
+    start: Int[Array, ""] | int = 0,
+) -> View:
+    """The view of tokens [start, start + T) of each row, in layers of that kind.
+
+    Args:
+        kind: the layers' positions and window.
+        head_size: H.
+        segments: the segment of each of the T tokens.
+        positions: the index of each of them within its segment.
+        past: the segments of all S tokens of the row, these included; None if there are no others.
+        start: the place of the first of the T in the row.
+    """
+    return View(
+        rope_rotation(positions, head_size, kind.rope),
+        attention_mask(segments, kind.window, past, start),
+    )
+
+
+def attention_mask(
+    segments: Int[Array, "B T"],
+    window: int | None = None,
+    past: Int[Array, "B S"] | None = None,
+    start: Int[Array, ""] | int = 0,
+) -> Bool[Array, "B 1 T S"]:
+    """True where token t may see token s: s ≤ t and t − s < window, in the same segment.
+
+    Padding sees the padding before it, so that no row of the softmax is empty.
+    """
+    past = segments if past is None else past
+    same = segments[:, :, None] == past[:, None, :]
+    distance = start + jnp.arange(segments.shape[1])[:, None] - jnp.arange(past.shape[1])[None]
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return (same & seen[None])[:, None]
+
+
+def frequencies(rope: Rope, head_size: int) -> Float[Array, " H/2"]:
+    """The angle by which each pair of a head turns from a token to the next, float32.
+
+    Sources: RoFormer (Su et al. 2021), https://arxiv.org/abs/2104.09864; Llama 3.1's scaling is
+    that of https://github.com/meta-llama/llama-models, `apply_scaling`.
+    """
+    exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
+    plain = 1.0 / rope.theta**exponents
+    if rope.scaling == "none":
+        return plain
+    if rope.scaling == "linear":
+        return plain / rope.factor
+    low, high = rope.low_frequency_factor, rope.high_frequency_factor
+    turns = rope.original_length * plain / (2 * math.pi)  # over the original context
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return kept * plain + (1 - kept) * plain / rope.factor
+
+
+def rope_rotation(
+    positions: Int[Array, "B T"], head_size: int, rope: Rope
+) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+    """cos and sin of positions · frequencies, float32."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies(rope, head_size)[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(
+    x: Float[Array, "B T N H"], rotation: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+) -> Float[Array, "B T N H"]:
+    """Turn each pair (x_i, x_{i+H/2}) by its angle: the pairing of Hugging Face's Llama."""
+    cos, sin = (part[:, :, None, :] for part in rotation)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,57 @@
+"""Keys and values of the tokens before, so that a new token costs one row and not all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from train.models.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Of one layer; with a leading axis of layers, of all of them."""
+
+    keys: Float[Array, "*L B S K H"]
+    """Turned by their positions already."""
+    values: Float[Array, "*L B S K H"]
+    length: Int[Array, "*L"]
+    """Tokens of each row that are in it."""
+
+    def append(self, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]) -> Self:
+        """With T more tokens. Those beyond S would overwrite the last: the caller sees to that."""
+
+        def put(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, self.length, axis=1)
+
+        return dataclasses.replace(
+            self,
+            keys=put(self.keys, keys),
+            values=put(self.values, values),
+            length=self.length + keys.shape[1],
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Of a batch of rows, with room for S tokens each."""
+
+    layers: LayerCache
+    segments: Int[Array, "B S"]
+    """The segment of each token; −1 where there is none yet."""
+    length: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, size: int) -> Self:
+        shape = (config.layers, rows, size, config.kv_heads, config.head_size)
+        none = jnp.zeros(shape, config.dtype)
+        lengths = jnp.zeros(config.layers, jnp.int32)
+        return cls(
+            LayerCache(none, none, lengths), jnp.full((rows, size), -1, jnp.int32), jnp.int32(0)
+        )
