@@ -48,7 +48,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--seed", "-1"], "--seed must be in [0, 2**32), not -1"),
         (["--model", "huge"], "--model must be one of nano, tiny, small, smollm2-135m, not huge"),
         (["--data", "nowhere.jsonl"], "--data: no file nowhere.jsonl"),
-        (["--data", "."], "--data: . is a folder, name the JSONL files in it"),
+        (["--data", "."], "--data: . is a folder, name the files in it"),
         (["--data"], "--data needs a file, or several"),
         (["--data", "a", "--data=b"], "--data is given twice: put all files behind one --data"),
         (["--steps", "9", "--epochs", "1"], "--steps 9 and --epochs 1.0 contradict each other"),

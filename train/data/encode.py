@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from train.data.progress import progress
 from train.data.records import Record
 from train.text.tokenizer import Example, Tokenizer
 
 MIN_LENGTH = 8
 """Room for the special tokens of one question and answer, and a token of each."""
+AT_A_TIME = 1000
+"""Records encoded whole at a time, and cut before the next: whole, they may be long."""
 
 
 def encode_records(
@@ -24,7 +27,13 @@ def encode_records(
     """
     if max_length < MIN_LENGTH:
         raise ValueError(f"max_length must be at least {MIN_LENGTH} tokens, got {max_length}")
-    return [_fit(example, max_length) for example in tokenizer.encode(records)]
+    encoded: list[Example | None] = []
+    with progress("encoding records", len(records)) as advance:
+        for start in range(0, len(records), AT_A_TIME):
+            some = records[start : start + AT_A_TIME]
+            encoded += [_fit(example, max_length) for example in tokenizer.encode(some)]
+            advance(len(some))
+    return encoded
 
 
 def _fit(example: Example, max_length: int) -> Example | None:

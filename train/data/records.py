@@ -110,8 +110,8 @@ def split(records: Sequence[Record], held_out: float = 0.1) -> tuple[list[Record
     kept_back = [record for record, key in zip(records, hashes, strict=True) if key in chosen]
     if abs(len(kept_back) - wanted) > SHARE_TOLERANCE * len(records):
         logger.warning(
-            "held out %d of %d records, %.1f%% where %.1f%% was asked for: records of one prompt"
-            " stay together, and there are %d different prompts, the commonest in %d records",
+            "held out %d of %d records, %.1f%% where %.1f%% was asked for: a hash of the prompt"
+            " decides, and there are only %d prompts, the most frequent in %d record(s)",
             len(kept_back),
             len(records),
             100 * len(kept_back) / len(records),

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from train.data.progress import progress
 from train.data.records import Message, Record
 from train.text.tokenizer import Example
 
@@ -141,7 +142,8 @@ def train_or_load(texts: Sequence[str], cache_dir: Path, vocab_size: int = 8192)
             return BPE.from_json(path.read_text(encoding="utf-8"))
         except Exception:  # the library raises plain Exception for a damaged file
             path.unlink(missing_ok=True)
-    tokenizer = train(texts, vocab_size)
+    with progress("training the vocabulary"):
+        tokenizer = train(texts, vocab_size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False, suffix=".tmp") as file:

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from paths import ROOT, SHARED_DATA
 
-from train.data import loader
+from train.data import encode, files, loader
 from train.data.loader import Data, PackedLoader
 from train.data.packing import IGNORE, Rows, pack
 from train.evaluation.tasks.held_out import Exam
@@ -223,6 +224,26 @@ def test_the_tokenizer_learns_nothing_that_no_row_can_hold(tmp_path, monkeypatch
     build([path], tmp_path)
     record = len("What is the answer to question 1?") + max(map(len, seen))
     assert record == 64 * loader.MAX_CHARACTERS_PER_TOKEN
+
+
+def test_what_takes_long_shows_how_far_it_is(tmp_path, monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def progress(what, total=None):
+        counts = []
+        shown.append((what, total, counts))
+        yield counts.append
+
+    for module in (files, encode, loader.bpe):
+        monkeypatch.setattr(module, "progress", progress)
+    build([write_records(tmp_path / "data.jsonl", 1200)], tmp_path)
+    assert [(what, total, sum(counts)) for what, total, counts in shown] == [
+        ("reading data.jsonl", None, 1200),
+        ("training the vocabulary", None, 0),
+        ("encoding records", 1200, 1200),
+    ]
+    assert len(shown[-1][-1]) > 1
 
 
 def test_bad_records_are_skipped_counted_and_named(tmp_path, caplog):

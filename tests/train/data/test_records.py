@@ -109,7 +109,7 @@ def test_a_prompt_of_many_records_is_not_held_out(common, caplog):
     assert len(held_out) == pytest.approx(0.1 * (1000 - common), rel=0.5)
     warned = f"held out {len(held_out)} of 1000 records, {share:.1%} where 10.0% was asked for"
     assert (warned in caplog.text) == (abs(share - 0.1) > 0.03)
-    assert ("in 900 records" in caplog.text) == (common == 900)
+    assert ("in 900 record(s)" in caplog.text) == (common == 900)
 
 
 def test_where_every_prompt_has_many_records_the_smallest_is_held_out(caplog):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Self
@@ -96,9 +95,9 @@ def _option(record: Record) -> str:
     paragraph = response.find("\n\n", len(response) - len(response.lstrip()))
     option = response if paragraph < 0 else response[:paragraph].rstrip()
     if len(option) > MAX_OPTION_CHARACTERS:
-        blank = re.search(r"\s\S*$", option[: MAX_OPTION_CHARACTERS + 1])
-        near = blank is not None and blank.start() >= MAX_OPTION_CHARACTERS * 4 // 5
-        option = option[: blank.start() if near else MAX_OPTION_CHARACTERS].rstrip()
+        near = range(MAX_OPTION_CHARACTERS, MAX_OPTION_CHARACTERS * 4 // 5, -1)
+        cut = next((i for i in near if option[i].isspace()), MAX_OPTION_CHARACTERS)
+        option = option[:cut].rstrip()
     return option
 
 
