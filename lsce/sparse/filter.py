@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, BFloat16, Float, Int
 
+from lsce import formula
 from lsce.problem import Problem
 
 EPSILON = 2.0**-10.2
@@ -51,3 +53,38 @@ def log_epsilon(
     at_one = EPSILON * (256_000 / v) ** (5 / 8) / math.sqrt(8192)
     epsilon = at_one * jnp.sqrt(jnp.maximum(live, 1).astype(jnp.float32))
     return jnp.log(jnp.clip(epsilon, LEAST, MOST))
+
+
+def stand_in(
+    problem: Problem,
+    head: BFloat16[Array, "rows D"],
+    bias: Float[Array, " V"],
+    mean_hidden: Float[Array, " D"],
+    highest: Float[Array, ""],
+) -> Float[Array, " D"]:
+    """The row of the head along which dropped mass pulls, in place of the rows that were dropped.
+
+    Without a bias that is the head's mean row. With one it is the mean by how much of the dropped
+    mass each class may have: what the mean token gives it, which for a masked class is nothing, but
+    no more than a logit `highest` would, since above that classes are not dropped. Of a class under
+    the cap only its slope's part pulls.
+    """
+    product = jnp.dot(head, mean_hidden.astype(head.dtype), preferred_element_type=jnp.float32)
+    z = formula.logits(problem, product[None, : problem.v], bias)[0]
+    share = jax.nn.softmax(jnp.minimum(z, highest)) * formula.softcap_slope(problem, z)
+    # Under a cap the slope may be 0 for every class; then nothing pulls.
+    share = share / jnp.maximum(share.sum(), jnp.finfo(jnp.float32).tiny)
+    # Rows beyond the classes are left out by their share: a slice of the head would be a copy.
+    share = jnp.pad(share, (0, head.shape[0] - problem.v)).astype(head.dtype)
+    return jnp.dot(share, head, preferred_element_type=jnp.float32)
+
+
+def dropped_slope(
+    problem: Problem, lse: Float[Array, " rows"], log_epsilon: float | Float[Array, ""]
+) -> Float[Array, " rows"] | float:
+    """The softcap's slope at the highest logit that is dropped, lse + ln ε: what of a token's
+    dropped mass acts on its hidden state. Most of that mass lies close below."""
+    if problem.softcap is None:
+        return 1.0
+    cap = problem.softcap
+    return formula.softcap_slope(problem, jnp.clip(lse + log_epsilon, -cap, cap))

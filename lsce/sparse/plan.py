@@ -158,16 +158,20 @@ def whole(
 def column_bits(
     words: Int[Array, "mark_blocks 4 words"],
     rows_per_mark: int,
-    live_blocks: Int[Array, ""],
+    live: Int[Array, ""],
     v: int,
 ) -> UInt[Array, "groups V"]:
-    """For every column one bit a token block, 32 blocks a word; only live blocks have marks."""
+    """For every column one bit a token block, 32 blocks a word.
+
+    The forward goes no further than the `live` rows: later words hold whatever was there.
+    """
     merge = BLOCK // rows_per_mark
+    written = jnp.arange(words.shape[0], dtype=jnp.int32) * rows_per_mark < live
+    words = jnp.where(written[:, None, None], words, 0)
     joined = lax.bitcast_convert_type(words, jnp.uint32)
     joined = joined.reshape(-1, merge * 4, joined.shape[-1])
     joined = lax.reduce(joined, jnp.uint32(0), lax.bitwise_or, (1,))
     blocks, total = joined.shape
-    joined = jnp.where(jnp.arange(blocks)[:, None] < live_blocks, joined, jnp.uint32(0))
     # Without the barrier XLA would redo the reduction for each of the 32 bits of a word.
     joined = lax.optimization_barrier(joined)
     groups = -(-blocks // 32)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lsce.backends.hopper.gradients import Call
 
 HIGHEST_SOFTCAP = 1000.0
+HIGHEST_SCALE = 1e6
 MOST_LOGITS = 2**37
 """N·V below which `plan.work` counts in int32, with the widest chunks of `tiles.heuristic`."""
 
@@ -50,6 +51,11 @@ class Hopper:
             return (
                 f"computes a logit to 1e-7 of the softcap, too little for {problem.softcap:g}:"
                 f" at most {HIGHEST_SOFTCAP:g}"
+            )
+        if problem.logit_scale > HIGHEST_SCALE:
+            return (
+                f"knows a logit to 1e-7 of its size, which logit_scale={problem.logit_scale:g}"
+                f" magnifies: at most {HIGHEST_SCALE:g}"
             )
         if problem.n * problem.v >= MOST_LOGITS:
             return f"counts at most 2^37 logits, not {problem.n:,} × {problem.v:,}"

@@ -175,7 +175,7 @@ def filtered(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     blocks = saved.hidden.shape[0] // BLOCK
     words = saved.sums.marks
     assert words is not None  # made by the forward of a filtered call
-    bits = plan.column_bits(words, call.tiles.forward.tile_n, _live_blocks(saved), v)
+    bits = plan.column_bits(words, call.tiles.forward.tile_n, saved.live, v)
     bits = plan.with_labels(bits, saved.labels, _flat_blocks(saved))
     columns, active = plan.columns(bits, saved.vocab_order, blocks, tiles.tile_c)
     slots = tiles.slots_for(blocks, active.shape[0])
@@ -328,18 +328,30 @@ def _with_mean_row(
     dhidden: Float[Array, "rows D"],
     kept: Float[Array, " rows"],
 ) -> Float[Array, "rows D"]:
-    """Adds what acts on all columns alike, through the head's mean row.
+    """Adds what acts on all columns alike, through rows that stand for the whole head.
 
-    That is the smoothing and, as a stand-in for the rows it skipped, the mass the filter dropped.
+    That is the smoothing through the mean row and, in place of the rows it skipped, the mass the
+    filter dropped through `filtering.stand_in`.
     """
     p = call.problem
     if call.epsilon is None and p.label_smoothing == 0.0:
         return dhidden
     pull = -c.s * c.kappa * p.v
-    if call.epsilon is not None:
-        pull = pull + c.a * jnp.clip(1.0 - kept, 0.0, 1.0)
     center = jnp.mean(saved.head[: p.v], axis=0, dtype=jnp.float32)
-    return dhidden + pull[:, None] * center[None, :]
+    if call.epsilon is None:
+        return dhidden + pull[:, None] * center[None, :]
+    in_use = jnp.isfinite(c.lse)
+    lse = jnp.where(in_use, c.lse, 0.0)
+    log_epsilon = filtering.log_epsilon(call.epsilon, saved.live, p.v)
+    dropped = c.a * jnp.clip(1.0 - kept, 0.0, 1.0)
+    dropped = dropped * filtering.dropped_slope(p, lse, log_epsilon)
+    if saved.bias is None:
+        return dhidden + (pull + dropped)[:, None] * center[None, :]
+    count = jnp.maximum(saved.live, 1).astype(jnp.float32)
+    mean_hidden = saved.hidden.sum(0, dtype=jnp.float32) / count
+    highest = lse.sum() / count + log_epsilon
+    row = filtering.stand_in(p, saved.head, _bias(saved), mean_hidden, highest)
+    return dhidden + pull[:, None] * center[None, :] + dropped[:, None] * row[None, :]
 
 
 def _live_blocks(saved: Saved) -> Int[Array, ""]:

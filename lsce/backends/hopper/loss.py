@@ -199,7 +199,7 @@ def results(
         lse=lse,
         target_logit=target,
         mean_logit=sums.mean_logit,
-        confidence=jnp.exp(jnp.minimum(extra["top"] - lse, 0.0)),
+        confidence=extra["confidence"],
         prediction=extra["prediction"],
         correct=extra["prediction"] == labels,
         entropy=jnp.maximum(extra["entropy"], 0.0),

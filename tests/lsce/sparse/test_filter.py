@@ -1,8 +1,11 @@
-"""The default filter."""
+"""The default filter, and what stands in for dropped mass."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import case
+from hopper_on_cpu import problem
+from scipy.special import logsumexp, softmax
 
 from lsce.sparse import filter as filtering
 
@@ -19,3 +22,65 @@ def test_the_default_filter_follows_tokens_and_classes():
     assert epsilon(0, 10**6) == pytest.approx(filtering.LEAST, rel=1e-5)
     assert epsilon(10**6, 1000) == pytest.approx(filtering.MOST, rel=1e-5)
     assert filtering.log_epsilon(2.0**-9, jnp.int32(1), 7) == pytest.approx(np.log(2.0**-9))
+
+
+def pull(p: np.ndarray, slope: np.ndarray, head: np.ndarray, epsilon: float):
+    """Each token's dropped mass, and how it acts on the hidden state."""
+    lost = np.where((p > epsilon).any(0), 0.0, p)
+    return lost.sum(1), (lost * slope) @ head
+
+
+@pytest.mark.parametrize("cap", [15.0, 20.0, 30.0])
+def test_the_slope_of_dropped_mass(cap):
+    given = case((20, 64, 2048), "bfloat16", spread=5.0).inputs
+    hidden, head = (x.astype(np.float64) for x in (given.hidden, given.head))
+    z = cap * np.tanh(hidden @ head.T / cap)
+    dropped, true = pull(softmax(z, 1), 1 - (z / cap) ** 2, head, 2.0**-7)
+    p = problem(n=20, d=64, v=2048, softcap=cap)
+    lse = jnp.asarray(logsumexp(z, 1), jnp.float32)
+    slope = np.asarray(filtering.dropped_slope(p, lse, np.log(2.0**-7)))
+    assert ((slope >= 0) & (slope <= 1)).all()
+
+    def error(slope) -> float:
+        return np.linalg.norm(true - (dropped * slope)[:, None] * head.mean(0))
+
+    assert error(slope) < 0.7 * error(1.0)
+    assert filtering.dropped_slope(problem(), lse, -7.0) == 1.0
+
+
+@pytest.mark.parametrize("cap", [None, 20.0])
+def test_only_classes_that_can_have_mass_stand_in(cap):
+    """Half of them are masked, one is never dropped, and the rows of both are long."""
+    head = np.random.default_rng(0).standard_normal((2048, 64)) + 1.0
+    masked = np.arange(2048) % 2 == 1
+    bias = np.where(masked, np.resize([-1e30, -1e9, -60.0], 2048), 1.0)
+    head[masked], head[0], bias[0] = 5.0, -300.0, 60.0
+    row = filtering.stand_in(
+        problem(n=20, d=64, v=2048, softcap=cap),
+        jnp.asarray(np.pad(head, ((0, 8), (0, 0)), constant_values=99), jnp.bfloat16),
+        jnp.asarray(bias, jnp.float32),
+        jnp.zeros(64, jnp.float32),
+        jnp.float32(1.0),
+    )
+    head[0] *= cap is None  # whose slope is 0
+    expected = head[~masked].mean(0)
+    assert np.linalg.norm(np.asarray(row) - expected) < 0.01 * np.linalg.norm(expected)
+
+
+def test_a_heads_shift_and_the_biases_shift_no_stand_in():
+    """Only differences of logits say what has mass."""
+    rng = np.random.default_rng(0)
+    head = jnp.asarray(rng.standard_normal((2048, 64)), jnp.bfloat16)
+    bias, hidden = jnp.asarray(rng.standard_normal(2048), jnp.float32), jnp.ones(64)
+    p = problem(n=20, d=64, v=2048)
+    row = filtering.stand_in(p, head, bias, hidden, jnp.float32(3.0))
+    shifted = filtering.stand_in(p, head, bias - 40.0, hidden, jnp.float32(-37.0))
+    assert 0.1 < np.linalg.norm(row) < 10
+    np.testing.assert_allclose(shifted, row, atol=0.01)
+
+
+def test_without_any_slope_nothing_pulls():
+    p = problem(n=20, d=64, v=2048, softcap=1.0)
+    head, bias = jnp.ones((2048, 64), jnp.bfloat16), jnp.full(2048, 1e9, jnp.float32)
+    row = filtering.stand_in(p, head, bias, jnp.ones(64), jnp.float32(0.0))
+    np.testing.assert_array_equal(row, 0.0)

@@ -17,7 +17,7 @@ def test_column_bits_join_blocks_and_labels():
     rng = np.random.default_rng(0)
     halves = rng.random((6, 256)) < 0.02  # two marks blocks of 64 tokens a block of 128
     labels = rng.integers(-1, 250, 3 * plan.BLOCK).astype(np.int32)
-    bits = plan.column_bits(jnp.asarray(words_of(halves)), 64, jnp.int32(2), 250)
+    bits = plan.column_bits(jnp.asarray(words_of(halves)), 64, jnp.int32(2 * plan.BLOCK), 250)
     bits = np.asarray(plan.with_labels(bits, jnp.asarray(labels), jnp.array([False, True, False])))
     expected = halves.reshape(3, 2, 256).any(1)[:, :250]
     expected[2] = False  # beyond the live blocks

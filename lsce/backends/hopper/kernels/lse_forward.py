@@ -46,8 +46,8 @@ class Sums(NamedTuple):
     lse: Float[Array, " N"]
     mean_logit: Float[Array, " N"]
     extra: dict[str, Array]
-    """With statistics `top` (max z), `prediction` (its class), `entropy` and `sum_p_squared`; with
-    marks `kept`, the mass of the elements above the filter; with squares `mean_square_logit`."""
+    """With statistics the `confidence`, `prediction`, `entropy` and `sum_p_squared` of `TokenStats`;
+    with marks `kept`, the mass of what lies above the filter; with squares `mean_square_logit`."""
     marks: Int[Array, "blocks 4 words"] | None
     """`marks.unpack` says what they mean; one block is `tile_n` tokens."""
 
@@ -327,7 +327,7 @@ def forward(
     l = (total("l") * share_of).sum(0)
     extra = {}
     if stats:
-        extra["top"] = top * LN2
+        extra["confidence"] = 1.0 / l
         extra["prediction"] = jnp.take_along_axis(part["best"], jnp.argmax(m, 0)[None], 0)[0]
         w = (share_of * (total("w") + (m - top[None, :]) * total("l"))).sum(0) / l
         extra["entropy"] = jnp.log(l) - w * LN2

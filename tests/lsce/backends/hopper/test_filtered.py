@@ -1,0 +1,84 @@
+"""What the filter leaves out of the gradients, and what stands in for it, in the interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import Case, Inputs, case, ours
+from hopper_on_cpu import CANDIDATE
+
+from lsce.backends import hopper
+from lsce.sparse import plan
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled", "strict_promotion")]
+
+
+@pytest.fixture
+def active(monkeypatch) -> list[np.ndarray]:
+    """The active (column tile, block) pairs of every backward pass that runs."""
+    seen, columns = [], plan.columns
+
+    def recorded(*args):
+        found, pairs = columns(*args)
+        jax.debug.callback(lambda pairs: seen.append(np.asarray(pairs)), pairs)
+        return found, pairs
+
+    monkeypatch.setattr(plan, "columns", recorded)
+    return seen
+
+
+def peaked(n: int, v: int, **options) -> Case:
+    """Tokens of four kinds, each with its few likely classes, the likeliest of them its label."""
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((4, 64))[np.arange(n) % 4] + 0.3 * rng.standard_normal((n, 64))
+    head = rng.standard_normal((v, 64)) * 3 / 8
+    labels = (hidden @ head.T).argmax(1).astype(np.int32)
+    labels[::7] = -100
+    return Case(Inputs(hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), labels), options)
+
+
+def filtered(this: Case, epsilon: float):
+    with hopper.interpreted():
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
+        jax.effects_barrier()
+    return got
+
+
+def error(got, this: Case, name: str) -> float:
+    true = this.truth.grads[name]
+    return float(np.linalg.norm(got.grads[name].astype(np.float64) - true) / np.linalg.norm(true))
+
+
+def test_dropped_mass_pulls_along_no_masked_class(active):
+    """Half of the classes are masked and their rows long: a plain mean would be all theirs."""
+    this = peaked(120, 2048)
+    head = this.inputs.head.copy()
+    head[1::2] = 5.0
+    bias = np.zeros(2048, np.float32)
+    bias[1::2] = np.resize([-np.inf, -1e9, -40.0], 1024)
+    bias[::2] = np.random.default_rng(1).standard_normal(1024)
+    labels = np.where(this.inputs.labels % 2 == 1, this.inputs.labels - 1, this.inputs.labels)
+    inputs = this.inputs._replace(head=head, labels=labels)
+    this = Case(inputs._replace(bias=np.maximum(bias, -1e9)), {})  # as −∞, without 0 · ∞
+    got = filtered(Case(inputs._replace(bias=bias), {}), 2.0**-7)
+    assert not active[0].all()
+    assert got.stats.below_filter[labels >= 0].mean() > 0.03
+    assert error(got, this, "hidden") < 0.01
+
+
+def test_what_no_token_needs_is_not_computed(active):
+    """Nor by rows behind the last token's, of which the forward left no marks."""
+    this = peaked(40, 600)
+    got = filtered(this, 2.0**-6)
+    assert active[0].shape == (5, 2)
+    assert not active[0][:, 1].any()
+    assert 0 < active[0][:, 0].sum() < 5
+    assert error(got, this, "hidden") < 0.04
+
+
+def test_dropped_mass_pulls_as_far_as_the_cap_lets_it():
+    """Where it lies the cap's slope is 0.4: a pull of the whole mass makes an error of 0.070."""
+    this = case((20, 64, 2048), "bfloat16", spread=8.0, softcap=30.0, label_smoothing=0.2)
+    got = filtered(this, 2.0**-2)
+    assert got.stats.below_filter.mean() > 0.1
+    assert error(got, this, "hidden") < 0.04
