@@ -46,7 +46,7 @@ class Sums(NamedTuple):
     lse: Float[Array, " N"]
     mean_logit: Float[Array, " N"]
     extra: dict[str, Array]
-    """With statistics the `confidence`, `prediction`, `entropy` and `sum_p_squared` of `TokenStats`;
+    """With statistics `confidence`, `prediction`, `entropy`, `sum_p_squared`, as in `TokenStats`;
     with marks `kept`, the mass of what lies above the filter; with squares `mean_square_logit`."""
     marks: Int[Array, "blocks 4 words"] | None
     """`marks.unpack` says what they mean; one block is `tile_n` tokens."""
