@@ -1,6 +1,5 @@
 """What the README shows runs, and says the truth."""
 
-import dataclasses
 import inspect
 import pathlib
 import re
@@ -18,7 +17,8 @@ from paths import ROOT
 import lsce
 from benchmarks.inputs import cases
 from lsce import backends, calibration
-from train.config import DEFAULT_STEPS, TrainConfig
+from train.config import TrainConfig
+from train.run.options import DEFAULT_STEPS
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -98,7 +98,7 @@ def test_the_table_of_backends_is_the_registry():
 
 
 def test_every_flag_exists_with_its_default():
-    fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    fields = TrainConfig().flags()
     section = README.split("## Training")[1].split("\n## ")[0]
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", section)}
     assert flags - {"help"} <= fields.keys()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from train.run import signals
+
+    signals.stop_at_once("python -m train")  # the imports below take a second
+
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from train.config import TrainConfig
+from train.config import FLAT, TrainConfig
 from train.run import folder as run_folder
 
 
@@ -33,16 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepared = loop.prepare(config)
     except (ValueError, OSError) as error:
         return _stop(2, error)
-    except KeyboardInterrupt:
-        return _stop(128 + signal.SIGINT, "SIGINT: stopped before the first step")
     try:
         loop.train(prepared)
     except loop.Interrupted as interrupted:
         return _stop(128 + interrupted.signum, interrupted)
     except (loop.NotFiniteError, OSError) as error:
         return _stop(1, error)
-    except KeyboardInterrupt:
-        return _stop(128 + signal.SIGINT, "SIGINT")
     return 0
 
 
@@ -63,14 +63,14 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
     given = _given(sys.argv[1:] if arguments is None else arguments)
     if not given.resume or given.help or given.overwrite:
-        return read(TrainConfig(), config=(tyro.conf.FlagCreatePairsOff,))
+        return read(TrainConfig(), config=(*FLAT, tyro.conf.FlagCreatePairsOff))
     # Either takes the place of the other.
     changes: dict[str, Any] = {}
     if given.epochs and not given.steps:
         changes["steps"] = None
     if given.steps and not given.epochs:
         changes["epochs"] = None
-    return read(run_folder.load(given.out or run_folder.newest(), **changes))
+    return read(run_folder.load(given.out or run_folder.newest(), **changes), config=FLAT)
 
 
 def _given(arguments: Sequence[str]) -> argparse.Namespace:

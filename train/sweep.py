@@ -6,6 +6,11 @@ that run only; the same command again skips the runs that are done and resumes t
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from train.run import signals
+
+    signals.stop_at_once("python -m train.sweep")  # the imports below take a second
+
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -15,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,17 +31,33 @@ from typing import Annotated, Any
 
 import tyro
 
-from train.config import TrainConfig, flag
+from train.config import FLAT, FREE, TrainConfig
 from train.evaluation import comparison
+from train.flags import flag
+from train.run import files
 from train.run import folder as run_folder
-from train.run.console import Console
+from train.run.options import RunOptions
+from train.run.progress import Console
 
 TRAIN = (sys.executable, "-m", "train")
 SWEEP = "sweep.json"
 PICTURE = "sweep.png"
 
-NO_MATTER = {"out", "resume", "overwrite", "eval_every", "checkpoint_every", "keep", "log_every"}
-"""Fields that leave the weights at the end of a run as they are."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepRunOptions(RunOptions):
+    """How long each run goes on, and what the sweep leaves in which folder."""
+
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="FOLDER",
+            help="The sweep's folder.",
+            help_behavior_hint="(default: runs/sweep)",
+        ),
+    ] = Path("runs/sweep")
+    resume: Annotated[bool, tyro.conf.Suppress] = False
+    overwrite: Annotated[bool, tyro.conf.Suppress] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,16 +71,7 @@ class SweepConfig(TrainConfig):
     command again skips finished runs and goes on with unfinished ones.
     """
 
-    out: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="FOLDER",
-            help="The sweep's folder.",
-            help_behavior_hint="(default: runs/sweep)",
-        ),
-    ] = Path("runs/sweep")
-    resume: Annotated[bool, tyro.conf.Suppress] = False
-    overwrite: Annotated[bool, tyro.conf.Suppress] = False
+    run: SweepRunOptions = dataclasses.field(default_factory=SweepRunOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +92,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.out or "")
+        return Path(self.config.run.out or "")
 
     @property
     def evaluation(self) -> Path:
         """The file that the run writes last."""
-        from train.evaluation.report import EVALUATION  # loads jax, which --help need not wait for
-
-        return self.folder / EVALUATION
+        return self.folder / run_folder.EVALUATION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,18 +155,18 @@ def grid(arguments: Sequence[str]) -> list[Job]:
     for combination in itertools.product(*choices.values()):
         flags = dict(zip(choices, combination, strict=True))
         config = read([part for option in flags.values() for part in option])
-        if not config.held_out:
+        if not config.data.held_out:
             raise ValueError(
                 "--held-out 0 leaves nothing to compare: runs are scored on held-out records"
             )
-        settings = {field: getattr(config, field) for field in varied}
+        settings = {field: config.flags()[field] for field in varied}
         name = run_name(settings)
         if name in jobs:
             raise ValueError(f"the same run is asked for twice: {name}")
         flags.pop("out", None)
         jobs[name] = Job(
             settings,
-            dataclasses.replace(config, out=Path(config.out or "") / name),
+            config.replace(out=Path(config.run.out or "") / name),
             tuple(part for option in flags.values() for part in option),
         )
     return list(jobs.values())
@@ -174,9 +185,9 @@ def alternatives(arguments: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
      'steps': [('--steps', '20')]}
     """
     fields = {
-        flag(field.name): field
-        for field in dataclasses.fields(SweepConfig)
-        if field.name not in ("resume", "overwrite")
+        flag(name): (name, default)
+        for name, default in SweepConfig().flags().items()
+        if name not in ("resume", "overwrite")
     }
     values: dict[str, list[str]] = {}
     for argument in arguments:
@@ -199,13 +210,13 @@ def alternatives(arguments: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
 
     found: dict[str, list[tuple[str, ...]]] = {}
     for name, given in values.items():
-        field = fields[name]
-        if isinstance(field.default, bool):
-            found[field.name] = [switch(name, value) for value in given or ["true"]]
-        elif isinstance(field.default, tuple):
-            found[field.name] = [(name, *given)]
+        field, default = fields[name]
+        if isinstance(default, bool):
+            found[field] = [switch(name, value) for value in given or ["true"]]
+        elif isinstance(default, tuple):
+            found[field] = [(name, *given)]
         elif given:
-            found[field.name] = [(name, value) for value in given]
+            found[field] = [(name, value) for value in given]
         else:
             raise ValueError(f"{name} needs a value, or several")
     if len(found.get("out", [])) > 1:
@@ -230,14 +241,14 @@ def read(arguments: Sequence[str]) -> SweepConfig:
                 prog="python -m train.sweep",
                 args=arguments,
                 default=SweepConfig(),
-                config=(tyro.conf.FlagCreatePairsOff,),
+                config=(*FLAT, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
     lines = [line.strip(" │") for line in said.getvalue().splitlines()[1:]]
     message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
-    raise ValueError(message.removeprefix(f"Error parsing {SweepConfig.__name__}: "))
+    raise ValueError(re.sub(r"^Error parsing \w+: (?=-)", "", message))
 
 
 def check_folders(jobs: Sequence[Job]) -> None:
@@ -255,12 +266,12 @@ def check_folder(job: Job) -> None:
     """Raises ValueError if another sweep left a run of the same name with other settings."""
     if not (job.folder / run_folder.RUN_FILE).is_file():
         return
-    saved = run_folder.load(job.folder)
-    for name, before in vars(saved).items():
-        now = getattr(job.config, name)
+    wanted = job.config.flags()
+    for name, before in run_folder.load(job.folder).flags().items():
+        now = wanted[name]
         if name == "data":
             before, now = ([str(file.absolute()) for file in files] for files in (before, now))
-        if name not in NO_MATTER and before != now:
+        if name not in FREE and before != now:
             raise ValueError(
                 f"{job.folder} holds a run with {flag(name)} {before}, not {now}:"
                 " name another --out for this sweep"
@@ -279,13 +290,13 @@ def check_runs(configs: Sequence[SweepConfig]) -> None:
 
 
 def _check_runs(configs: Sequence[SweepConfig]) -> None:
-    from train.data import files
+    from train.data import files as data_files
     from train.run import loop
 
     for config in configs:
         loop.check(config)
-    for path in configs[0].data:
-        files.read(path, [] if configs[0].skip_bad_records else None)
+    for path in configs[0].data.data:
+        data_files.read(path, [] if configs[0].data.skip_bad_records else None)
 
 
 def run(job: Job) -> tuple[int, int | None]:
@@ -343,9 +354,7 @@ def save(jobs: Sequence[Job], failed: dict[str, str]) -> None:
         }
         for job in jobs
     ]
-    whole = out / f"{SWEEP}.tmp"
-    whole.write_text(json.dumps({"format": 1, "runs": runs}, indent=2) + "\n", "utf-8")
-    os.replace(whole, out / SWEEP)
+    files.write_json(out / SWEEP, {"format": 1, "runs": runs})
     if results:
         comparison.save(results, out / PICTURE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from paths import ROOT
 
 from train.__main__ import main, parse
-from train.config import TrainConfig, flag
+from train.config import TrainConfig, described
+from train.flags import flag
 from train.run import folder as run_folder
 
 
@@ -77,12 +79,12 @@ def test_every_flag_has_a_help_text_and_the_help_is_complete():
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert process.stderr == ""
     words = " ".join(process.stdout.replace("│", " ").split())
-    fields = dataclasses.fields(TrainConfig)
-    assert len(fields) > 30
-    for field in fields:
-        assert words.count(f" {flag(field.name)} ") >= 1
+    names = TrainConfig().flags()
+    assert len(names) > 30
+    for name in names:
+        assert words.count(f" {flag(name)} ") >= 1
     # Each flag's text ends by its default.
-    assert words.count("(default: ") == len(fields)
+    assert words.count("(default: ") == len(names)
     assert "None" not in words.replace("None leaves", "")
 
 
@@ -97,50 +99,51 @@ def test_flags_become_the_configuration(tmp_path):
     for file in files:
         file.touch()
     config = parse(["--softcap", "30", "--remat", "--epochs", "2", "--data", *map(str, files)])
-    assert config == TrainConfig(softcap=30.0, remat=True, epochs=2.0, data=tuple(files))
+    assert config == TrainConfig.of(softcap=30.0, remat=True, epochs=2.0, data=tuple(files))
 
 
 def test_warm_up_is_a_tenth_of_the_run_unless_given():
-    assert TrainConfig(steps=50).steps_of_warmup(50) == 5
-    assert TrainConfig(steps=5).steps_of_warmup(5) == 0
-    assert TrainConfig(epochs=1, warmup_steps=7).steps_of_warmup(7) == 7
+    assert TrainConfig.of(steps=50).optimizer.steps_of_warmup(50) == 5
+    assert TrainConfig.of(steps=5).optimizer.steps_of_warmup(5) == 0
+    assert TrainConfig.of(epochs=1, warmup_steps=7).optimizer.steps_of_warmup(7) == 7
     with pytest.raises(ValueError, match="--warmup-steps 7 is more than all 6 steps"):
-        TrainConfig(epochs=1, warmup_steps=7).steps_of_warmup(6)
+        TrainConfig.of(epochs=1, warmup_steps=7).optimizer.steps_of_warmup(6)
 
 
 def test_flags_that_change_training_are_told_from_those_that_do_not():
-    before = TrainConfig()
-    free = TrainConfig(out=Path("a"), resume=True, keep=7, log_every=3, eval_every=2)
-    assert free.changed_since(before) == []
-    assert TrainConfig(steps=7, beta1=0.5).changed_since(before) == [
-        "--steps was None and is 7",
-        "--beta1 was 0.9 and is 0.5",
-    ]
-    constant = TrainConfig(schedule="constant", warmup_steps=3)
-    assert dataclasses.replace(constant, steps=99).changed_since(constant) == []
-    assert dataclasses.replace(constant, warmup_steps=4).changed_since(constant) != []
+    before = TrainConfig.of()
+    free = TrainConfig.of(out=Path("a"), resume=True, keep=7, log_every=3, eval_every=2)
+    assert free.changed_since(before) == {}
+    changed = TrainConfig.of(steps=7, beta1=0.5).changed_since(before)
+    assert changed == {"steps": (None, 7), "beta1": (0.9, 0.5)}
+    assert described({"steps": (3, 7), "beta1": (0.9, 0.5)}) == (
+        "--steps was 3 and is 7; --beta1 was 0.9 and is 0.5"
+    )
+    constant = TrainConfig.of(schedule="constant", warmup_steps=3)
+    assert constant.replace(steps=99).changed_since(constant) == {}
+    assert constant.replace(warmup_steps=4).changed_since(constant) != {}
 
 
 def test_a_new_run_gets_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = run_folder.claim(TrainConfig(seed=3))
+    out = run_folder.claim(TrainConfig.of(seed=3))
     assert out.parent == Path("runs")
-    assert run_folder.load(out) == TrainConfig(seed=3, out=out)
+    assert run_folder.load(out) == TrainConfig.of(seed=3, out=out)
     assert run_folder.newest() == out
 
 
 def test_a_run_is_not_overwritten_unless_asked(tmp_path, capsys):
     out = tmp_path / "run"
-    run_folder.claim(TrainConfig(out=out))
-    run_folder.claim(TrainConfig(out=out, seed=1))  # only `run.json` was lost
+    run_folder.claim(TrainConfig.of(out=out))
+    run_folder.claim(TrainConfig.of(out=out, seed=1))  # only `run.json` was lost
     (out / "metrics.jsonl").write_text("{}\n")
     assert (
         f"--out {out} holds a run already: give --resume to go on with it, --overwrite to remove"
         in refused(capsys, "--out", str(out))
     )
-    assert run_folder.claim(TrainConfig(out=out, seed=2, overwrite=True)) == out
+    assert run_folder.claim(TrainConfig.of(out=out, seed=2, overwrite=True)) == out
     assert [path.name for path in out.iterdir()] == ["run.json"]
-    assert run_folder.load(out) == TrainConfig(out=out, seed=2)
+    assert run_folder.load(out) == TrainConfig.of(out=out, seed=2)
 
 
 def test_a_folder_that_is_no_run_is_never_removed(tmp_path, capsys):
@@ -155,19 +158,34 @@ def test_a_folder_that_is_no_run_is_never_removed(tmp_path, capsys):
         assert f"{tmp_path / 'file'} is a file: name a folder" in message
 
 
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path, capsys):
+    out = tmp_path / "run"
+    run_folder.claim(TrainConfig.of(out=out))
+    for name in ("notes.md", "metrics.jsonl", "eval.json.tmp", "mine/data.jsonl"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}\n")
+    data = str(out / "mine" / "data.jsonl")
+    message = refused(capsys, "--out", str(out), "--overwrite", "--data", data)
+    assert f"--data {data} lies there: move the file, or name another --out" in message
+    assert (out / "metrics.jsonl").exists()
+    run_folder.claim(TrainConfig.of(out=out, overwrite=True))
+    assert {path.name for path in out.iterdir()} == {"run.json", "notes.md", "mine"}
+    assert Path(data).read_text() == "{}\n"
+
+
 def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder.time, "strftime", lambda _: "now")
-    outs = [run_folder.claim(TrainConfig(seed=seed)) for seed in range(3)]
+    outs = [run_folder.claim(TrainConfig.of(seed=seed)) for seed in range(3)]
     assert outs == [Path("runs/now"), Path("runs/now-2"), Path("runs/now-3")]
-    assert [run_folder.load(out).seed for out in outs] == [0, 1, 2]
+    assert [run_folder.load(out).run.seed for out in outs] == [0, 1, 2]
 
 
 def test_overwriting_through_a_link_empties_the_folder_behind_it(tmp_path):
-    run_folder.claim(TrainConfig(out=tmp_path / "run"))
+    run_folder.claim(TrainConfig.of(out=tmp_path / "run"))
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    run_folder.claim(TrainConfig(out=tmp_path / "link", overwrite=True))
+    run_folder.claim(TrainConfig.of(out=tmp_path / "link", overwrite=True))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
@@ -181,7 +199,7 @@ def test_a_damaged_run_is_named(tmp_path, content):
 
 
 def test_a_run_of_another_version_is_named(tmp_path):
-    run_folder.claim(TrainConfig(out=tmp_path))
+    run_folder.claim(TrainConfig.of(out=tmp_path))
     path = tmp_path / run_folder.RUN_FILE
     path.write_text(path.read_text().replace('"seed"', '"sede"'))
     with pytest.raises(ValueError, match="of another version: it has sede"):
@@ -190,28 +208,50 @@ def test_a_run_of_another_version_is_named(tmp_path):
 
 def test_resume_takes_the_flags_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = run_folder.claim(TrainConfig(remat=True, softcap=5.0, steps=8))
+    out = run_folder.claim(TrainConfig.of(remat=True, softcap=5.0, steps=8))
     for arguments in (["--resume"], ["--resume", "--out", str(out), "--remat"]):
         resumed = parse([*arguments, "--keep", "9"])
-        assert resumed == TrainConfig(
+        assert resumed == TrainConfig.of(
             remat=True, softcap=5.0, steps=8, out=out, resume=True, keep=9
         )
+
+
+def test_what_a_run_went_on_with_stays_on_record(tmp_path):
+    first = TrainConfig.of(out=tmp_path / "run", steps=9)
+    run_folder.claim(first)
+    second = first.replace(resume=True, learning_rate=1e-4)
+    run_folder.claim(second, step=4)
+    run_folder.claim(second, step=6)  # as it was: nothing to note
+    run_folder.claim(second.replace(clip_norm=0.5, steps=12), step=7)
+    saved = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert saved["earlier"] == [
+        {"until_step": 4, "learning_rate": 3e-3},
+        {"until_step": 7, "clip_norm": 1.0, "steps": 9},
+    ]
+    loaded = run_folder.load(tmp_path / "run")
+    assert (loaded.optimizer.learning_rate, loaded.run.steps) == (1e-4, 12)
+    with pytest.raises(ValueError, match=r"--label-smoothing was 0\.1 and is 0\.2"):
+        run_folder.claim(second.replace(label_smoothing=0.2), step=8)
 
 
 def test_a_run_s_own_flags_and_not_the_defaults_are_checked_when_it_goes_on(tmp_path):
     data = tmp_path / "gone.jsonl"
     data.touch()
-    config = TrainConfig(out=tmp_path / "run", steps=300, batch_size=6, data=(data,))
+    config = TrainConfig.of(out=tmp_path / "run", steps=300, batch_size=6, data=(data,))
     run_folder.claim(config)
     moved = data.rename(tmp_path / "moved.jsonl")
     again = ["--resume", "--out", str(tmp_path / "run"), "--data", str(moved)]
     resumed = parse([*again, "--devices", "3", "--warmup-steps", "260"])
-    assert (resumed.devices, resumed.warmup_steps, resumed.data) == (3, 260, (moved,))
+    assert (resumed.step.devices, resumed.optimizer.warmup_steps, resumed.data.data) == (
+        3,
+        260,
+        (moved,),
+    )
     assert run_folder.claim(parse(again)) == tmp_path / "run"
-    assert run_folder.load(tmp_path / "run").data == (moved,)
+    assert run_folder.load(tmp_path / "run").data.data == (moved,)
     for other, expected in (("--epochs=2", (None, 2.0)), ("--steps=9", (9, None))):
         resumed = parse([*again, other])
-        assert (resumed.steps, resumed.epochs) == expected
+        assert (resumed.run.steps, resumed.run.epochs) == expected
 
 
 @pytest.mark.parametrize(
@@ -232,7 +272,7 @@ def test_on_a_gpu_a_run_says_why_its_kernels_stay_idle(dtype, said, monkeypatch,
     monkeypatch.setattr(api, "_device", lambda array: h100)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     caplog.set_level("INFO", "train")
-    loop.check_loss(TrainConfig(dtype=dtype), dataclasses.replace(PRESETS["tiny"], dtype=dtype))
+    loop.check_loss(TrainConfig.of(dtype=dtype), dataclasses.replace(PRESETS["tiny"], dtype=dtype))
     assert len(caplog.messages) == len(said)
     for message, start in zip(caplog.messages, said, strict=True):
         assert message.startswith(start)

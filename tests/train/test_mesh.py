@@ -24,22 +24,26 @@ SCRIPT = """
     data, out = map(Path, sys.argv[1:])
     assert jax.device_count() == 2
 
+    def take(state, batch, config):
+        return step.train_step(state, batch, 1e-3, config.loss, config.step)
+
     def run(count):
-        config = TrainConfig(
+        config = TrainConfig.of(
             data=(data,), devices=count, batch_size=4, accumulate=2, max_length=32, vocab_size=300,
             steps=6, held_out=0.2, label_smoothing=0.1, out=out / str(count),
         )
         ready = loop.prepare(config)
         state, losses, batch = ready.state, [], next(ready.data.train)
-        compiled = step.train_step.lower(state, batch, config).compile()
+        compiled = step.train_step.lower(state, batch, 1e-3, config.loss, config.step).compile()
         for number in range(6):
-            state, metrics = step.train_step(state, batch, config)
+            state, metrics = take(state, batch, config)
             losses.append([float(x) for x in metrics])
             if number == 2:
                 ready.checkpointer.save(3, state, ready.data.train.state())
             batch = next(ready.data.train)
         memory = compiled.memory_analysis().temp_size_in_bytes
-        return config, ready, state, losses, memory, evaluate(state.model, ready.data, config)
+        return config, ready, state, losses, memory, evaluate(
+            state.model, ready.data, loop.scoring_options(config))
 
     *_, one, memory, evaluation = run(1)
     assert len({tuple(row) for row in one}) == 6
@@ -56,7 +60,7 @@ SCRIPT = """
     again, position = ready.checkpointer.state(3, like=state), ready.checkpointer.position(3)
     ready.data.train.set_state(position)
     for number in range(3, 6):
-        again, metrics = step.train_step(again, next(ready.data.train), config)
+        again, metrics = take(again, next(ready.data.train), config)
         assert [float(x) for x in metrics] == two[number]
     for x, y in zip(jax.tree.leaves(again.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(x, y)

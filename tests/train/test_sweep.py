@@ -30,15 +30,16 @@ from train.__main__ import parse
 config = parse(sys.argv[1:])
 out = run_folder.claim(config)
 with open(out.parent / "calls.txt", "a") as calls:
-    print(out.name, "resume" if config.resume else "new", file=calls)
-if config.label_smoothing == 0.3:
+    print(out.name, "resume" if config.run.resume else "new", file=calls)
+if config.loss.label_smoothing == 0.3:
     sys.exit(3)
-if config.label_smoothing == 0.4 and not config.resume:
+if config.loss.label_smoothing == 0.4 and not config.run.resume:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     (out.parent / "ready").touch()
     signal.pause()
-scores = {"n": 100, "nll": 2.0, "accuracy": 0.5 + config.label_smoothing,
-          "ece": 0.2 - config.label_smoothing, "rms": 0.21, "brier": 0.7, "mean_confidence": 0.6}
+beta = config.loss.label_smoothing
+scores = {"n": 100, "nll": 2.0, "accuracy": 0.5 + beta, "ece": 0.2 - beta, "rms": 0.21,
+          "brier": 0.7, "mean_confidence": 0.6}
 evaluation = {"tokens": scores, "choices": {"reported": "sum", "sum": scores}}
 (out / "eval.json").write_text(json.dumps(evaluation))
 '''
@@ -117,7 +118,7 @@ def test_the_grid_is_every_combination_in_order(tmp_path):
     ]
     assert jobs[0].name == "learning_rate=0.001,softcap=off"
     assert jobs[3].folder == tmp_path / "learning_rate=0.003,softcap=30"
-    assert all(job.config.steps == 7 and job.config.label_smoothing == 0 for job in jobs)
+    assert all(job.config.run.steps == 7 and job.config.loss.label_smoothing == 0 for job in jobs)
     assert " ".join(jobs[1].arguments) == (
         "--label-smoothing 0 --steps 7 --learning-rate 1e-3 --softcap 30"
     )
@@ -128,8 +129,8 @@ def test_switches_and_files_in_a_grid(tmp_path):
     for file in files:
         file.touch()
     off, on = sweep.grid(["--remat", "false", "true", "--data", *map(str, files)])
-    assert (off.config.remat, on.config.remat) == (False, True)
-    assert off.config.data == on.config.data == tuple(files)
+    assert (off.config.model.remat, on.config.model.remat) == (False, True)
+    assert off.config.data.data == on.config.data.data == tuple(files)
     assert off.arguments == ("--data", *map(str, files))
     assert on.arguments == ("--remat", "--data", *map(str, files))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +214,13 @@ class PackedLoader:
         return next(self._iterator)
 
     def steps(self, epochs: float) -> int:
-        """How many batches it takes to see every row `epochs` times, at least 1."""
-        return max(1, round(epochs * len(self.rows) / self.batch_size))
+        """The fewest batches that hold all rows at least `epochs` times."""
+        rows = Fraction(str(epochs)) * len(self.rows)  # as it is written: 1.1 · 10 rows are 11
+        return math.ceil(rows / self.batch_size)
+
+    def epochs(self, steps: int) -> float:
+        """How many times over `steps` batches hold all the rows."""
+        return steps * self.batch_size / len(self.rows)
 
     def state(self) -> dict[str, Any]:
         return {"identity": self._identity, "iterator": self._iterator.get_state()}

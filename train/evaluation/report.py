@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
+import io
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,12 @@ from rich.table import Table
 
 from lsce.calibration import CalibrationState, reliability_diagram
 from train.evaluation.scoring import BINS, REPORTED, Evaluation, Scores, Scoring
-from train.run.console import Console
+from train.run import files
+from train.run.folder import EVALUATION, RELIABILITY
+from train.run.progress import Console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-EVALUATION = "eval.json"
-RELIABILITY = "reliability.png"
 
 ROWS = {
     "predictions": ("n", "{:,}"),
@@ -81,22 +79,20 @@ def caption(evaluation: Evaluation) -> str:
     return "\n".join(notes)
 
 
-def write(out: Path, evaluation: Evaluation, config: Any, *, step: int) -> None:
-    """Writes `reliability.png` and then, atomically, `eval.json` into the folder `out`.
+def write(out: Path, evaluation: Evaluation, flags: Mapping[str, Any], *, step: int) -> None:
+    """Writes `reliability.png` and then `eval.json` into the folder `out`, each atomically.
 
-    `config` is the run's dataclass; `step` the optimizer step of the evaluated weights. A run whose
-    folder holds `eval.json` is done.
+    `flags` are the run's, by name; `step` is the optimizer step of the evaluated weights. A run
+    whose folder holds `eval.json` is done.
     """
     out.mkdir(parents=True, exist_ok=True)
-    figure = reliability_figure(evaluation)
-    figure.savefig(out / RELIABILITY, dpi=150)
-    text = json.dumps(as_json(evaluation, config, step=step), indent=2, allow_nan=False) + "\n"
-    whole = out / (EVALUATION + ".tmp")
-    whole.write_text(text, "utf-8")
-    os.replace(whole, out / EVALUATION)
+    picture = io.BytesIO()
+    reliability_figure(evaluation).savefig(picture, format="png", dpi=150)
+    files.write(out / RELIABILITY, picture.getvalue())
+    files.write_json(out / EVALUATION, as_json(evaluation, flags, step=step))
 
 
-def as_json(evaluation: Evaluation, config: Any, *, step: int) -> dict[str, Any]:
+def as_json(evaluation: Evaluation, flags: Mapping[str, Any], *, step: int) -> dict[str, Any]:
     """The content of `eval.json`.
 
     `tokens`, `choices.sum` and `choices.per_token` hold the fields of `evaluate.Scores` and the
@@ -117,7 +113,7 @@ def as_json(evaluation: Evaluation, config: Any, *, step: int) -> dict[str, Any]
             "left_out": evaluation.left_out,
             **{scoring: scored(evaluation.choices.get(scoring)) for scoring in SCORINGS},
         },
-        "config": plain(dataclasses.asdict(config)),
+        "config": plain(dict(flags)),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("lsce", "jax", "flax", "optax", "numpy")},
@@ -135,7 +131,7 @@ def _version(name: str) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclass fields as JSON can hold them: paths as text, tuples as lists."""
+    """Flags as JSON can hold them: paths as text, tuples as lists."""
     match value:
         case dict():
             return {key: plain(entry) for key, entry in value.items()}

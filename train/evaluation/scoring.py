@@ -35,20 +35,18 @@ REPORTED: Scoring = "per_token"
 """The scoring that tables and pictures show; `eval.json` has both."""
 
 
-class EvaluationConfig(Protocol):
-    """The part of `TrainConfig` that an evaluation reads."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How held-out records are scored."""
 
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def devices(self) -> int: ...
-
-    @property
-    def max_length(self) -> int: ...
-
-    @property
-    def softcap(self) -> float | None: ...
+    batch_size: int
+    """Rows that are in memory at a time."""
+    max_length: int
+    """Tokens in a row."""
+    softcap: float | None = None
+    """As in training."""
+    devices: int = 1
+    """Devices that share the rows."""
 
 
 class EvaluationData(Protocol):
@@ -145,7 +143,7 @@ class TokenScores(NamedTuple):
     """Σ_v (p_v − [v = y])² = 1 − 2 p_y + Σ_v p_v²."""
 
 
-def evaluate(model: Decoder, data: EvaluationData, config: EvaluationConfig) -> Evaluation:
+def evaluate(model: Decoder, data: EvaluationData, how: ScoringOptions) -> Evaluation:
     """Scores the held-out tokens and the multiple-choice questions.
 
     The probability of a token is the model's own, softcap included: neither label smoothing nor
@@ -154,52 +152,50 @@ def evaluate(model: Decoder, data: EvaluationData, config: EvaluationConfig) -> 
     ("per_token", which does not favour short answers), and a softmax over the options makes it a
     probability. The token that ends an answer is not scored, as in lm-evaluation-harness.
     """
-    questions = fitting_questions(data, config.max_length)
+    questions = fitting_questions(data, how.max_length)
     choices: dict[Scoring, Scores] = {}
     if questions:
         answers = np.array([question.answer for question, _ in questions])
         examples = [example for _, options in questions for example in options]
         options = [len(options) for _, options in questions]
-        total, count = log_likelihoods(model, examples, config)
+        total, count = log_likelihoods(model, examples, how)
         choices["sum"] = choice_scores(total, options, answers)
         choices["per_token"] = choice_scores(total / count, options, answers)
     return Evaluation(
-        tokens=evaluate_tokens(model, data, config),
+        tokens=evaluate_tokens(model, data, how),
         choices=choices,
         chance=float(np.mean([1 / len(o) for _, o in questions])) if questions else None,
         left_out=len(data.questions) - len(questions),
     )
 
 
-def evaluate_tokens(
-    model: Decoder, data: EvaluationData, config: EvaluationConfig
-) -> Scores | None:
+def evaluate_tokens(model: Decoder, data: EvaluationData, how: ScoringOptions) -> Scores | None:
     """Scores the prediction of each held-out response token; None when there are none."""
     counted = data.held_out.labels != IGNORE
     if not counted.any():
         return None
-    scores = score_rows(model, data.held_out, config)
+    scores = score_rows(model, data.held_out, how)
     return Scores.of(*(field[counted] for field in scores))
 
 
-def score_rows(model: Decoder, rows: Rows, config: EvaluationConfig) -> TokenScores:
+def score_rows(model: Decoder, rows: Rows, how: ScoringOptions) -> TokenScores:
     """`TokenScores` of R rows as numpy arrays [R, T].
 
-    Batches have `config.batch_size` rows, the last one filled up with rows of padding, so that one
+    Batches have `how.batch_size` rows, the last one filled up with rows of padding, so that one
     compilation serves every evaluation of a run.
     """
     graphdef, params = nnx.split(model)
     scored = []
-    for start in range(0, len(rows), config.batch_size):
-        batch = rows[start : start + config.batch_size]
-        missing = config.batch_size - len(batch["tokens"])
+    for start in range(0, len(rows), how.batch_size):
+        batch = rows[start : start + how.batch_size]
+        missing = how.batch_size - len(batch["tokens"])
         filling = {"labels": IGNORE}
         padded = {
             name: jnp.pad(array, ((0, missing), (0, 0)), constant_values=filling.get(name, 0))
             for name, array in batch.items()
         }
-        padded = devices.split(padded, config.devices, axis=0)
-        scored.append(score_batch(graphdef, params, padded, config.softcap))
+        padded = devices.split(padded, how.devices, axis=0)
+        scored.append(score_batch(graphdef, params, padded, how.softcap))
     parts = jax.device_get(scored)
     return TokenScores(*(np.concatenate(field)[: len(rows)] for field in zip(*parts, strict=True)))
 
@@ -261,18 +257,18 @@ def without_end(example: Example) -> Example:
 
 
 def log_likelihoods(
-    model: Decoder, examples: Sequence[Example], config: EvaluationConfig
+    model: Decoder, examples: Sequence[Example], how: ScoringOptions
 ) -> tuple[Float[np.ndarray, " E"], Int[np.ndarray, " E"]]:
     """Σ log p over each example's response tokens, in nats, and the number of these tokens."""
-    rows = pack(examples, config.max_length)
+    rows = pack(examples, how.max_length)
     # Packed the same way, "tokens" that say which example they are of: the owner of each position.
     named = [
         dataclasses.replace(example, tokens=np.full_like(example.tokens, i))
         for i, example in enumerate(examples)
     ]
     counted = rows.labels != IGNORE
-    owner = pack(named, config.max_length).tokens[counted]
-    log_prob = score_rows(model, rows, config).log_prob[counted]
+    owner = pack(named, how.max_length).tokens[counted]
+    log_prob = score_rows(model, rows, how).log_prob[counted]
     count = np.bincount(owner, minlength=len(examples))
     return np.bincount(owner, log_prob, minlength=len(examples)), count
 

@@ -7,9 +7,8 @@ from typing import Any, Self
 
 import orbax.checkpoint as ocp
 
+from train.run.folder import CHECKPOINTS
 from train.run.step import TrainState
-
-FOLDER = "checkpoints"
 
 
 class Checkpointer:
@@ -21,7 +20,7 @@ class Checkpointer:
     """
 
     def __init__(self, out: Path, *, keep: int) -> None:
-        self._folder = (out / FOLDER).absolute()
+        self._folder = (out / CHECKPOINTS).absolute()
         self._manager = ocp.CheckpointManager(
             self._folder,
             # Not in the background: the next step reuses the memory of this one's state.

@@ -3,49 +3,64 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from train.config import TrainConfig
+from train.config import TOLD, TrainConfig, described
+from train.run import files
 
 RUNS = Path("runs")
+
 RUN_FILE = "run.json"
-"""The run's configuration. A folder that holds it is a run's."""
+"""The run's flags. A folder that holds it is a run's."""
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+EVALUATION = "eval.json"
+RELIABILITY = "reliability.png"
+WRITTEN = (RUN_FILE, CHECKPOINTS, METRICS, TENSORBOARD, EVALUATION, RELIABILITY)
+"""All that a run writes into its folder, and so all that --overwrite removes there."""
 
 
 def find(config: TrainConfig) -> Path:
     """The folder that `claim` would make or take; touches nothing.
 
     Raises ValueError if the folder holds something already and neither `resume` nor `overwrite`
-    allows it, if there is nothing to resume, or if the run to resume had other flags.
+    allows it, if there is nothing to resume, or if the run to resume had flags that make another
+    run.
     """
-    if config.resume:
-        out = config.out or newest()
+    if config.run.resume:
+        out = config.run.out or newest()
         changed = config.changed_since(load(out))
-        if changed:
+        refused = {name: values for name, values in changed.items() if name not in TOLD}
+        if refused:
             raise ValueError(
-                f"cannot resume {out}: {'; '.join(changed)}. Leave these flags out to go on as"
+                f"cannot resume {out}: {described(refused)}. Leave these flags out to go on as"
                 " before, or start a new run in another --out"
             )
         return out
-    out = config.out or RUNS / time.strftime("%Y-%m-%d_%H-%M-%S")
+    out = config.run.out or RUNS / time.strftime("%Y-%m-%d_%H-%M-%S")
     check_place(out)
     contents = {path.name for path in out.iterdir()} if out.is_dir() else set()
     # A run that was killed before it wrote anything else is no loss.
-    if config.out and contents - {RUN_FILE}:
+    if config.run.out and contents - {RUN_FILE}:
         if RUN_FILE not in contents:
             raise ValueError(f"--out {out} is not empty and is not a run: name another folder")
-        if not config.overwrite:
+        if not config.run.overwrite:
             raise ValueError(
                 f"--out {out} holds a run already: give --resume to go on with it, --overwrite to"
                 " remove it, or another --out"
             )
+        for file in config.data.data:
+            if file.resolve().is_relative_to(out.resolve()):
+                raise ValueError(
+                    f"--overwrite would remove the run in {out}, and --data {file} lies there:"
+                    " move the file, or name another --out"
+                )
     return out
 
 
@@ -56,24 +71,40 @@ def check_place(out: Path) -> None:
             raise ValueError(f"--out {out}: {path} is a file: name a folder")
 
 
-def claim(config: TrainConfig) -> Path:
+def claim(config: TrainConfig, *, step: int = 0) -> Path:
     """Makes the folder of a new run, in place of an old one if told so, and notes the flags there.
 
     To be called when nothing that can be known before is wrong any more: only then is an old run
-    removed, or are the flags of one that goes on replaced. Raises what `find` raises.
+    removed, or are the flags of one that goes on replaced. `step` is where that one goes on: what
+    it had until then, of flags that change its course, stays on record. Raises what `find` raises.
     """
     out = find(config)
-    if not config.resume:
-        if config.out:
+    earlier: list[dict[str, Any]] = []
+    if config.run.resume:
+        earlier = _read(out).get("earlier", [])
+        changed = config.changed_since(load(out))
+        if changed:
+            earlier.append(
+                {"until_step": step, **{name: old for name, (old, _) in changed.items()}}
+            )
+    else:
+        if config.run.out:
             out.mkdir(parents=True, exist_ok=True)
         else:
             out = _make_new(out)
-        for old in out.iterdir():
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            else:
-                old.unlink()
-    _save(config, out)
+        for name in WRITTEN:
+            for old in (out / name, out / (name + files.PART)):
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old)
+                else:
+                    old.unlink(missing_ok=True)
+    values = config.flags() | {
+        "data": [str(file.absolute()) for file in config.data.data],
+        "out": str(out),
+        "resume": False,
+        "overwrite": False,
+    }
+    files.write_json(out / RUN_FILE, values | ({"earlier": earlier} if earlier else {}))
     return out
 
 
@@ -99,31 +130,25 @@ def newest() -> Path:
 def load(out: Path, **changes: Any) -> TrainConfig:
     """The configuration of the run in `out`, but for `changes`; ValueError if there is none."""
     path = out / RUN_FILE
-    if not path.is_file():
-        raise ValueError(f"there is no run in {out}: {path} is missing")
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-        saved |= {"data": tuple(map(Path, saved["data"])), "out": out}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: it does not hold a run's flags ({error!r})") from None
-    unknown = saved.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
+    saved = _read(out)
+    saved.pop("earlier", None)
+    unknown = saved.keys() - TrainConfig().flags().keys()
     if unknown:
         raise ValueError(f"{path} is of another version: it has {', '.join(sorted(unknown))}")
     try:
-        return TrainConfig(**saved | changes)
+        return TrainConfig.of(**saved | changes)
     except TypeError as error:
         raise ValueError(
             f"{path} is damaged: a flag has a value of the wrong type ({error})"
         ) from None
 
 
-def _save(config: TrainConfig, out: Path) -> None:
-    values = dataclasses.asdict(config) | {
-        "data": [str(file.absolute()) for file in config.data],
-        "out": str(out),
-        "resume": False,
-        "overwrite": False,
-    }
-    whole = out / (RUN_FILE + ".tmp")
-    whole.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    os.replace(whole, out / RUN_FILE)
+def _read(out: Path) -> dict[str, Any]:
+    path = out / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"there is no run in {out}: {path} is missing")
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+        return saved | {"data": tuple(map(Path, saved["data"])), "out": out}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: it does not hold a run's flags ({error!r})") from None

@@ -9,7 +9,7 @@ import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,21 @@ from flax import nnx
 
 import lsce
 from train import mesh as devices
-from train.config import DEFAULT_STEPS, TrainConfig
+from train.config import TrainConfig, described
 from train.data import loader
 from train.evaluation import report
-from train.evaluation.scoring import REPORTED, Evaluation, evaluate
+from train.evaluation.scoring import REPORTED, Evaluation, ScoringOptions, evaluate
 from train.evaluation.tasks.held_out import Exam
 from train.models.config import PRESETS, ModelConfig
 from train.models.decoder import Decoder
 from train.run import folder as run_folder
 from train.run.checkpoint import Checkpointer
-from train.run.monitor import METRICS, Monitor, MonitorConfig, cut_rows_after
-from train.run.optimizer import adamw, learning_rate
+from train.run.folder import METRICS, RELIABILITY
+from train.run.metrics import Monitor, cut_rows_after
+from train.run.optimizer import Schedule, learning_rate, optimizer
+from train.run.options import DEFAULT_STEPS
 from train.run.signals import stop_requests
-from train.run.step import StepMetrics, TrainState, loss_options, train_step, train_step_autotuned
+from train.run.step import StepMetrics, TrainState, arguments, train_step, train_step_autotuned
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +51,14 @@ class Interrupted(Exception):
 class NotFiniteError(ArithmeticError):
     """The loss, a gradient or a weight became NaN or infinite."""
 
-    def __init__(self, step: int, metrics: StepMetrics, saved: int | None) -> None:
+    def __init__(self, step: int, metrics: StepMetrics, saved: int | None, out: Path) -> None:
         kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due yet"
         super().__init__(
             f"step {step}: loss {metrics.loss:.4g}, gradient norm {metrics.grad_norm:.4g}: NaN or"
-            f" infinity in the loss, the gradient or the updated weights; {kept}. A lower"
-            " --learning-rate, more --warmup-steps or a --clip-norm may help"
+            f" infinity in the loss, the gradient or the updated weights; {kept}. To go on from"
+            f" {f'step {saved}' if saved else 'the beginning'}, give --resume --out"
+            f" {shlex.quote(str(out))} with a lower --learning-rate, more --warmup-steps or a lower"
+            " --clip-norm: without a change the same would come again"
         )
 
 
@@ -66,7 +70,7 @@ class Run:
     out: Path
     data: loader.Data
     exam: Exam
-    rate: optax.Schedule
+    rate: Schedule
     checkpointer: Checkpointer
     state: TrainState
     """At the start. The first step reuses its memory."""
@@ -88,37 +92,33 @@ def prepare(config: TrainConfig) -> Run:
     """
     shape = check(config)
     run_folder.find(config)
-    for path in config.data if config.resume else ():
+    for path in config.data.data if config.run.resume else ():
         if not path.exists():
             raise ValueError(f"the run's data {path} is gone: say with --data where it is now")
     data = loader.build(
-        data=config.data,
-        held_out=config.held_out,
-        max_length=config.max_length,
-        batch_size=config.batch_size * config.accumulate,
-        vocab_size=config.vocab_size,
-        seed=config.seed,
-        skip_bad_records=config.skip_bad_records,
+        data=config.data.data,
+        held_out=config.data.held_out,
+        max_length=config.data.max_length,
+        batch_size=config.step.rows,
+        vocab_size=config.data.vocab_size,
+        seed=config.run.seed,
+        skip_bad_records=config.data.skip_bad_records,
     )
     logger.info("data: %s", data.counts)
     shape = dataclasses.replace(shape, vocab_size=data.tokenizer.vocab_size)
-    total_steps = (
-        data.train.steps(config.epochs) if config.epochs else config.steps or DEFAULT_STEPS
-    )
+    if config.run.epochs is None:
+        total_steps = config.run.steps or DEFAULT_STEPS
+    else:
+        total_steps = data.train.steps(config.run.epochs)
     if total_steps >= 2**31:
         raise ValueError(f"{total_steps:,} steps are more than the optimizer can count (2**31 - 1)")
-    rate = learning_rate(
-        config.learning_rate,
-        schedule=config.schedule,
-        warmup_steps=config.steps_of_warmup(total_steps),
-        total_steps=total_steps,
-    )
-    create = state_maker(config, shape, rate)
+    rate = learning_rate(config.optimizer, total_steps)
+    create = state_maker(shape, optimizer(config.optimizer), config.step.devices)
 
     first_step, state = 0, None
-    if config.resume:
+    if config.run.resume:
         out = run_folder.find(config)
-        with Checkpointer(out, keep=config.keep) as old:
+        with Checkpointer(out, keep=config.run.keep) as old:
             first_step = old.latest_step() or 0
             if first_step > total_steps:
                 raise ValueError(
@@ -126,21 +126,30 @@ def prepare(config: TrainConfig) -> Run:
                 )
             if first_step:
                 data.train.set_state(old.position(first_step))
-                state = old.state(first_step, like=jax.eval_shape(create, config.seed))
+                state = old.state(first_step, like=jax.eval_shape(create, config.run.seed))
+        changed = config.changed_since(run_folder.load(out))
+        if changed:
+            logger.warning(
+                "resumed with other flags, so not to the end that an uninterrupted run would have:"
+                " %s (noted in %s)",
+                described(changed),
+                run_folder.RUN_FILE,
+            )
         cut_rows_after(out / METRICS, first_step)
     if state is None:
-        state = create(config.seed)
-    out = run_folder.claim(config)
-    config = dataclasses.replace(config, out=out)
-    checkpointer = Checkpointer(out, keep=config.keep)
+        state = create(config.run.seed)
+    out = run_folder.claim(config, step=first_step)
+    config = config.replace(out=out)
+    checkpointer = Checkpointer(out, keep=config.run.keep)
     logger.info("run: %s", out)
     size = sum(weight.size for weight in jax.tree.leaves(state.params))
-    logger.info("model: %s, %s parameters", config.model, f"{size:,}")
+    logger.info("model: %s, %s parameters", config.model.model, f"{size:,}")
     if first_step < total_steps:
-        logger.info("steps: %d to %d", first_step + 1, total_steps)
+        epochs = f"{data.train.epochs(total_steps):.4g}"
+        logger.info("steps: %d to %d (%s epochs)", first_step + 1, total_steps, epochs)
     else:
         logger.info("steps: all %d are done", total_steps)
-    exam = Exam.of(data, config.seed)
+    exam = Exam.of(data, config.run.seed)
     return Run(config, out, data, exam, rate, checkpointer, state, first_step, total_steps)
 
 
@@ -150,14 +159,14 @@ def check(config: TrainConfig) -> ModelConfig:
     Raises ValueError otherwise.
     """
     shape = dataclasses.replace(
-        PRESETS[config.model],
-        vocab_size=config.vocab_size,
-        dropout=config.dropout,
-        dtype=config.dtype,
-        remat=config.remat,
+        PRESETS[config.model.model],
+        vocab_size=config.data.vocab_size,
+        dropout=config.model.dropout,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
     )
     check_loss(config, shape)
-    devices.check(config.devices)
+    devices.check(config.step.devices)
     return shape
 
 
@@ -169,26 +178,30 @@ def train(run: Run) -> Evaluation:
       NotFiniteError: at a NaN or an infinity, which is in no checkpoint.
     """
     config, data, state = run.config, run.data, run.state
-    take_step = train_step_autotuned if config.autotune else train_step
-    monitor = Monitor(cast(MonitorConfig, config), run.total_steps, start_step=run.first_step)
+    take_step = train_step_autotuned if config.step.autotune else train_step
+    monitor = Monitor(
+        run.out, run.total_steps, start_step=run.first_step, log_every=config.run.log_every
+    )
+    scoring = scoring_options(config)
 
     def evaluate_during(step: int) -> None:
-        due = config.eval_every and step and step % config.eval_every == 0
+        due = config.run.eval_every and step and step % config.run.eval_every == 0
         if due and step != run.total_steps and step not in monitor.evaluated:
             with monitor.paused(), stop.at_once():
-                monitor.evaluation(step, headline(evaluate(state.model, run.exam, config)))
+                monitor.evaluation(step, headline(evaluate(state.model, run.exam, scoring)))
 
     with stop_requests() as stop, monitor, run.checkpointer:
         evaluate_during(run.first_step)  # where a signal cut it off
         for step in range(run.first_step + 1, run.total_steps + 1):
-            state, metrics = take_step(state, next(data.train), config)
+            rate = run.rate(step - 1)
+            state, metrics = take_step(state, next(data.train), rate, config.loss, config.step)
             metrics = jax.device_get(metrics)
             if not metrics.finite:
-                raise NotFiniteError(step, metrics, run.checkpointer.latest_step())
-            monitor.step(step, as_row(metrics, run.rate(step - 1)))
+                raise NotFiniteError(step, metrics, run.checkpointer.latest_step(), run.out)
+            monitor.step(step, as_row(metrics, rate))
 
             evaluate_during(step)
-            if stop.signum or step % config.checkpoint_every == 0 or step == run.total_steps:
+            if stop.signum or step % config.run.checkpoint_every == 0 or step == run.total_steps:
                 with monitor.paused():
                     run.checkpointer.save(step, state, data.train.state())
             if stop.signum:
@@ -196,29 +209,23 @@ def train(run: Run) -> Evaluation:
 
         monitor.say("evaluating")
         with stop.at_once():
-            evaluation = evaluate(state.model, run.exam, config)
+            evaluation = evaluate(state.model, run.exam, scoring)
             monitor.evaluation(run.total_steps, headline(evaluation))
-            report.write(run.out, evaluation, config, step=run.total_steps)
+            report.write(run.out, evaluation, config.flags(), step=run.total_steps)
         if stop.signum:
             raise Interrupted(stop.signum, run.total_steps, run.out)
     report.print_table(evaluation)
-    logger.info("report: %s", run.out / report.RELIABILITY)
+    logger.info("report: %s", run.out / RELIABILITY)
     return evaluation
 
 
+@functools.cache
 def state_maker(
-    config: TrainConfig, shape: ModelConfig, rate: optax.Schedule
+    shape: ModelConfig, optimizer: optax.GradientTransformation, devices_count: int
 ) -> Callable[[int], TrainState]:
     """The compiled function that makes a new run's state from its seed."""
-    optimizer = adamw(
-        rate,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
 
-    @functools.partial(jax.jit, out_shardings=devices.whole(config.devices))
+    @functools.partial(jax.jit, out_shardings=devices.whole(devices_count))
     def create(seed: int) -> TrainState:
         weights, dropout = jax.random.split(jax.random.key(seed))
         return TrainState.create(Decoder(shape, rngs=nnx.Rngs(params=weights)), optimizer, dropout)
@@ -226,14 +233,24 @@ def state_maker(
     return create
 
 
+def scoring_options(config: TrainConfig) -> ScoringOptions:
+    """How a run's evaluations score: with training's rows, devices and softcap."""
+    return ScoringOptions(
+        batch_size=config.step.batch_size,
+        max_length=config.data.max_length,
+        softcap=config.loss.softcap,
+        devices=config.step.devices,
+    )
+
+
 def check_loss(config: TrainConfig, shape: ModelConfig) -> None:
     """Raises ValueError if `lsce` cannot take the loss that training will ask for."""
-    tokens = (config.batch_size, config.max_length)
+    tokens = (config.step.batch_size, config.data.max_length)
     choice = lsce.explain(
         jax.ShapeDtypeStruct((*tokens, shape.hidden_size), shape.dtype),
         jax.ShapeDtypeStruct((shape.vocab_size, shape.hidden_size), shape.dtype),
         jax.ShapeDtypeStruct(tokens, jnp.int32),
-        **loss_options(config),
+        **arguments(config.loss),
     )
     logger.info("loss: %s", choice.implementation)
     reason = choice.reasons["hopper"]
@@ -242,7 +259,7 @@ def check_loss(config: TrainConfig, shape: ModelConfig) -> None:
         logger.info("      hopper %s", reason)
 
 
-def as_row(metrics: StepMetrics, rate: jax.typing.ArrayLike) -> dict[str, Any]:
+def as_row(metrics: StepMetrics, rate: float) -> dict[str, Any]:
     row = metrics._asdict() | {"learning_rate": rate}
     del row["finite"]
     return row

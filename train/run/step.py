@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 import lsce
 from lsce.calibration import CalibrationState
 from train import mesh as devices
-from train.config import TrainConfig
 from train.data.packing import IGNORE
 from train.models.decoder import Decoder
+from train.run.options import LossOptions, StepOptions
 
 Batch = Mapping[str, Int[Array, "B T"]]
 
@@ -37,6 +37,7 @@ class TrainState:
     """Of dropout. It never changes: a step's masks come from the key and the step's number."""
     graphdef: nnx.GraphDef[Decoder] = dataclasses.field(metadata={"static": True})
     optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
+    """Its updates are multiplied by the learning rate and taken from the weights."""
 
     @classmethod
     def create(
@@ -90,45 +91,49 @@ class StepMetrics(NamedTuple):
     """Whether the loss, the gradient and the updated weights hold no NaN and no infinity."""
 
 
-def loss_options(config: TrainConfig) -> dict[str, Any]:
-    """The options of every call of the loss in training."""
+def arguments(loss: LossOptions) -> dict[str, Any]:
+    """What every call of `lsce` in training is told."""
     return {
         "ignore_index": IGNORE,
-        "label_smoothing": config.label_smoothing,
-        "z_loss": config.z_loss,
-        "softcap": config.softcap,
-        "reduction": "sum",  # what `config.reduction` says is done once a step, in `train_step`
+        "label_smoothing": loss.label_smoothing,
+        "z_loss": loss.z_loss,
+        "softcap": loss.softcap,
+        "reduction": "sum",  # what `loss.reduction` says is done once a step, in `train_step`
         "return_stats": True,
-        "implementation": config.implementation,
+        "implementation": loss.implementation,
     }
 
 
 def loss_sum(
-    model: Decoder, batch: Batch, config: TrainConfig, dropout_key: PRNGKeyArray | None
+    model: Decoder, batch: Batch, loss: LossOptions, dropout_key: PRNGKeyArray | None
 ) -> LossSum:
     """The loss of a batch of rows. The one place where training calls `lsce`."""
     hidden = model(batch["tokens"], batch["segments"], batch["positions"], dropout_key=dropout_key)
-    total, stats = lsce.linear_cross_entropy(
-        hidden, model.head, batch["labels"], **loss_options(config)
-    )
+    total, stats = lsce.linear_cross_entropy(hidden, model.head, batch["labels"], **arguments(loss))
     labelled = batch["labels"] != IGNORE
     calibration = CalibrationState.create().update(stats.confidence, stats.correct, labelled)
     return LossSum(total, jnp.sum(labelled, dtype=jnp.int32), calibration)
 
 
-def _step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[TrainState, StepMetrics]:
-    """One update from a batch of `accumulate` · B rows, B at a time in memory.
+def _step(
+    state: TrainState,
+    batch: Batch,
+    rate: jax.typing.ArrayLike,
+    loss: LossOptions,
+    how: StepOptions,
+) -> tuple[TrainState, StepMetrics]:
+    """One update, at learning rate `rate`, from a batch of `accumulate` · B rows, B in memory.
 
     Gradients of Σ L are added up over the microbatches and divided once: by the number of labelled
     tokens for reduction="mean" (no gradient when there are none), by 1 for "sum". So the update is
     that of one large batch, however unevenly the labels fall.
     """
-    micro = jax.tree.map(lambda rows: rows.reshape(config.accumulate, -1, *rows.shape[1:]), batch)
-    micro = devices.split(micro, config.devices, axis=1)
-    keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.accumulate)
+    micro = jax.tree.map(lambda rows: rows.reshape(how.accumulate, -1, *rows.shape[1:]), batch)
+    micro = devices.split(micro, how.devices, axis=1)
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), how.accumulate)
 
     def objective(params: nnx.State, batch: Batch, key: PRNGKeyArray):
-        sums = loss_sum(nnx.merge(state.graphdef, params), batch, config, key)
+        sums = loss_sum(nnx.merge(state.graphdef, params), batch, loss, key)
         return sums.total, sums
 
     def add(carry: tuple[nnx.State, LossSum], inputs: tuple[Batch, PRNGKeyArray]):
@@ -140,20 +145,20 @@ def _step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[TrainSt
     (gradient, sums), _ = jax.lax.scan(add, zero, (micro, keys))
 
     count = jnp.maximum(sums.count, 1).astype(jnp.float32)
-    if config.reduction == "mean":
+    if loss.reduction == "mean":
         gradient = jax.tree.map(lambda g: g / count, gradient)
     updates, opt_state = state.optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(lambda weight, update: weight - rate * update, state.params, updates)
 
-    loss, grad_norm = sums.total / count, optax.tree.norm(gradient)
+    mean, grad_norm = sums.total / count, optax.tree.norm(gradient)
     seen = sums.calibration.compute()
     metrics = StepMetrics(
-        loss=loss,
+        loss=mean,
         grad_norm=grad_norm,
         tokens=sums.count,
         token_accuracy=seen.accuracy,
         token_ece=seen.ece,
-        finite=jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(params),
+        finite=jnp.isfinite(mean) & jnp.isfinite(grad_norm) & _all_finite(params),
     )
     return (
         dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state),
@@ -161,7 +166,7 @@ def _step(state: TrainState, batch: Batch, config: TrainConfig) -> tuple[TrainSt
     )
 
 
-_compiled = functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+_compiled = functools.partial(jax.jit, static_argnames=("loss", "how"), donate_argnames="state")
 train_step = _compiled(_step, compiler_options=devices.REPEATABLE)
 train_step_autotuned = _compiled(_step)
 """The same without that promise: its processes and its runs differ in their last bits on a GPU."""

@@ -101,7 +101,9 @@ def test_a_position_in_other_data_is_refused(other):
 
 def test_steps_of_some_epochs():
     batches = PackedLoader(rows_of(13), 4)
-    assert [batches.steps(epochs) for epochs in (0.1, 1, 2, 8)] == [1, 3, 6, 26]
+    assert [batches.steps(epochs) for epochs in (0.1, 1, 2, 8)] == [1, 4, 7, 26]
+    assert PackedLoader(rows_of(10), 1).steps(1.1) == 11  # 1.1 · 10 is more in binary
+    assert [PackedLoader(rows_of(3), 64).epochs(steps) for steps in (1, 3)] == [64 / 3, 64]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from importlib.metadata import PackageNotFoundError
@@ -16,12 +15,7 @@ from rich.console import Console
 from train.evaluation import report
 from train.evaluation.scoring import BINS, REPORTED, Evaluation, Scores
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    out: Path = Path("runs/one")
-    data: tuple[Path, ...] = (Path("a.jsonl"),)
-    label_smoothing: float = 0.1
+FLAGS = {"out": Path("runs/one"), "data": (Path("a.jsonl"),), "label_smoothing": 0.1}
 
 
 def scores(n: int, seed: int) -> Scores:
@@ -61,7 +55,7 @@ def test_a_table_of_nothing_says_so():
 
 
 def test_eval_json_keeps_its_keys():
-    found = report.as_json(EVALUATION, Config(), step=300)
+    found = report.as_json(EVALUATION, FLAGS, step=300)
     assert list(found) == ["format", "step", "tokens", "choices", "config", "versions", "device"]
     assert list(found["choices"]) == ["reported", "chance", "left_out", "per_token", "sum"]
     assert list(found["tokens"]) == [
@@ -82,12 +76,12 @@ def test_what_is_not_installed_has_no_version(monkeypatch):
         return "1.0"
 
     monkeypatch.setattr(report, "version", absent)
-    versions = report.as_json(NOTHING, Config(), step=3)["versions"]
+    versions = report.as_json(NOTHING, FLAGS, step=3)["versions"]
     assert (versions["lsce"], versions["jax"]) == (None, "1.0")
 
 
 def test_ece_and_accuracy_can_be_had_from_the_bins():
-    found = report.as_json(EVALUATION, Config(), step=300)["tokens"]
+    found = report.as_json(EVALUATION, FLAGS, step=300)["tokens"]
     bins = found["bins"]
     assert len(bins) == BINS
     assert sum(b["count"] for b in bins) == found["n"] == 900
@@ -104,7 +98,7 @@ def test_ece_and_accuracy_can_be_had_from_the_bins():
 @pytest.mark.parametrize(("evaluation", "panels"), [(EVALUATION, 2), (NOTHING, 1)])
 def test_the_folder_has_the_picture_and_the_numbers(tmp_path, evaluation, panels):
     out = tmp_path / "run"
-    report.write(out, evaluation, Config(), step=7)
+    report.write(out, evaluation, FLAGS, step=7)
     assert {path.name for path in out.iterdir()} == {"eval.json", "reliability.png"}
     found = json.loads((out / "eval.json").read_text())
     assert found["step"] == 7
@@ -122,7 +116,7 @@ def test_the_picture_comes_before_the_numbers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "reliability_figure", crash)
     with pytest.raises(RuntimeError, match="no picture"):
-        report.write(tmp_path, EVALUATION, Config(), step=7)
+        report.write(tmp_path, EVALUATION, FLAGS, step=7)
     assert list(tmp_path.iterdir()) == []
 
 

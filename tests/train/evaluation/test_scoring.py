@@ -15,7 +15,14 @@ from lsce import calibration
 from train.data.encode import encode_records
 from train.data.packing import IGNORE, Rows, pack
 from train.data.records import Message, Record
-from train.evaluation.scoring import Scores, choice_scores, evaluate, evaluate_tokens, score_batch
+from train.evaluation.scoring import (
+    Scores,
+    ScoringOptions,
+    choice_scores,
+    evaluate,
+    evaluate_tokens,
+    score_batch,
+)
 from train.evaluation.tasks.held_out import Question
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder
@@ -25,12 +32,8 @@ from train.text.bpe import train
 LENGTH = 48
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    batch_size: int = 4
-    max_length: int = LENGTH
-    softcap: float | None = None
-    devices: int = 1
+def how(**changes) -> ScoringOptions:
+    return ScoringOptions(**{"batch_size": 4, "max_length": LENGTH} | changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,7 @@ def log_softmax(model: Decoder, rows: Rows, softcap: float | None = None) -> np.
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_token_scores_are_those_of_all_the_logits(model, data, softcap):
-    scores = evaluate_tokens(model, data, Config(softcap=softcap))
+    scores = evaluate_tokens(model, data, how(softcap=softcap))
     assert scores is not None
     counted = data.held_out.labels != IGNORE
     log_p = log_softmax(model, data.held_out, softcap)[counted]
@@ -116,7 +119,7 @@ def test_token_scores_are_those_of_all_the_logits(model, data, softcap):
 
 
 def test_the_softcap_is_part_of_the_model(model, data):
-    plain, capped = (evaluate_tokens(model, data, Config(softcap=cap)) for cap in (None, 2.0))
+    plain, capped = (evaluate_tokens(model, data, how(softcap=cap)) for cap in (None, 2.0))
     assert plain is not None
     assert capped is not None
     assert capped.mean_confidence < 0.9 * plain.mean_confidence
@@ -124,7 +127,7 @@ def test_the_softcap_is_part_of_the_model(model, data):
 
 def test_batches_and_their_padding_leave_no_trace(model, data):
     assert len(data.held_out) % 4
-    few, one = (evaluate_tokens(model, data, Config(batch_size=size)) for size in (4, 1))
+    few, one = (evaluate_tokens(model, data, how(batch_size=size)) for size in (4, 1))
     assert few is not None
     assert one is not None
     assert few.n == one.n
@@ -155,7 +158,7 @@ def one_option_a_row(model: Decoder, data: Data) -> tuple[np.ndarray, np.ndarray
 
 
 def test_options_are_scored_as_if_each_were_alone(model, data):
-    evaluation = evaluate(model, data, Config())
+    evaluation = evaluate(model, data, how())
     total, count = one_option_a_row(model, data)
     for scoring, score in (("sum", total), ("per_token", total / count)):
         p = np.exp(score - np.logaddexp.reduce(score, axis=1, keepdims=True))
@@ -184,18 +187,18 @@ def test_choice_scores_are_a_softmax_over_the_options_there_are():
 
 def test_questions_with_an_option_too_long_are_left_out(model, data):
     long = dataclasses.replace(QUESTIONS[0], options=("short", "very " * LENGTH, "a", "b"))
-    found = evaluate(model, dataclasses.replace(data, questions=[long, *QUESTIONS]), Config())
+    found = evaluate(model, dataclasses.replace(data, questions=[long, *QUESTIONS]), how())
     assert found.left_out == 1
     np.testing.assert_allclose(
         found.choices["sum"].confidence,
-        evaluate(model, data, Config()).choices["sum"].confidence,
+        evaluate(model, data, how()).choices["sum"].confidence,
         rtol=1e-5,
     )
 
 
 def test_nothing_held_out_is_no_error(model, data):
     empty = evaluate(
-        model, dataclasses.replace(data, held_out=pack([], LENGTH), questions=[]), Config()
+        model, dataclasses.replace(data, held_out=pack([], LENGTH), questions=[]), how()
     )
     assert empty.tokens is None
     assert empty.choices == {}
@@ -212,7 +215,7 @@ def test_one_compilation_serves_a_run(model, data):
 
     counted = Counted(model.config, rngs=nnx.Rngs(params=1))
     for _ in range(2):
-        evaluate(counted, data, Config(batch_size=3))
+        evaluate(counted, data, how(batch_size=3))
     assert traces == [(3, LENGTH)]
 
 

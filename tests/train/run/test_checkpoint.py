@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 from paths import ROOT
 
-from train.run.checkpoint import FOLDER, Checkpointer
+from train.run.checkpoint import Checkpointer
+from train.run.folder import CHECKPOINTS
 from train.run.optimizer import adamw
 from train.run.step import TrainState
 
-OPTIMIZER = adamw(lambda _: 0.1, beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0)
+OPTIMIZER = adamw(beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0)
 POSITION = {"identity": "0af3", "iterator": {"next_index": 12}}
 
 
@@ -61,7 +62,7 @@ def test_the_newest_are_kept(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for step in (1, 2, 10):
             checkpointer.save(step, create(step), POSITION)
-    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"2", "10"}
+    assert {path.name for path in (tmp_path / CHECKPOINTS).iterdir()} == {"2", "10"}
 
 
 @pytest.mark.parametrize("damage", ["state", "position"])
@@ -69,7 +70,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, damage):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, create(step), POSITION)
-    folder = tmp_path / FOLDER / "2" / damage
+    folder = tmp_path / CHECKPOINTS / "2" / damage
     for file in [path for path in folder.rglob("*") if path.is_file()]:
         file.write_bytes(b"")
     like = jax.eval_shape(create, 0)
@@ -132,7 +133,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, event):
         str(ROOT / "tests"),
     ]
     assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
-    assert len(list((tmp_path / FOLDER).glob("2.*"))) == 1
+    assert len(list((tmp_path / CHECKPOINTS).glob("2.*"))) == 1
 
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         assert checkpointer.latest_step() == 1
@@ -142,4 +143,4 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, event):
         for one, other in zip(bits(restored), bits(create(1)), strict=True):
             np.testing.assert_array_equal(one, other)
         checkpointer.save(2, create(2), POSITION)
-    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"2"}
+    assert {path.name for path in (tmp_path / CHECKPOINTS).iterdir()} == {"2"}

@@ -13,15 +13,16 @@ import dataclasses, hashlib, sys
 import jax, numpy as np, optax
 from flax import nnx
 
-from train.config import TrainConfig
 from train.models.decoder import Decoder
 from train.data.packing import IGNORE
 from train.models.config import PRESETS
+from train.run.options import LossOptions, StepOptions
 from train.run.step import TrainState, train_step
 
 ROWS, LENGTH = 16, 256
 shape = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16", dropout=0.1)
-state = TrainState.create(Decoder(shape, rngs=nnx.Rngs(0)), optax.adamw(1e-3), jax.random.key(0))
+model = Decoder(shape, rngs=nnx.Rngs(0))
+state = TrainState.create(model, optax.scale_by_adam(), jax.random.key(0))
 random = np.random.default_rng(0)
 tokens = random.integers(0, 50, (ROWS, LENGTH), dtype=np.int32)  # so that gradients meet in rows
 batch = {
@@ -30,9 +31,9 @@ batch = {
     "segments": np.ones((ROWS, LENGTH), np.int32),
     "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
 }
-config = TrainConfig(dtype="bfloat16", batch_size=ROWS, implementation=sys.argv[1])
+loss, how = LossOptions(implementation=sys.argv[1]), StepOptions(batch_size=ROWS)
 for _ in range(5):
-    state, metrics = train_step(state, batch, config)
+    state, metrics = train_step(state, batch, 1e-3, loss, how)
 weights = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params))
 print(float(metrics.loss), hashlib.sha256(weights).hexdigest())
 """

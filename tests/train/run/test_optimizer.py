@@ -11,6 +11,7 @@ from flax import nnx
 from train.models.config import PRESETS
 from train.models.decoder import Decoder
 from train.run.optimizer import adamw, learning_rate
+from train.run.options import OptimizerOptions
 
 EXPECTED = {
     # Updates 1 to 6 of 6, of which 2 warm up: then a fifth of the way down at each.
@@ -22,7 +23,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("schedule", EXPECTED)
 def test_the_rate_warms_up_and_decays(schedule):
-    rate = learning_rate(3e-4, schedule=schedule, warmup_steps=2, total_steps=6)
+    rate = learning_rate(OptimizerOptions(learning_rate=3e-4, schedule=schedule, warmup_steps=2), 6)
     rates = np.array([rate(count) for count in range(6)])
     np.testing.assert_allclose(rates, 3e-4 * np.array(EXPECTED[schedule]), rtol=1e-6)
 
@@ -30,7 +31,10 @@ def test_the_rate_warms_up_and_decays(schedule):
 @pytest.mark.parametrize("schedule", EXPECTED)
 @pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 1), (1, 1), (0, 5), (5, 5)])
 def test_every_update_of_a_short_run_has_a_rate(schedule, warmup_steps, total_steps):
-    rate = learning_rate(1.0, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps)
+    rate = learning_rate(
+        OptimizerOptions(learning_rate=1.0, schedule=schedule, warmup_steps=warmup_steps),
+        total_steps,
+    )
     rates = np.array([rate(count) for count in range(total_steps)])
     assert (rates > 0).all()
     assert rates.max() == 1
@@ -38,9 +42,9 @@ def test_every_update_of_a_short_run_has_a_rate(schedule, warmup_steps, total_st
 
 def one_update(gradient, params, **changes):
     options = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.0, "clip_norm": None} | changes
-    optimizer = adamw(lambda count: 0.1, **options)
+    optimizer = adamw(**options)
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-    return updates
+    return jax.tree.map(lambda update: -0.1 * update, updates)
 
 
 def test_weight_decay_is_decoupled_and_spares_the_norms():

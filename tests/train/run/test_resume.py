@@ -5,7 +5,6 @@ The kills are real signals: a run in a process of its own sends them to itself a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from train.__main__ import main
 from train.config import TrainConfig
 from train.run import folder as run_folder
 from train.run import loop
-from train.run.checkpoint import FOLDER
+from train.run.folder import CHECKPOINTS
 
 STEPS, EVERY = 20, 5
 pytestmark = pytest.mark.slow
@@ -99,12 +98,12 @@ def rows(out: Path) -> list[dict[str, float]]:
 
 
 def saved_steps(out: Path) -> list[int]:
-    return sorted(int(path.name) for path in (out / FOLDER).iterdir())
+    return sorted(int(path.name) for path in (out / CHECKPOINTS).iterdir())
 
 
 def final_state(out: Path) -> list[np.ndarray]:
     config = run_folder.load(out)
-    run = loop.prepare(dataclasses.replace(config, resume=True))
+    run = loop.prepare(config.replace(resume=True))
     assert run.first_step == run.total_steps
     run.checkpointer.__exit__()
     return [np.asarray(leaf) for leaf in jax.tree.leaves((run.state.params, run.state.opt_state))]
@@ -172,28 +171,29 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, uninter
 
 
 def test_ten_steps_and_ten_more_are_twenty(tmp_path, records):
-    config = TrainConfig(
+    config = TrainConfig.of(
         data=(records,), model="nano", vocab_size=300, max_length=32, batch_size=2,
         steps=20, schedule="constant", warmup_steps=4, held_out=0,
     )  # fmt: skip
     once, twice = tmp_path / "once", tmp_path / "twice"
-    loop.run(dataclasses.replace(config, out=once))
-    loop.run(dataclasses.replace(config, out=twice, steps=10))
+    loop.run(config.replace(out=once))
+    loop.run(config.replace(out=twice, steps=10))
     assert len(rows(twice)) == 10
-    loop.run(dataclasses.replace(config, out=twice, resume=True))
+    loop.run(config.replace(out=twice, resume=True))
     assert_same_run(twice, once)
     with pytest.raises(ValueError, match="at step 20 already, past all 10 steps"):
-        loop.run(dataclasses.replace(config, out=twice, steps=10, resume=True))
+        loop.run(config.replace(out=twice, steps=10, resume=True))
 
 
 def test_resuming_with_other_flags_is_refused_and_names_them(uninterrupted, records, capsys):
-    before = sorted((uninterrupted / FOLDER).rglob("*"))
-    other = ["--label-smoothing", "0.3", "--seed", "7", "--keep", "9"]
+    before = sorted((uninterrupted / CHECKPOINTS).rglob("*"))
+    other = ["--label-smoothing", "0.3", "--seed", "7", "--keep", "9", "--learning-rate", "1"]
     assert main([*flags(uninterrupted, records), "--resume", *other]) == 2
     message = capsys.readouterr().err
     assert "--label-smoothing was 0.1 and is 0.3; --seed was 0 and is 7" in message
     assert "--keep" not in message
-    assert sorted((uninterrupted / FOLDER).rglob("*")) == before
+    assert "--learning-rate" not in message
+    assert sorted((uninterrupted / CHECKPOINTS).rglob("*")) == before
 
 
 def test_resuming_on_other_data_is_refused(tmp_path, uninterrupted, records, capsys):
@@ -231,11 +231,11 @@ def test_a_run_that_cannot_start_changes_no_run_before_it(tmp_path, uninterrupte
 
 def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tmp_path, records):
     out = tmp_path / "run"
-    config = TrainConfig(
+    config = TrainConfig.of(
         data=(records,), model="nano", vocab_size=300, max_length=32, batch_size=2,
         steps=4, schedule="constant", warmup_steps=1, eval_every=2, out=out,
     )  # fmt: skip
-    loop.run(dataclasses.replace(config, steps=2))
+    loop.run(config.replace(steps=2))
 
     def held_out() -> list[dict[str, float]]:
         lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -244,7 +244,7 @@ def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tmp_path, records):
     [first] = held_out()
     trained = [line for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     (out / "metrics.jsonl").write_text("\n".join(trained) + "\n")
-    loop.run(dataclasses.replace(config, resume=True))
+    loop.run(config.replace(resume=True))
     assert held_out()[0] == first
     assert [row["step"] for row in held_out()] == [2, 4]
 
@@ -259,6 +259,24 @@ def test_a_nan_stops_the_run_and_is_never_saved(tmp_path, records, capsys, decay
     assert ("checkpoint of step 1 is kept" in message) == (saved == [1])
     assert saved_steps(out) == saved
     if saved:
-        run = loop.prepare(dataclasses.replace(run_folder.load(out), resume=True))
+        run = loop.prepare(run_folder.load(out).replace(resume=True))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.state.params))
         run.checkpointer.__exit__()
+
+
+def test_the_advice_after_a_nan_can_be_followed(tmp_path, records, capsys):
+    out = tmp_path / "run"
+    assert main([*flags(out, records), "--steps", "5"]) == 0
+    again = ["--resume", "--out", str(out)]
+    assert main([*again, "--steps", "8", "--learning-rate", "3e38"]) == 1
+    message = capsys.readouterr().err
+    assert (
+        f"To go on from step 5, give --resume --out {out} with a lower --learning-rate" in message
+    )
+    assert saved_steps(out) == [5]
+    assert main([*again, "--learning-rate", "1e-3"]) == 0
+    assert [row["step"] for row in rows(out)] == list(range(1, 9))
+    assert json.loads((out / "run.json").read_text())["earlier"] == [
+        {"until_step": 5, "learning_rate": 0.003, "steps": 5},
+        {"until_step": 5, "learning_rate": 3e38},
+    ]

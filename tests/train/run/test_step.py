@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from train.config import TrainConfig
 from train.data.packing import IGNORE
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder
+from train.run import loop
+from train.run.optimizer import learning_rate, optimizer
+from train.run.options import LossOptions, StepOptions
 from train.run.step import TrainState, train_step, train_step_autotuned
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -25,8 +29,8 @@ SHAPE = ModelConfig(
     vocab_size=101, hidden_size=16, layers=1, heads=2, kv_heads=1, head_size=8, mlp_size=24
 )
 ROWS, LENGTH = 8, 12
-SGD = optax.sgd(1.0)  # a step subtracts the gradient
-OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}
+SGD = optax.identity()  # a step at rate 1 subtracts the gradient
+LOSS = LossOptions(label_smoothing=0.1, z_loss=1e-3, softcap=20.0)
 
 
 def make_batch(labelled: float = 0.6) -> dict[str, np.ndarray]:
@@ -56,10 +60,11 @@ def make_state(optimizer: optax.GradientTransformation | None = None, **shape) -
     return create(dataclasses.replace(SHAPE, **shape), optimizer)
 
 
-def gradient(batch: dict[str, np.ndarray], config: TrainConfig, **shape):
+def gradient(batch: dict[str, np.ndarray], *, accumulate=1, loss=LOSS, **shape):
     """What `train_step` subtracts from the weights with SGD at rate 1, flat, and its metrics."""
     before = flat(make_state(**shape))
-    state, metrics = train_step(make_state(**shape), batch, config)
+    how = StepOptions(accumulate=accumulate)
+    state, metrics = train_step(make_state(**shape), batch, 1.0, loss, how)
     return before - flat(state), metrics
 
 
@@ -70,12 +75,12 @@ def flat(state: TrainState) -> np.ndarray:
 def naive_loss(model: Decoder, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
     """Σ L and the probabilities, from whole logits."""
     z = model(batch["tokens"], batch["segments"], batch["positions"]) @ model.head.T
-    z = OPTIONS["softcap"] * jnp.tanh(z / OPTIONS["softcap"])
+    z = LOSS.softcap * jnp.tanh(z / LOSS.softcap)
     targets = optax.smooth_labels(
-        jax.nn.one_hot(batch["labels"], SHAPE.vocab_size), OPTIONS["label_smoothing"]
+        jax.nn.one_hot(batch["labels"], SHAPE.vocab_size), LOSS.label_smoothing
     )
     lse = jax.nn.logsumexp(z, axis=-1)
-    loss = lse - jnp.sum(targets * z, axis=-1) + OPTIONS["z_loss"] * lse**2
+    loss = lse - jnp.sum(targets * z, axis=-1) + LOSS.z_loss * lse**2
     return jnp.sum(jnp.where(batch["labels"] != IGNORE, loss, 0)), jax.nn.softmax(z)
 
 
@@ -84,8 +89,8 @@ def naive_loss(model: Decoder, batch: dict[str, np.ndarray]) -> tuple[jax.Array,
 def test_the_gradient_is_that_of_the_whole_batch_however_it_is_divided(reduction, accumulate):
     batch, model = make_batch(), make_state().model
     count = np.count_nonzero(batch["labels"] != IGNORE)
-    config = TrainConfig(accumulate=accumulate, reduction=reduction, **OPTIONS)
-    found, metrics = gradient(batch, config)
+    loss = dataclasses.replace(LOSS, reduction=reduction)
+    found, metrics = gradient(batch, accumulate=accumulate, loss=loss)
 
     total, whole = jax.value_and_grad(lambda model: naive_loss(model, batch)[0])(model)
     expected = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(whole)])
@@ -100,10 +105,9 @@ def test_the_gradient_is_that_of_the_whole_batch_however_it_is_divided(reduction
 
 def test_a_mean_of_means_would_be_seen():
     batch = make_batch()
-    config = TrainConfig(batch_size=2, **OPTIONS)
-    whole, _ = gradient(batch, config)
+    whole, _ = gradient(batch)
     parts = [
-        gradient({name: rows[i : i + 2] for name, rows in batch.items()}, config)[0]
+        gradient({name: rows[i : i + 2] for name, rows in batch.items()})[0]
         for i in range(0, ROWS, 2)
     ]
     assert np.abs(np.mean(parts, axis=0) - whole).max() > 1e-2 * np.abs(whole).max()
@@ -111,7 +115,7 @@ def test_a_mean_of_means_would_be_seen():
 
 def test_accuracy_and_calibration_error_are_those_of_the_labelled_tokens():
     batch = make_batch()
-    _, metrics = gradient(batch, TrainConfig(accumulate=4, **OPTIONS))
+    _, metrics = gradient(batch, accumulate=4)
     _, probs = naive_loss(make_state().model, batch)
     labelled = batch["labels"] != IGNORE
     confidence = np.asarray(probs.max(axis=-1))[labelled]
@@ -123,34 +127,34 @@ def test_accuracy_and_calibration_error_are_those_of_the_labelled_tokens():
 
 
 def test_a_batch_without_labels_gives_no_loss_and_no_gradient():
-    found, metrics = gradient(make_batch(labelled=0.0), TrainConfig(accumulate=2, **OPTIONS))
+    found, metrics = gradient(make_batch(labelled=0.0), accumulate=2)
     np.testing.assert_array_equal(found, 0)
     assert (metrics.loss, metrics.tokens, metrics.grad_norm) == (0, 0, 0)
     assert metrics.finite
 
 
 def test_dropout_differs_between_steps_and_microbatches_and_not_between_runs():
-    batch, config = make_batch(), TrainConfig(accumulate=2, **OPTIONS)
+    batch = make_batch()
     twice = {name: np.concatenate([rows[-1:], rows[-1:]]) for name, rows in batch.items()}
     alone = {name: rows[-1:] for name, rows in batch.items()}
-    one, first = gradient(batch, config, dropout=0.3)
-    again, _ = gradient(batch, config, dropout=0.3)
+    one, first = gradient(batch, accumulate=2, dropout=0.3)
+    again, _ = gradient(batch, accumulate=2, dropout=0.3)
     np.testing.assert_array_equal(one, again)
 
-    frozen = make_state(optax.sgd(0.0), dropout=0.3)
-    frozen, at_step_0 = train_step(frozen, batch, config)
-    _, at_step_1 = train_step(frozen, batch, config)
+    frozen, how = make_state(dropout=0.3), StepOptions(accumulate=2)
+    frozen, at_step_0 = train_step(frozen, batch, 0.0, LOSS, how)
+    _, at_step_1 = train_step(frozen, batch, 0.0, LOSS, how)
     assert at_step_0.loss == first.loss != at_step_1.loss
 
-    _, same_rows = gradient(twice, config, dropout=0.3)
-    _, one_row = gradient(alone, dataclasses.replace(config, accumulate=1), dropout=0.3)
+    _, same_rows = gradient(twice, accumulate=2, dropout=0.3)
+    _, one_row = gradient(alone, dropout=0.3)
     assert same_rows.loss != one_row.loss
 
 
 def test_bfloat16_accumulates_in_float32_and_is_near_float32():
-    batch, config = make_batch(), TrainConfig(accumulate=4, **OPTIONS)
-    exact, _ = gradient(batch, config)
-    found, metrics = gradient(batch, config, dtype="bfloat16")
+    batch = make_batch()
+    exact, _ = gradient(batch, accumulate=4)
+    found, metrics = gradient(batch, accumulate=4, dtype="bfloat16")
     assert found.dtype == np.float32
     assert metrics.loss.dtype == jnp.float32
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
@@ -158,24 +162,25 @@ def test_bfloat16_accumulates_in_float32_and_is_near_float32():
 
 
 def test_an_autotuned_step_is_the_same_step():
-    config = TrainConfig(autotune=True, **OPTIONS)
-    state, metrics = train_step_autotuned(make_state(), make_batch(), config)
-    found, usual = flat(make_state()) - flat(state), gradient(make_batch(), config)
+    state, metrics = train_step_autotuned(make_state(), make_batch(), 1.0, LOSS, StepOptions())
+    found, usual = flat(make_state()) - flat(state), gradient(make_batch())
     assert metrics.finite
     assert np.linalg.norm(found - usual[0]) < 1e-6 * np.linalg.norm(found)
 
 
 def test_the_old_state_is_donated():
     state = make_state()
-    train_step(state, make_batch(), TrainConfig(**OPTIONS))
+    train_step(state, make_batch(), 1.0, LOSS, StepOptions())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
 def test_weights_that_an_update_breaks_are_flagged_though_the_loss_is_finite():
     state, metrics = train_step(
-        make_state(optax.chain(optax.scale(1e30), optax.sgd(1e30))),
+        make_state(optax.scale(1e30)),
         make_batch(),
-        TrainConfig(accumulate=2, **OPTIONS),
+        1e30,
+        LOSS,
+        StepOptions(accumulate=2),
     )
     assert not np.isfinite(flat(state)).all()
     assert np.isfinite(metrics.loss)
@@ -186,6 +191,29 @@ def test_weights_that_an_update_breaks_are_flagged_though_the_loss_is_finite():
 def test_a_label_outside_the_vocabulary_is_flagged():
     batch = make_batch()
     batch["labels"][-1, -1] = SHAPE.vocab_size
-    _, metrics = gradient(batch, TrainConfig(**OPTIONS))
+    _, metrics = gradient(batch)
     assert np.isnan(metrics.loss)
     assert not metrics.finite
+
+
+def test_a_compiled_step_depends_only_on_what_changes_it():
+    """Neither where a run writes, nor its seed, its length or its learning rate compile anew."""
+
+    def take(**flags) -> int:
+        config = TrainConfig.of(**{"batch_size": ROWS} | flags)
+        create_state = loop.state_maker(SHAPE, optimizer(config.optimizer), config.step.devices)
+        rate = learning_rate(config.optimizer, config.run.steps or 5)(0)
+        state = create_state(config.run.seed)
+        before = train_step._cache_size()
+        train_step(state, make_batch(), rate, config.loss, config.step)
+        return train_step._cache_size() - before
+
+    assert take() == 1
+    for flags in (
+        {"out": Path("elsewhere"), "seed": 7, "log_every": 3, "keep": 9, "eval_every": 2},
+        {"learning_rate": 1e-5, "schedule": "linear", "warmup_steps": 2, "steps": 77},
+        {"data": (Path("other.jsonl"),), "held_out": 0.5},
+    ):
+        assert take(**flags) == 0, flags
+    assert take(label_smoothing=0.2) == 1
+    assert take(clip_norm=None) == 1

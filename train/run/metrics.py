@@ -1,6 +1,6 @@
-"""What a run shows and writes while it trains: a progress bar, `metrics.jsonl`, TensorBoard events.
+"""What a run measures while it trains: `metrics.jsonl`, TensorBoard events, and what is shown.
 
-    with Monitor(config, total_steps, start_step=resumed_step) as monitor:
+    with Monitor(out, total_steps, start_step=resumed_step) as monitor:
         for step in range(resumed_step + 1, total_steps + 1):
             ...
             monitor.step(step, {"loss": loss, "grad_norm": norm, "tokens": count, ...})
@@ -20,10 +20,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import (  # protobuf makes the classes at import
     Event,  # pyright: ignore[reportAttributeAccessIssue]
@@ -31,31 +30,20 @@ from tensorboardX.proto.event_pb2 import (  # protobuf makes the classes at impo
 )
 from tensorboardX.summary import scalar
 
-from train.run.console import Console
+from train.run import files
+from train.run.folder import METRICS, TENSORBOARD
+from train.run.progress import Console, PlainLines, ProgressBar
 
-METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
-SECONDS_BETWEEN_LINES = 5.0
 HELD_OUT = "held_out_"
-
-
-class MonitorConfig(Protocol):
-    """The part of `TrainConfig` that the monitor reads."""
-
-    @property
-    def out(self) -> Path: ...
-
-    @property
-    def log_every(self) -> int: ...
 
 
 class Monitor:
     """Follows one run; a context manager.
 
     Args:
-      config: `out` is the run's folder, `log_every` the number of steps from one row to the next
-        (the last step always has a row).
+      out: the run's folder.
       total_steps: the step at which the run ends.
+      log_every: steps from one row to the next; the last step always has a row.
       start_step: the step of the checkpoint that the run continues from, 0 for a new run. Rows of
         later steps, left by the run that was cut off, are removed.
       console: where the bar is drawn; plain lines, at most one every few seconds, if it is not a
@@ -65,9 +53,10 @@ class Monitor:
 
     def __init__(
         self,
-        config: MonitorConfig,
+        out: Path,
         total_steps: int,
         *,
+        log_every: int = 1,
         start_step: int = 0,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -76,8 +65,8 @@ class Monitor:
             raise ValueError(f"{start_step=} must lie between 0 and {total_steps=}")
         self.total_steps = total_steps
         self._start_step = start_step
-        self._log_every = config.log_every
-        self._out = Path(config.out)
+        self._log_every = log_every
+        self._out = out
         self._clock = clock
         self._console = console or Console()
         self._tokens: list[Any] = []  # of the steps since the last row, perhaps still on the device
@@ -194,9 +183,7 @@ def cut_rows_after(metrics: Path, step: int) -> set[int]:
         kept.append(line)
         if any(name.startswith(HELD_OUT) for name in row):
             evaluated.add(row["step"])
-    whole = metrics.with_suffix(".tmp")
-    whole.write_text("".join(kept), "utf-8")
-    os.replace(whole, metrics)
+    files.write(metrics, "".join(kept))
     return evaluated
 
 
@@ -226,87 +213,3 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-
-
-class ProgressBar:
-    """One live line on a terminal."""
-
-    def __init__(
-        self,
-        console: rich.console.Console,
-        total_steps: int,
-        start_step: int,
-        _clock: Callable[[], float],
-    ):
-        self._progress = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[measured]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=console,
-            expand=True,
-        )
-        self._task = self._progress.add_task(
-            "training", total=total_steps, completed=start_step, measured=""
-        )
-        self._progress.start()
-
-    def advance(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
-
-    def show(self, row: Mapping[str, int | float | None]) -> None:
-        self._progress.update(self._task, completed=row["step"], measured=measured(row))
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-class PlainLines:
-    """Lines for a log file: the first and the last row, and one every few seconds between them."""
-
-    def __init__(
-        self,
-        console: rich.console.Console,
-        total_steps: int,
-        start_step: int,
-        clock: Callable[[], float],
-    ):
-        self._console, self._clock = console, clock
-        self._total_steps, self._start_step = total_steps, start_step
-        self._began = clock()
-        self._next_line = self._began
-
-    def advance(self, step: int) -> None:
-        pass
-
-    def show(self, row: Mapping[str, int | float | None]) -> None:
-        now, step = self._clock(), int(row["step"] or 0)
-        if now < self._next_line and step != self._total_steps:
-            return
-        self._next_line = now + SECONDS_BETWEEN_LINES
-        left = (now - self._began) / (step - self._start_step) * (self._total_steps - step)
-        width = len(str(self._total_steps))
-        line = f"step {step:{width}}/{self._total_steps}  {measured(row)}  {duration(left)} left"
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        pass
-
-
-def measured(row: Mapping[str, int | float | None]) -> str:
-    """The loss and the speed, in a width that does not jump about."""
-    loss, speed = row.get("loss"), row.get("tokens_per_second")
-    return "  ".join(
-        [
-            "loss    n/a" if loss is None else f"loss {loss:6.4f}",
-            "    n/a tokens/s" if speed is None else f"{speed:7,.0f} tokens/s",
-        ]
-    )
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 0:01:20."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"

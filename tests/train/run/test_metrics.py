@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -20,13 +19,8 @@ from paths import ROOT
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from train.run.monitor import Monitor, as_number, cut_rows_after, duration
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    out: Path
-    log_every: int = 1
+from train.run.metrics import Monitor, as_number, cut_rows_after
+from train.run.progress import duration
 
 
 class Clock:
@@ -67,7 +61,7 @@ def text_console(**options) -> tuple[Console, io.StringIO]:
 def test_a_row_a_step_with_tokens_per_second(tmp_path):
     clock = Clock()
     console, _ = text_console()
-    with Monitor(Config(tmp_path), 2, console=console, clock=clock) as monitor:
+    with Monitor(tmp_path, 2, console=console, clock=clock) as monitor:
         clock.now += 2.0
         monitor.step(1, {"loss": jnp.float32(5.1), "tokens": jnp.int32(300)})
         clock.now += 4.0
@@ -86,7 +80,7 @@ def test_a_row_a_step_with_tokens_per_second(tmp_path):
 def test_log_every_counts_the_tokens_between_rows_and_always_ends_with_a_row(tmp_path):
     clock = Clock()
     console, _ = text_console()
-    with Monitor(Config(tmp_path, log_every=3), 7, console=console, clock=clock) as monitor:
+    with Monitor(tmp_path, 7, log_every=3, console=console, clock=clock) as monitor:
         for step in range(1, 8):
             clock.now += 1.0
             monitor.step(step, {"loss": 1.0, "tokens": 10 * step})
@@ -100,7 +94,7 @@ def test_values_stay_on_the_device_between_rows(tmp_path):
             raise AssertionError("read at a step without a row")
 
     console, _ = text_console()
-    with Monitor(Config(tmp_path, log_every=2), 4, console=console) as monitor:
+    with Monitor(tmp_path, 4, log_every=2, console=console) as monitor:
         monitor.step(1, {"loss": Unread(), "tokens": 1})
         with pytest.raises(AssertionError, match="without a row"):
             monitor.step(2, {"loss": Unread(), "tokens": 1})
@@ -109,7 +103,7 @@ def test_values_stay_on_the_device_between_rows(tmp_path):
 def test_pauses_are_not_training_time(tmp_path):
     clock = Clock()
     console, _ = text_console()
-    with Monitor(Config(tmp_path), 1, console=console, clock=clock) as monitor:
+    with Monitor(tmp_path, 1, console=console, clock=clock) as monitor:
         clock.now += 1.0
         with monitor.paused():
             clock.now += 50.0
@@ -119,7 +113,7 @@ def test_pauses_are_not_training_time(tmp_path):
 
 def test_evaluations_have_rows_and_tags_of_their_own(tmp_path):
     console, text = text_console()
-    with Monitor(Config(tmp_path), 1, console=console) as monitor:
+    with Monitor(tmp_path, 1, console=console) as monitor:
         monitor.step(1, {"loss": 1.0, "tokens": 1})
         monitor.evaluation(1, {"nll": 2.5, "ece": np.float32(0.25)})
     assert rows(tmp_path)[1] == {"step": 1, "held_out_nll": 2.5, "held_out_ece": 0.25}
@@ -133,7 +127,7 @@ def test_numbers_are_exact_and_json_stays_json(tmp_path):
     assert as_number(np.float32("nan")) is None
     assert as_number(-math.inf) is None
     console, _ = text_console()
-    with Monitor(Config(tmp_path), 1, console=console) as monitor:
+    with Monitor(tmp_path, 1, console=console) as monitor:
         monitor.step(1, {"loss": math.nan, "tokens": 1})
     assert rows(tmp_path)[0]["loss"] is None
     assert ("train/loss", 1) not in scalars(tmp_path)
@@ -141,12 +135,12 @@ def test_numbers_are_exact_and_json_stays_json(tmp_path):
 
 def test_resuming_cuts_the_rows_beyond_the_checkpoint(tmp_path):
     console, _ = text_console()
-    with Monitor(Config(tmp_path), 9, console=console) as monitor:
+    with Monitor(tmp_path, 9, console=console) as monitor:
         for step in range(1, 8):
             monitor.step(step, {"loss": float(step), "tokens": 1})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # the row a kill cut in two
-    with Monitor(Config(tmp_path), 9, start_step=5, console=console) as monitor:
+    with Monitor(tmp_path, 9, start_step=5, console=console) as monitor:
         for step in range(6, 10):
             monitor.step(step, {"loss": 10.0 * step, "tokens": 1})
     expected = [1, 2, 3, 4, 5, 60, 70, 80, 90]
@@ -159,7 +153,7 @@ def test_resuming_cuts_the_rows_beyond_the_checkpoint(tmp_path):
 def test_a_step_is_evaluated_once_however_often_a_run_ends_there(tmp_path):
     console, _ = text_console()
     for start in (0, 2, 2):
-        with Monitor(Config(tmp_path), 2, start_step=start, console=console) as monitor:
+        with Monitor(tmp_path, 2, start_step=start, console=console) as monitor:
             assert monitor.evaluated == ({1, 2} if start else set())
             if not start:
                 monitor.step(1, {"loss": 1.0, "tokens": 1})
@@ -189,10 +183,8 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path, line):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from types import SimpleNamespace
-from train.run.monitor import Monitor
-config = SimpleNamespace(out=Path(sys.argv[1]), log_every=1)
-with Monitor(config, 10) as monitor:
+from train.run.metrics import Monitor
+with Monitor(Path(sys.argv[1]), 10) as monitor:
     for step in (1, 2, 3):
         monitor.step(step, {"loss": 1.0, "tokens": 1})
     os.kill(os.getpid(), signal.SIGKILL)
@@ -212,7 +204,7 @@ def test_sigkill_loses_no_finished_row(tmp_path):
 def test_plain_lines_are_few_and_readable(tmp_path):
     clock = Clock()
     console, text = text_console()
-    with Monitor(Config(tmp_path), 300, console=console, clock=clock) as monitor:
+    with Monitor(tmp_path, 300, console=console, clock=clock) as monitor:
         for step in range(1, 301):
             clock.now += 0.1
             monitor.step(step, {"loss": 4.25, "tokens": 1234})
@@ -224,7 +216,7 @@ def test_plain_lines_are_few_and_readable(tmp_path):
 
 def test_the_bar_on_a_terminal(tmp_path):
     console, text = text_console(force_terminal=True)
-    with Monitor(Config(tmp_path), 4, console=console) as monitor:
+    with Monitor(tmp_path, 4, console=console) as monitor:
         monitor.step(1, {"loss": 4.25, "tokens": 5})
         monitor.say("a line [with] brackets")
         for step in (2, 3, 4):
@@ -238,7 +230,7 @@ def test_the_bar_on_a_terminal(tmp_path):
 
 def test_an_impossible_start_is_refused(tmp_path):
     with pytest.raises(ValueError, match="start_step=11"):
-        Monitor(Config(tmp_path), 10, start_step=11)
+        Monitor(tmp_path, 10, start_step=11)
 
 
 def test_durations():
@@ -248,9 +240,8 @@ def test_durations():
 SILENCED = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from train.run.monitor import Monitor
-with Monitor(SimpleNamespace(out=Path(sys.argv[1]), log_every=1), 400) as monitor:
+from train.run.metrics import Monitor
+with Monitor(Path(sys.argv[1]), 400) as monitor:
     for step in range(1, 401):
         monitor.step(step, {"loss": 1.0, "tokens": 1})
         monitor.say("x" * 1000)

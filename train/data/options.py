@@ -1,0 +1,40 @@
+"""The flags of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from train.data.encode import MIN_LENGTH
+from train.flags import require, require_share, shown
+from train.text.bpe import MIN_VOCAB_SIZE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is learnt, and what is kept back to measure it by."""
+
+    data: Annotated[tuple[Path, ...], shown("FILE ...", "Python's own documentation")] = ()
+    """JSON lines, a JSON array (both may be .gz) or Parquet: chat, alpaca, ShareGPT, prompt and
+    completion, or plain text."""
+    skip_bad_records: bool = False
+    """Leave out the records that cannot be read, and say which and why."""
+    held_out: Annotated[float, shown("SHARE")] = 0.1
+    """Share of the records kept out of training and evaluated on."""
+    max_length: Annotated[int, shown("TOKENS")] = 256
+    """Tokens in a packed row; longer records are cut."""
+    vocab_size: Annotated[int, shown("TOKENS")] = 8192
+    """Size of the byte-level BPE that is trained on the training records."""
+
+    def __post_init__(self) -> None:
+        require_share("held_out", self.held_out)
+        require(
+            self.vocab_size >= MIN_VOCAB_SIZE,
+            f"--vocab-size must be at least {MIN_VOCAB_SIZE} (the bytes and the special tokens),"
+            f" not {self.vocab_size}",
+        )
+        require(
+            self.max_length >= MIN_LENGTH,
+            f"--max-length must be at least {MIN_LENGTH} tokens, not {self.max_length}",
+        )

@@ -1,0 +1,31 @@
+"""Files that are there as a whole or not at all, whenever the process dies."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PART = ".tmp"
+"""Ends the name of what is being written. A kill may leave such a file, and the next write takes
+its place."""
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Puts a file at `path`, or in the place of the one there, in one atomic step.
+
+    Raises OSError if it cannot be written; what was there stays.
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # where a disk is full, its room is needed
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write` of a value as JSON for people: indented, a line at the end, no NaN."""
+    write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,149 @@
+"""The flags of a run: its loss, its steps, its optimizer, its length and its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from train.flags import (
+    flag,
+    require,
+    require_count,
+    require_not_negative,
+    require_positive,
+    require_share,
+    shown,
+)
+
+DEFAULT_STEPS = 250
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """What is minimised."""
+
+    label_smoothing: Annotated[float, shown("BETA")] = 0.1
+    """Probability β that the training target spreads evenly over the whole vocabulary."""
+    z_loss: Annotated[float, shown("LAMBDA")] = 0.0
+    """Weight of the penalty λ·lse², which keeps the logits near 0."""
+    softcap: Annotated[float | None, shown("CAP", "off")] = None
+    """Bound logits to ±CAP by CAP·tanh(z/CAP)."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Minimise the loss per response token, or its sum over the step; clipping tells them apart."""
+    implementation: Annotated[str, shown("NAME")] = "auto"
+    """Backend of the loss: auto, reference, chunked, or a kernel's name."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.label_smoothing <= 1,
+            f"--label-smoothing must be in [0, 1], not {self.label_smoothing}",
+        )
+        require_not_negative("z_loss", self.z_loss)
+        require_positive("softcap", self.softcap)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How a step is computed."""
+
+    batch_size: Annotated[int, shown("ROWS")] = 4
+    """Rows that are in memory at a time."""
+    accumulate: Annotated[int, shown("K")] = 1
+    """Batches whose gradients make one step, the same as one batch K times as large."""
+    devices: Annotated[int, shown("N")] = 1
+    """Devices of this machine that share these rows. Each holds the whole model."""
+    autotune: bool = False
+    """Let XLA time a GPU's programs and choose. Runs differ in their bits; measure if it helps."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "devices"):
+            require_count(name, getattr(self, name))
+        require(
+            self.batch_size % self.devices == 0,
+            f"--batch-size {self.batch_size} must be a multiple of --devices {self.devices}",
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimizer step."""
+        return self.batch_size * self.accumulate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW and its learning rate."""
+
+    learning_rate: Annotated[float, shown("RATE")] = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """What the learning rate does after warm-up."""
+    warmup_steps: Annotated[int | None, shown("N", "a tenth of all steps")] = None
+    """Steps in which the learning rate rises to its peak."""
+    weight_decay: Annotated[float, shown("RATE")] = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: Annotated[float, shown("B")] = 0.9
+    """Decay of the mean of the gradients."""
+    beta2: Annotated[float, shown("B")] = 0.95
+    """Decay of the mean of their squares."""
+    clip_norm: Annotated[float | None, shown("NORM")] = 1.0
+    """Longest gradient, all parameters together; None leaves gradients as they are."""
+
+    def __post_init__(self) -> None:
+        require_positive("learning_rate", self.learning_rate)
+        require_positive("clip_norm", self.clip_norm)
+        require_not_negative("weight_decay", self.weight_decay)
+        require_share("beta1", self.beta1)
+        require_share("beta2", self.beta2)
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"--warmup-steps must be at least 0, not {self.warmup_steps}",
+        )
+
+    def steps_of_warmup(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of `total_steps`; ValueError if there are not so many."""
+        steps = total_steps // 10 if self.warmup_steps is None else self.warmup_steps
+        require(
+            steps <= total_steps, f"--warmup-steps {steps} is more than all {total_steps} steps"
+        )
+        return steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How long it goes on, and what it leaves in which folder."""
+
+    steps: Annotated[int | None, shown("N", f"{DEFAULT_STEPS}, or as --epochs says")] = None
+    """Optimizer steps."""
+    epochs: Annotated[float | None, shown("X", "as --steps says")] = None
+    """Times to see all training rows, at least, instead of --steps."""
+    seed: int = 0
+    """Of weights, dropout, order of the data, and questions."""
+    out: Annotated[Path | None, shown("FOLDER", "a new folder under runs/")] = None
+    """The run's folder: new or empty, unless --resume or --overwrite is given."""
+    resume: bool = False
+    """Go on with the run in --out, or the newest under runs/. Flags not given are as they were."""
+    overwrite: bool = False
+    """Remove what the run in --out wrote there first."""
+    eval_every: Annotated[int | None, shown("STEPS", "at the end only")] = None
+    """Evaluate on the held-out records during training too."""
+    checkpoint_every: Annotated[int, shown("STEPS")] = 100
+    """Steps from one checkpoint to the next; there is always one at the end."""
+    keep: Annotated[int, shown("N")] = 2
+    """Newest checkpoints to keep."""
+    log_every: Annotated[int, shown("STEPS")] = 1
+    """Steps from one row of metrics.jsonl to the next."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_every", "checkpoint_every", "keep", "log_every"):
+            require_count(name, getattr(self, name))
+        require_positive("epochs", self.epochs)
+        require(0 <= self.seed < 2**32, f"{flag('seed')} must be in [0, 2**32), not {self.seed}")
+        require(
+            self.steps is None or self.epochs is None,
+            f"--steps {self.steps} and --epochs {self.epochs} contradict each other: give one",
+        )
+        require(
+            not (self.resume and self.overwrite),
+            "--resume and --overwrite contradict each other: go on with the run, or remove it",
+        )
