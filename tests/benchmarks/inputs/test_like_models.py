@@ -43,17 +43,19 @@ def mismatches(name: str, n: int, data: Arrays) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("name", "n"), [("smollm", 1024), ("smollm", 2048), ("gemma", 2048)])
 def test_the_statistics_match_the_real_model(name, n):
     assert mismatches(name, n, generate(name, n, 320, REAL[name][0])) == []
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_statistics_match_at_a_small_size():
-    assert mismatches("smollm", 1024, generate("smollm", 1024, 257, 49_152, seed=3)) == []
+    assert mismatches("smollm", 512, generate("smollm", 512, 257, 49_152, seed=3)) == []
 
 
 def test_flat_logits_do_not_match():
-    data = generate(NOTHING, 256, 8, 49_152)
+    data = generate(NOTHING, 256, 8, 8192)
     assert len(mismatches("smollm", 256, data)) == 4
 
 
@@ -103,7 +105,7 @@ def test_labels_follow_the_softmax():
 
 def test_no_class_is_drawn_twice_as_often_where_chunks_overlap(monkeypatch):
     monkeypatch.setattr(like_models, "CHUNK", 64)
-    n, v = 20_000, 100
+    n, v = 8_000, 100  # each class 80 times, so 160 would be 9 standard deviations off
     counts = np.bincount(np.asarray(generate(NOTHING, n, 8, v).labels), minlength=v)
     assert np.all(np.abs(counts - n / v) < 5 * np.sqrt(n / v))
 
