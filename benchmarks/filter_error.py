@@ -56,6 +56,12 @@ class Row(NamedTuple):
     """Mean probability a token that no computed tile holds."""
     hidden_error: float
     head_error: float
+    rows_left_out: float
+    """Share of dC's rows that no computed tile holds: their class never stands out in the batch."""
+    rows_norm: float
+    """‖·‖ of those rows of the exact dC over ‖dC‖."""
+    rows_error: float | None
+    """The error of those rows alone; None where there are none."""
     commit: str
     time: str
 
@@ -117,6 +123,12 @@ def line(row: Row) -> str:
         f"{row.inputs}: N, V = {row.n:,}, {row.v:,}: ε = 2^{math.log2(row.epsilon):.2f}, "
         f"{row.pairs:.1%} of the pairs, {row.columns:.1%} of the columns, {row.whole_blocks} whole "
         f"blocks, {row.dropped:.2%} dropped; dE {row.hidden_error:.4f}, dC {row.head_error:.4f}"
+        + (
+            ""
+            if row.rows_error is None
+            else f"; {row.rows_left_out:.1%} of dC's rows, {row.rows_norm:.2%} of its norm, are "
+            f"left out: {row.rows_error:.2f} of theirs"
+        )
     )
 
 
@@ -153,14 +165,16 @@ def measure(
     center = head.mean(0)
     exact, error = (np.zeros((n, d), np.float32) for _ in range(2))
     exact_head, error_head = jnp.zeros_like(head), jnp.zeros_like(head)
-    dropped = 0.0
+    dropped, left_out = 0.0, np.ones(v, bool)
     for block in range(blocks):
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
         computed = np.asarray(active)[tile, block]
+        left_out &= ~computed
         exact[rows], error[rows], exact_head, error_head, mass = gradients(
             hidden[rows], head, center, labels[rows], lse[rows], computed, exact_head, error_head
         )
         dropped += float(mass) / blocks
+    rare, rare_error = exact_head[left_out], error_head[left_out]
     return Row(
         inputs=name,
         n=n,
@@ -173,6 +187,9 @@ def measure(
         dropped=dropped,
         hidden_error=relative_error(exact + error, exact),
         head_error=relative_error(exact_head + error_head, exact_head),
+        rows_left_out=float(left_out.mean()),
+        rows_norm=float(jnp.linalg.norm(rare) / jnp.linalg.norm(exact_head)),
+        rows_error=relative_error(rare + rare_error, rare) if left_out.any() else None,
         commit=commit or runner.current_commit(),
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )

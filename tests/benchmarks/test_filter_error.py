@@ -64,6 +64,12 @@ def test_errors_are_those_of_leaving_the_inactive_tiles_out(
     error, exact = lost.T @ hidden, (p - target).T @ hidden
     assert row.head_error == pytest.approx(np.linalg.norm(error) / np.linalg.norm(exact), rel=1e-3)
     assert row.dropped == pytest.approx(lost.sum() / N, rel=1e-3)
+    rows = ~kept.any(0)
+    assert 0 < row.rows_left_out == rows.mean() < 1
+    whole = (p - target).T @ hidden
+    norm = np.linalg.norm(whole[rows])
+    assert row.rows_norm == pytest.approx(norm / np.linalg.norm(whole), rel=1e-3)
+    assert row.rows_error == pytest.approx(np.linalg.norm(error[rows]) / norm, rel=1e-3)
     assert row.pairs == pytest.approx(np.asarray(active).mean())
     assert (row.n, row.d, row.v, row.epsilon) == (N, D, V, pytest.approx(0.05))
 
@@ -73,6 +79,7 @@ def test_no_filter_to_speak_of_makes_no_error(arrays: Arrays):
     assert row.hidden_error < 1e-6
     assert row.head_error < 1e-6
     assert row.pairs == 1
+    assert (row.rows_left_out, row.rows_error) == (0, None)
 
 
 def test_a_flat_distribution_is_kept_whole(arrays: Arrays):
