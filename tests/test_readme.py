@@ -93,7 +93,7 @@ def test_the_table_of_options_is_the_signature():
 
 
 def test_the_table_of_backends_is_the_registry():
-    section = README.split("## Backends")[1].split("\n## ")[0]
+    section = README.split("## Devices")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(backends.MODULES)
 
 
@@ -133,6 +133,12 @@ def test_every_command_parses():
         options = parsers[module](flags)
         named = [options.case] if isinstance(options.case, str) else options.case
         assert set(named) <= cases.CASES.keys()
+
+
+def test_no_cell_of_a_table_is_longer_than_a_line():
+    cells = [cell for line in README.splitlines() if line[:1] == "|" for cell in line.split("|")]
+    assert len(cells) > 100
+    assert max(map(len, cells)) <= 100
 
 
 def test_every_linked_file_exists():

@@ -1,0 +1,105 @@
+"""What is said of results is what their files hold, and each file is accounted for."""
+
+import json
+import re
+
+import pytest
+from paths import ROOT
+
+from benchmarks.implementations.settings import Run, Settings
+from benchmarks.measure import report
+from benchmarks.measure.report import Row
+
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text()
+NOTES = (ROOT / "benchmarks" / "NOTES.md").read_text()
+SMOOTHED = Settings(label_smoothing=0.1)
+EXACT, FUSED = (Settings(label_smoothing=0.1, gradient_filter=it) for it in (None, "fused"))
+LINES = {
+    "**lsce**": ("real", Run("auto", "fwdbwd", SMOOTHED)),
+    'lsce, `gradient_filter="fused"`': ("real", Run("auto", "fwdbwd", FUSED)),
+    "optax on materialised logits": ("real", Run("naive", "fwdbwd", SMOOTHED)),
+    "torch.compile": ("real-torch", Run("torch-compile", "fwdbwd", SMOOTHED)),
+}
+
+
+def row(table: str, run: Run) -> Row:
+    (found,) = (
+        row for row in report.read(RESULTS / f"h100-table-{table}.json").rows if row.run == run
+    )
+    return found
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
+
+
+def test_every_file_has_its_command():
+    said = (RESULTS / "README.md").read_text()
+    for path in RESULTS.iterdir():
+        patterns = re.findall(r"`([\w.*{},-]+\.(?:json|txt|png))`", said)
+        names = [
+            pattern.replace(choice, one).strip("{}")
+            for pattern in patterns
+            for choice in re.findall(r"\{.*\}", pattern) or [pattern]
+            for one in choice.strip("{}").split(",")
+        ]
+        assert path.name == "README.md" or any(path.match(name) for name in names), path.name
+
+
+def test_the_notes_name_files_that_exist():
+    names = set(re.findall(r"`(h100-[\w.-]+)`", NOTES))
+    assert len(names) > 4
+    for name in names:
+        assert (RESULTS / f"{name}.json").is_file(), name
+
+
+def test_every_report_can_be_read():
+    for path in RESULTS.glob("h100-*.json"):
+        if not path.name.startswith("h100-tune"):
+            assert report.read(path).rows, path.name
+
+
+@pytest.mark.parametrize("title", LINES)
+def test_a_line_of_the_readme_is_a_measured_row(title: str):
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| {title} |"))
+    memory, time, ratio, errors = (cell.strip() for cell in line.split("|")[2:-1])
+    found = row(*LINES[title])
+    assert found.extra_mb is not None
+    assert numbers(memory) == [round(found.extra_mb)]
+    assert numbers(time) == pytest.approx([found.p50_ms], abs=0.06)
+    assert numbers(ratio) == pytest.approx([found.matmul_ratio], abs=0.006)
+    measured = [x for x in (found.hidden_error, found.head_error) if x is not None]
+    assert numbers(errors) == pytest.approx(measured, rel=0.05)
+
+
+def test_other_figures_of_the_readme_are_measured():
+    text = " ".join(README.split())
+    exact = row("real", Run("auto", "fwdbwd", EXACT))
+    flat = [
+        row("flat", Run(name, "fwdbwd", settings)).matmul_ratio
+        for name, settings in (
+            ("auto", SMOOTHED), ("auto", EXACT), ("auto", FUSED), ("naive", SMOOTHED)
+        )
+    ]  # fmt: skip
+    rare = json.loads((RESULTS / "cpu-filter-rows.json").read_text())[0]
+    everywhere = report.read(RESULTS / "h100-everywhere.json").rows
+    times = {(row.case, row.n, row.run.implementation): row.p50_ms for row in everywhere}
+    faster = [
+        time / times[case, n, "auto"] for (case, n, name), time in times.items() if name == "naive"
+    ]
+    pairs = report.read(RESULTS / "h100-devices.json").rows
+    two, one = (
+        next(row.p50_ms for row in pairs if row.n == n and row.run.settings == SMOOTHED)
+        for n in (16384, 8192)
+    )
+    for said in (
+        f"{exact.p50_ms:.1f} ms and {exact.extra_mb:,.0f} MiB",
+        '{:.2f} products on random inputs, None {:.2f}, "fused" {:.2f}, optax {:.2f}'.format(*flat),
+        f"{rare['rows_left_out']:.0%} of the rows",
+        f"{rare['rows_norm'] * 100:.1f}% of ‖dC‖".removeprefix("0"),
+        f"off by {rare['rows_error']:.0%}",
+        f"{min(faster):.2f} to {max(faster):.2f} times as fast as optax",
+        f"16,384 tokens take {two:.1f} ms where one takes {one:.1f}",
+    ):
+        assert said in text
