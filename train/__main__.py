@@ -76,22 +76,24 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 def _given(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags that say where the other flags' defaults come from; tyro reads and checks all.
 
-    But for a --data that is empty, as after a pattern that matches nothing: tyro would take that
-    for no flag at all, and of two it would take the last.
+    But for files of which there are none, as after a pattern that matches nothing: tyro would take
+    that for no flag at all, and of two flags it would take the last.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("-h", "--help", action="store_true")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--overwrite", action="store_true")
     first.add_argument("--out", type=Path, nargs="?")
-    first.add_argument("--data", nargs="*", action="append", default=[])
+    for name in ("--data", "--eval-data"):
+        first.add_argument(name, nargs="*", action="append", default=[])
     for name in ("--steps", "--epochs"):
         first.add_argument(name, nargs="*")
     given = first.parse_known_args(arguments)[0]
-    if [] in given.data:
-        raise ValueError("--data needs a file, or several")
-    if len(given.data) > 1:
-        raise ValueError("--data is given twice: put all files behind one --data")
+    for name, files in (("--data", given.data), ("--eval-data", given.eval_data)):
+        if [] in files:
+            raise ValueError(f"{name} needs a file, or several")
+        if len(files) > 1:
+            raise ValueError(f"{name} is given twice: put all files behind one {name}")
     return given
 
 

@@ -52,7 +52,7 @@ class TrainConfig:
         if self.run.epochs is None:
             self.optimizer.steps_of_warmup(self.run.steps or DEFAULT_STEPS)
         require(
-            not (self.run.eval_every and not self.data.held_out),
+            not (self.run.eval_every and not self.data.held_out and not self.data.eval_data),
             f"--eval-every {self.run.eval_every} needs held-out records, but --held-out is 0",
         )
 
@@ -85,7 +85,7 @@ class TrainConfig:
         `--data` is not among them, since files may move: the loader checks what is in them. The
         number of steps is not, if nothing else depends on it.
         """
-        free = FREE | {"data"}
+        free = FREE | {"data", "eval_data"}
         if self.optimizer.schedule == "constant" and self.optimizer.warmup_steps is not None:
             free |= {"steps", "epochs"}
         now = self.flags()

@@ -65,7 +65,8 @@ class SweepConfig(TrainConfig):
     """Train once for every combination of the given values, and compare accuracy and calibration.
 
     Any flag takes several values: --label-smoothing 0 0.1 --learning-rate 1e-3 3e-3 makes four
-    runs. Only the files of --data go together to every run; --remat takes true and false.
+    runs. Only the files of --data, and of --eval-data, go together to every run; --remat takes
+    true and false.
 
     Each run has its folder in --out, next to the comparison: sweep.json and sweep.png. The same
     command again skips finished runs and goes on with unfinished ones.
@@ -155,7 +156,7 @@ def grid(arguments: Sequence[str]) -> list[Job]:
     for combination in itertools.product(*choices.values()):
         flags = dict(zip(choices, combination, strict=True))
         config = read([part for option in flags.values() for part in option])
-        if not config.data.held_out:
+        if not config.data.held_out and not config.data.eval_data:
             raise ValueError(
                 "--held-out 0 leaves nothing to compare: runs are scored on held-out records"
             )
@@ -269,7 +270,7 @@ def check_folder(job: Job) -> None:
     wanted = job.config.flags()
     for name, before in run_folder.load(job.folder).flags().items():
         now = wanted[name]
-        if name == "data":
+        if name in ("data", "eval_data"):
             before, now = ([str(file.absolute()) for file in files] for files in (before, now))
         if name not in FREE and before != now:
             raise ValueError(
@@ -295,7 +296,7 @@ def _check_runs(configs: Sequence[SweepConfig]) -> None:
 
     for config in configs:
         loop.check(config)
-    for path in configs[0].data.data:
+    for path in configs[0].data.files:
         data_files.read(path, [] if configs[0].data.skip_bad_records else None)
 
 

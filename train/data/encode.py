@@ -18,25 +18,28 @@ AT_A_TIME = 1000
 
 def encode_records(
     tokenizer: Tokenizer, records: Sequence[Record], max_length: int
-) -> list[Example | None]:
-    """Encodes each record in at most `max_length` tokens; None where no response is left.
+) -> list[list[Example]]:
+    """Each record in examples of at most `max_length` tokens: one, or none without a response left.
 
-    A record that is too long loses the end of its prompt first, as far as that makes room for the
-    response, or for half of `max_length` of it; but never more than half of the prompt, since an
-    answer to a question that cannot be seen teaches the model to guess. Then it loses its own end.
+    A conversation that is too long loses the end of its prompt first, as far as that makes room for
+    the response, or for half of `max_length` of it; but never more than half of the prompt, since
+    an answer to a question that cannot be seen teaches the model to guess. Then it loses its own
+    end. Plain text loses nothing: it goes on in another example.
     """
     if max_length < MIN_LENGTH:
         raise ValueError(f"max_length must be at least {MIN_LENGTH} tokens, got {max_length}")
-    encoded: list[Example | None] = []
+    encoded: list[list[Example]] = []
     with progress("encoding records", len(records)) as advance:
         for start in range(0, len(records), AT_A_TIME):
             some = records[start : start + AT_A_TIME]
-            encoded += [_fit(example, max_length) for example in tokenizer.encode(some)]
+            for record, example in zip(some, tokenizer.encode(some), strict=True):
+                fit = _divide if record.is_text else _cut
+                encoded.append(fit(example, max_length))
             advance(len(some))
     return encoded
 
 
-def _fit(example: Example, max_length: int) -> Example | None:
+def _cut(example: Example, max_length: int) -> list[Example]:
     tokens, loss_mask = example.tokens, example.loss_mask
     if len(tokens) > max_length:
         kept = np.arange(len(tokens))
@@ -48,5 +51,16 @@ def _fit(example: Example, max_length: int) -> Example | None:
         kept = np.delete(kept, slice(end - cut, end))[:max_length]
         tokens, loss_mask = tokens[kept], loss_mask[kept]
     if not loss_mask.any():
-        return None
-    return Example(tokens, loss_mask, removed=len(example.tokens) - len(tokens))
+        return []
+    return [Example(tokens, loss_mask, removed=len(example.tokens) - len(tokens))]
+
+
+def _divide(example: Example, max_length: int) -> list[Example]:
+    """Every token is predicted once: a part begins with the token that the one before ends with."""
+    parts = []
+    for start in range(0, max(len(example.tokens) - 1, 1), max_length - 1):
+        loss_mask = example.loss_mask[start : start + max_length].copy()
+        loss_mask[0] = False  # nothing in its row comes before
+        if loss_mask.any():
+            parts.append(Example(example.tokens[start : start + max_length], loss_mask))
+    return parts

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from train.data.encode import MIN_LENGTH
+from train.data.sources import sources
 from train.flags import require, require_share, shown
 from train.text.bpe import MIN_VOCAB_SIZE
 
@@ -17,7 +18,10 @@ class DataOptions:
 
     data: Annotated[tuple[Path, ...], shown("FILE ...", "Python's own documentation")] = ()
     """JSON lines, a JSON array (both may be .gz) or Parquet: chat, alpaca, ShareGPT, prompt and
-    completion, or plain text."""
+    completion, or plain text. With weights, as in a.jsonl:2 b.jsonl:1, two rows of a are trained on
+    for each of b."""
+    eval_data: Annotated[tuple[Path, ...], shown("FILE ...", "a share of --data")] = ()
+    """Files to evaluate on, in place of held-out records of --data."""
     skip_bad_records: bool = False
     """Leave out the records that cannot be read, and say which and why."""
     held_out: Annotated[float, shown("SHARE")] = 0.1
@@ -27,7 +31,13 @@ class DataOptions:
     vocab_size: Annotated[int, shown("TOKENS")] = 8192
     """Size of the byte-level BPE that is trained on the training records."""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that are read, without their weights."""
+        return (*(source.path for source in sources(self.data)), *self.eval_data)
+
     def __post_init__(self) -> None:
+        sources(self.data)  # which refuses wrong weights
         require_share("held_out", self.held_out)
         require(
             self.vocab_size >= MIN_VOCAB_SIZE,

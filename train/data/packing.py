@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 from jaxtyping import Int
@@ -36,6 +37,16 @@ class Rows:
 
     def __getitem__(self, index: slice | Int[np.ndarray, " B"]) -> Batch:
         return {name: array[index] for name, array in vars(self).items()}
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        fields = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+
+    @property
+    def padding(self) -> float:
+        """The share of the tokens that is padding; 0 without rows."""
+        return float(np.mean(self.segments == 0)) if len(self) else 0.0
 
 
 def pack(examples: Sequence[Example], length: int) -> Rows:

@@ -50,7 +50,7 @@ class ScoringOptions:
 
 
 class EvaluationData(Protocol):
-    """The part of `loader.Data` that an evaluation reads."""
+    """The part of `tasks.held_out.Exam` that an evaluation reads."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -243,7 +243,7 @@ def fitting_questions(
     kept = []
     for question in data.questions:
         examples = [next(encoded) for _ in question.options]
-        whole = [e for e in examples if e is not None and e.removed == 0]
+        whole = [e for (e,) in filter(None, examples) if e.removed == 0]
         if len(whole) == len(question.options):
             kept.append((question, [without_end(example) for example in whole]))
     return kept

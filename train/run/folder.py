@@ -55,7 +55,7 @@ def find(config: TrainConfig) -> Path:
                 f"--out {out} holds a run already: give --resume to go on with it, --overwrite to"
                 " remove it, or another --out"
             )
-        for file in config.data.data:
+        for file in config.data.files:
             if file.resolve().is_relative_to(out.resolve()):
                 raise ValueError(
                     f"--overwrite would remove the run in {out}, and --data {file} lies there:"
@@ -100,6 +100,7 @@ def claim(config: TrainConfig, *, step: int = 0) -> Path:
                     old.unlink(missing_ok=True)
     values = config.flags() | {
         "data": [str(file.absolute()) for file in config.data.data],
+        "eval_data": [str(file.absolute()) for file in config.data.eval_data],
         "out": str(out),
         "resume": False,
         "overwrite": False,
@@ -149,6 +150,7 @@ def _read(out: Path) -> dict[str, Any]:
         raise ValueError(f"there is no run in {out}: {path} is missing")
     try:
         saved = json.loads(path.read_text("utf-8"))
-        return saved | {"data": tuple(map(Path, saved["data"])), "out": out}
+        files = {name: tuple(map(Path, saved[name])) for name in ("data", "eval_data")}
+        return saved | files | {"out": out}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: it does not hold a run's flags ({error!r})") from None

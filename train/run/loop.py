@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import rich.console
 from flax import nnx
 
 import lsce
 from train import mesh as devices
 from train.config import TrainConfig, described
-from train.data import loader
+from train.data import dataset, summary
 from train.evaluation import report
 from train.evaluation.scoring import REPORTED, Evaluation, ScoringOptions, evaluate
 from train.evaluation.tasks.held_out import Exam
@@ -68,7 +69,7 @@ class Run:
 
     config: TrainConfig
     out: Path
-    data: loader.Data
+    data: dataset.Data
     exam: Exam
     rate: Schedule
     checkpointer: Checkpointer
@@ -92,11 +93,12 @@ def prepare(config: TrainConfig) -> Run:
     """
     shape = check(config)
     run_folder.find(config)
-    for path in config.data.data if config.run.resume else ():
+    for path in config.data.files if config.run.resume else ():
         if not path.exists():
             raise ValueError(f"the run's data {path} is gone: say with --data where it is now")
-    data = loader.build(
+    data = dataset.build(
         data=config.data.data,
+        eval_data=config.data.eval_data,
         held_out=config.data.held_out,
         max_length=config.data.max_length,
         batch_size=config.step.rows,
@@ -104,7 +106,8 @@ def prepare(config: TrainConfig) -> Run:
         seed=config.run.seed,
         skip_bad_records=config.data.skip_bad_records,
     )
-    logger.info("data: %s", data.counts)
+    summary.log(data)
+    summary.show_example(data, rich.console.Console(stderr=True))
     shape = dataclasses.replace(shape, vocab_size=data.tokenizer.vocab_size)
     if config.run.epochs is None:
         total_steps = config.run.steps or DEFAULT_STEPS

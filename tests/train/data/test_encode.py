@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def layout(example: Example | None) -> str:
 
 
 def encode(record: Record, max_length: int) -> Example | None:
-    return encode_records(BPE, [record], max_length)[0]
+    (examples,) = encode_records(BPE, [record], max_length)
+    return examples[0] if examples else None
 
 
 def test_loss_is_on_what_the_assistant_says_and_on_its_end():
@@ -125,15 +127,30 @@ def test_cutting_keeps_what_it_can(contents, max_length):
 def test_many_records_are_encoded_as_each_alone():
     records = [conversation("cat?" * n, "dog " * n) for n in range(20)]
     together = encode_records(BPE, records, 20)
-    assert {type(example) for example in together} == {Example, type(None)}
-    for record, example in zip(records, together, strict=True):
-        alone = encode(record, 20)
-        assert (alone is None) == (example is None)
-        if alone is not None and example is not None:
-            np.testing.assert_array_equal(alone.tokens, example.tokens)
-            np.testing.assert_array_equal(alone.loss_mask, example.loss_mask)
+    assert {len(examples) for examples in together} == {0, 1}
+    for record, examples in zip(records, together, strict=True):
+        alone = encode_records(BPE, [record], 20)[0]
+        assert len(alone) == len(examples)
+        for one, other in zip(alone, examples, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
 
 
 def test_a_row_too_short_for_any_example_is_refused():
     with pytest.raises(ValueError, match=f"max_length must be at least {MIN_LENGTH} tokens, got 7"):
         encode(conversation("a", "b"), 7)
+
+
+@given(st.text("0123", min_size=1, max_size=60), st.integers(8, 30))
+def test_plain_text_goes_on_in_other_rows_and_every_token_is_predicted_once(text, max_length):
+    record = Record((Message("text", text),), "test")
+    (whole,) = BPE.encode([record])
+    (examples,) = encode_records(BPE, [record], max_length)
+    predicted = np.concatenate([example.tokens[example.loss_mask] for example in examples])
+    assert predicted.tolist() == whole.tokens[1:].tolist()
+    for example in examples:
+        assert len(example.tokens) <= max_length
+        assert not example.loss_mask[0]
+    for before, after in itertools.pairwise(examples):
+        assert len(before.tokens) == max_length
+        assert before.tokens[-1] == after.tokens[0]

@@ -67,7 +67,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def data(tokenizer) -> Data:
-    examples = [e for e in encode_records(tokenizer, RECORDS, LENGTH) if e is not None]
+    examples = [example for (example,) in encode_records(tokenizer, RECORDS, LENGTH)]
     return Data(tokenizer, pack(examples, LENGTH), QUESTIONS)
 
 

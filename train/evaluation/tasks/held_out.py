@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from train.data.loader import Data
+from train.data.dataset import Data
 from train.data.packing import Rows
 from train.data.records import Message, Record, stable_hash
 from train.text.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ MAX_OPTION_CHARACTERS = 300
 @dataclasses.dataclass(frozen=True)
 class Question:
     prompt: tuple[Message, ...]
+    """The conversation so far, none of which is scored."""
     options: tuple[str, ...]
     answer: int
     """The index in `options` of the right one."""
@@ -80,8 +81,12 @@ def questions(held_out: Sequence[Record], seed: int = 0) -> list[Question]:
         if len(options) == OPTIONS:
             answer = int(random.integers(OPTIONS))
             options[0], options[answer] = options[answer], options[0]
-            made.append(Question(record.prompt, tuple(options), answer, record.source))
+            made.append(Question(_unscored(record.prompt), tuple(options), answer, record.source))
     return made
+
+
+def _unscored(prompt: Sequence[Message]) -> tuple[Message, ...]:
+    return tuple(dataclasses.replace(m, learn=m.role != "assistant") for m in prompt)
 
 
 def _option(record: Record) -> str:

@@ -127,8 +127,14 @@ def test_the_answer_to_the_user_is_asked_for_and_not_the_greeting():
         for i in range(4)
     ]
     for question, of in zip(questions(records), records, strict=True):
-        assert question.prompt == of.messages[:2]
+        assert [m.content for m in question.prompt] == [m.content for m in of.messages[:2]]
         assert question.options[question.answer] == of.messages[2].content
+    tokenizer = train([m.content for r in records for m in r.messages], 300)
+    for question, examples in fitting_questions(
+        Exam(tokenizer, pack([], 64), questions(records)), 64
+    ):
+        for option, example in zip(question.options, examples, strict=True):
+            assert tokenizer.decode(example.tokens[example.loss_mask].tolist()) == option
 
 
 def test_the_first_answer_of_a_longer_conversation_is_asked_for():
