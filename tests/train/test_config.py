@@ -52,6 +52,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--data", "nowhere.jsonl"], "--data: no file nowhere.jsonl"),
         (["--data", "."], "--data: . is a folder, name the files in it"),
         (["--data"], "--data needs a file, or several"),
+        (["--eval-data"], "--eval-data needs a file, or several"),
+        (["--data", "a:2", "b"], "--data: b has no weight and other files have"),
         (["--data", "a", "--data=b"], "--data is given twice: put all files behind one --data"),
         (["--steps", "9", "--epochs", "1"], "--steps 9 and --epochs 1.0 contradict each other"),
         (["--steps", "9", "--warmup-steps", "10"], "--warmup-steps 10 is more than all 9 steps"),

@@ -269,7 +269,7 @@ def _warn_of_overlap(train: Sequence[Record], evaluation: Sequence[Record]) -> N
             "%d of %d record(s) of --eval-data ask what training records ask too:%s",
             len(both),
             len(evaluation),
-            _some(both),
+            _some(both, 5),
         )
 
 
@@ -283,9 +283,10 @@ def _warn_of_losses(read: Sequence[_File], max_length: int) -> None:
         ),
     ):
         if names:
-            logger.warning("%d record(s) %s:%s", len(names), what, _some(names))
+            most = 20 if what.startswith("skipped") else 5  # of which each may have its own reason
+            logger.warning("%d record(s) %s:%s", len(names), what, _some(names, most))
 
 
-def _some(names: Sequence[str], most: int = 20) -> str:
+def _some(names: Sequence[str], most: int) -> str:
     rest = [f"and {len(names) - most} more"] if len(names) > most else []
     return "".join(f"\n  {name}" for name in [*names[:most], *rest])
