@@ -69,19 +69,18 @@ def _each_fwd(backend, call, arrays, weights):
     passed: Any = _in_one_piece(backend, call, arrays)
     (losses, stats), kept = passed
     out = varying((formula.weighted(weights, losses), stats), like=weights)
-    return out, (wanted.as_residuals(), arrays.labels, weights, losses, kept)
+    return out, (wanted.as_residuals(), weights, losses, kept)
 
 
 def _each_bwd(backend, call, saved, cotangents):
     g, _ = cotangents  # the statistics have no gradients
     if isinstance(g, SymbolicZero):
         return None, None
-    wanted, labels, weights, losses, kept = saved
+    wanted, weights, losses, kept = saved
+    wanted = Wanted.from_residuals(wanted)
     d_weights = g * formula.finite_where_removed(weights, losses)
-    g, live = g * weights, labels >= 0
-    grads = backend.backward(
-        call, kept, Wanted.from_residuals(wanted), jnp.where(live, g, 0.0), _mark(live, g)
-    )
+    g = g * weights
+    grads = backend.backward(call, kept, wanted, g, _mark(g))
     return varying((grads, d_weights), like=weights)
 
 
@@ -122,8 +121,7 @@ def _fused_fwd(backend, call, arrays, weights):
     d_hidden, d_head, losses = arrays.hidden[:1], arrays.head[:1], None
     some = _with_a_say(backend, call, arrays, weights)
     if wanted.hidden or wanted.head:
-        mark = _mark(some.labels >= 0, weights)
-        losses, grads = backend.fused(call, some, weights, wanted, mark)
+        losses, grads = backend.fused(call, some, weights, wanted, _mark(weights))
         d_hidden = grads.hidden if wanted.hidden else d_hidden
         d_head = grads.head if wanted.head else d_head
     if wanted.weights or losses is None:  # those of tokens of weight 0, too
@@ -162,12 +160,12 @@ def _with_a_say(backend: Any, call: Any, arrays: Arrays, weights: Float[Array, "
     return arrays._replace(labels=jnp.where(weights == 0.0, -1, arrays.labels))
 
 
-def _mark(live: Bool[Array, " N"], g: Float[Array, " N"]) -> Float[Array, ""]:
-    """0, or NaN where a token without a loss has a cotangent of NaN: an invalid label.
+def _mark(g: Float[Array, " N"]) -> Float[Array, ""]:
+    """0, or NaN where a token, be it without a loss, has a cotangent of NaN: an invalid label.
 
     A backend adds it to every gradient.
     """
-    return jnp.sum(jnp.where(live, 0.0, 0.0 * g))
+    return jnp.sum(0.0 * g)
 
 
 def _values(primals: Any) -> Any:
@@ -216,7 +214,8 @@ def _flat(*flat, function, backend, call, tree):
 
 
 def _abstract(*avals, **params):
-    return _flat.trace(*avals, **params).jaxpr.out_avals
+    jaxpr = _flat.trace(*avals, **params).jaxpr
+    return jaxpr.out_avals, jaxpr.effects
 
 
 def _jvp(primals, tangents, **params):
@@ -268,7 +267,7 @@ def _batch(flat, axes, *, function, backend, call, tree):
 
 
 _primitive.def_impl(_flat)
-_primitive.def_abstract_eval(_abstract)
+_primitive.def_effectful_abstract_eval(_abstract)
 mlir.register_lowering(_primitive, mlir.lower_fun(_flat, multiple_results=True))
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch

@@ -89,7 +89,7 @@ class Differentiated(Backend, Protocol):
     ) -> Arrays:
         """The gradients of Σ_n g_n·L_n + mark·(everything), None for what is not wanted.
 
-        g is 0 for tokens without a loss; the mark is 0, or NaN so that all gradients are.
+        g counts at tokens with a loss only; the mark is 0, or NaN so that all gradients are.
         """
         ...
 
