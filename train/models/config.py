@@ -49,6 +49,8 @@ class ModelConfig:
     head_size: int
     mlp_size: int
 
+    model_type: str = "llama"
+    """The family, as config.json names it: it says what the weights are called."""
     rope: Rope = Rope()
     local_rope: Rope | None = None
     """Of the layers with a window; None: the same as of the others."""
@@ -139,9 +141,11 @@ PRESETS: Mapping[str, ModelConfig] = {
         kv_heads=1,
         head_size=256,
         mlp_size=2048,
+        model_type="gemma3_text",
         rope=Rope(1e6),
         local_rope=Rope(1e4),
         window=512,
+        query_scale=256**-0.5,
         sliding=tuple((i + 1) % 6 != 0 for i in range(18)),
         qk_norms=True,
         post_norms=True,

@@ -17,7 +17,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula
-from lsce.backends import Arrays
 from lsce.backends.hopper import backward
 from lsce.backends.hopper.kernels import rows as transfer
 from lsce.backends.hopper.kernels.lse_forward import LOG2E, LOWEST, Sums
@@ -57,6 +56,8 @@ class Saved(NamedTuple):
     """The row of each token."""
     live: Int[Array, ""]
     sums: Sums
+    wanted: list[Array]
+    """`Wanted` as residuals."""
 
 
 class Coefficients(NamedTuple):
@@ -73,18 +74,15 @@ class Coefficients(NamedTuple):
     kappa: Float[Array, " rows"]
     """κ: the part of the smoothing that is the same for every column and added as rank 1."""
     poison: Float[Array, ""]
-    """0, or NaN so that all gradients are."""
+    """0, or NaN where the cotangent of a token without a loss is NaN (an invalid label)."""
 
 
 def of(
-    call: Call,
-    saved: Saved,
-    wanted: Wanted,
-    cotangent: Float[Array, " N"],
-    mark: Float[Array, ""],
-) -> Arrays:
+    call: Call, saved: Saved, cotangent: Float[Array, " N"]
+) -> tuple[Array | None, Array | None, Array | None]:
     """Gradients of hidden [N, D], head and bias, None where nobody asked."""
-    c = coefficients(call, saved, cotangent, mark)
+    c = coefficients(call, saved, cotangent)
+    wanted = Wanted.from_residuals(saved.wanted)
     make = exact if call.epsilon is None else filtered
     products = make(call, saved, c, wanted)
     dhidden = dbias = None
@@ -95,7 +93,7 @@ def of(
         scale = call.problem.logit_scale
         dbias = (products.bias - (c.s * c.kappa).sum()) / scale + c.poison
         dbias = dbias.astype(saved.bias.dtype)
-    return Arrays(dhidden, products.head if wanted.head else None, None, dbias)
+    return dhidden, products.head if wanted.head else None, dbias
 
 
 class Products(NamedTuple):
@@ -108,9 +106,7 @@ class Products(NamedTuple):
     """The probability that the computed tiles hold."""
 
 
-def coefficients(
-    call: Call, saved: Saved, cotangent: Float[Array, " N"], mark: Float[Array, ""]
-) -> Coefficients:
+def coefficients(call: Call, saved: Saved, cotangent: Float[Array, " N"]) -> Coefficients:
     p = call.problem
     rows = saved.hidden.shape[0]
     in_use = jnp.arange(rows) < saved.live
@@ -132,7 +128,7 @@ def coefficients(
         b=g * (1.0 - p.label_smoothing),
         s=g * p.label_smoothing / p.v,
         kappa=kappa,
-        poison=mark,
+        poison=jnp.where(in_use, 0.0, by_row * 0.0).sum(),
     )
 
 

