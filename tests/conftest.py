@@ -29,6 +29,7 @@ CHECKED = ["backends", "formula", "sparse", "stats", "wanted"]
 hook = jaxtyping.install_import_hook([f"lsce.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 MAPS = Path("/proc/self/maps")

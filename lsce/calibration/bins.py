@@ -72,7 +72,8 @@ def equal_mass_edges(
     else:
         rank = i * quotient + i * remainder // bins
         half = 2 * (i * remainder % bins)
-        rank = rank + ((half > bins) | ((half == bins) & (rank % 2 == 1)))
+        up = (half > bins) | ((half == bins) & (rank % 2 == 1))
+        rank = rank + up.astype(jnp.uint32)
     return jnp.sort(jnp.where(counted, values, jnp.inf))[jnp.minimum(rank, n - 1)]
 
 
@@ -120,7 +121,7 @@ def sums_by_bin(
     """
     n, columns = values.shape
     halvings = max(1, n // max(bins, 64)).bit_length() - 1
-    cell = (index << halvings) | (jnp.arange(n) & ((1 << halvings) - 1))
+    cell = (index << halvings) | (jnp.arange(n, dtype=index.dtype) & ((1 << halvings) - 1))
     sums = jax.ops.segment_sum(values, cell, bins << halvings)
     sums = sums.reshape(bins, 1 << halvings, columns)
     for _ in range(halvings):

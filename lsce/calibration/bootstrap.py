@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Real
 
 from lsce.calibration import validate
 
@@ -30,6 +30,7 @@ def bootstrap_interval(
     metric: Callable[..., Float[Array, ""]],
     *arrays: ArrayLike,
     key: Key[Array, ""],
+    weights: Real[ArrayLike, " N"] | None = None,
     samples: int = 1000,
     level: float = 0.95,
     method: Literal["percentile", "basic"] = "percentile",
@@ -40,13 +41,16 @@ def bootstrap_interval(
     the resamples, m its value on the data and α = 1 − level, "percentile" gives
     [q(α/2), q(1 − α/2)] and "basic" gives [2m − q(1 − α/2), 2m − q(α/2)]. A calibration error grows
     when data are resampled, because the chance gaps in its bins do: the percentile interval then
-    lies too high and may miss m altogether, and "basic" takes the shift back.
+    lies too high and may miss m altogether, and "basic" takes the shift back. Resamples that the
+    metric is not defined for, though it is for the data, are left out.
 
     Args:
       metric: any jit-able function of the arrays to a scalar; other options go in with
         `functools.partial`. A new function object compiles anew.
       *arrays: arrays of one length N, resampled together.
       key: a key of `jax.random`; the same key gives the same interval.
+      weights: a weight or a mask for each sample, which the metric takes as `weights`. Samples of
+        weight 0 are never drawn: the interval is that of the others alone.
       samples: number of resamples.
       level: share of the distribution inside, in (0, 1).
       method: see above.
@@ -74,23 +78,39 @@ def bootstrap_interval(
             "the arrays must share a first axis of at least 1, "
             f"got shapes {', '.join(str(x.shape) for x in data) or 'of no arrays at all'}"
         )
-    estimate = jnp.asarray(metric(*arrays))
+    if weights is not None:
+        shape = validate.to_array(weights).shape
+        if shape != lengths[0]:
+            raise ValueError(f"weights has shape {shape}, but there are {lengths[0][0]} samples")
+        weights = validate.weight_array(weights)
+    estimate = jnp.asarray(_value(metric, arrays, weights))
     if estimate.shape != ():
         raise ValueError(f"metric must return a scalar, got shape {estimate.shape}")
-    resampled = _resample(metric, data, key, samples)
-    low, high = jnp.quantile(resampled, jnp.array([tail, 1 - tail]))
+    resampled = _resample(metric, data, weights, key, samples)
+    low, high = jnp.nanquantile(resampled, jnp.array([tail, 1 - tail], resampled.dtype))
+    low, high = (jnp.where(jnp.isnan(estimate), jnp.nan, end) for end in (low, high))
     if method == "basic":
         low, high = 2 * estimate - high, 2 * estimate - low
     return Interval(low, estimate, high)
 
 
+def _value(metric, arrays, weights) -> ArrayLike:
+    return metric(*arrays) if weights is None else metric(*arrays, weights=weights)
+
+
 @functools.partial(jax.jit, static_argnames=("metric", "samples"))
-def _resample(metric, arrays, key, samples: int) -> Float[Array, " samples"]:
+def _resample(metric, arrays, weights, key, samples: int) -> Float[Array, " samples"]:
     n = arrays[0].shape[0]
+    drawn = n
+    if weights is not None:  # the samples that count come first, and only they are drawn
+        first = jnp.argsort(weights == 0, stable=True)
+        arrays, weights = jax.tree.map(lambda x: x[first], (arrays, weights))
+        drawn = jnp.maximum(jnp.sum(weights != 0), 1)
 
     def once(key):
-        index = jax.random.randint(key, (n,), 0, n)
-        return metric(*(x[index] for x in arrays))
+        index = jax.random.randint(key, (n,), 0, drawn)
+        kept = None if weights is None else jnp.where(jnp.arange(n) < drawn, weights[index], 0)
+        return _value(metric, [x[index] for x in arrays], kept)
 
     # Whole batches only: a remainder would be compiled a second time.
     batches = min(samples, math.ceil(samples * n / VALUES_AT_ONCE))

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 BITS = 16
@@ -44,7 +45,7 @@ def sums_by_bin(
     limbs = jnp.stack([_low_bits(values), values >> BITS], axis=-1)
     # About √N rows meet in one partial sum, hence less than 2³² even in limbs of 2¹⁶ − 1.
     partials = max(1, math.isqrt(n))
-    cell = index * partials + jnp.arange(n) % partials
+    cell = index * partials + jnp.arange(n, dtype=index.dtype) % partials
     sums = jax.ops.segment_sum(limbs, cell, bins * partials)
     sums = jnp.pad(sums, ((0, 0), (0, 0), (0, LIMBS - 2)))
     return total(carry(sums).reshape(bins, partials, columns, LIMBS), axis=1)
@@ -52,7 +53,7 @@ def sums_by_bin(
 
 def as_float(limbs: UInt32[Array, "*any 4"]) -> Float[Array, "*any"]:
     """The numbers as floats, to about one part in 10⁷ in float32."""
-    worth = 2.0 ** (BITS * jnp.arange(LIMBS))
+    worth = jnp.asarray(2.0 ** (BITS * np.arange(LIMBS)))
     return jnp.matmul(limbs.astype(worth.dtype), worth, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -67,7 +67,7 @@ def _gather(confidence, residual) -> Float[Array, "G 2"]:
     """Residuals and sample counts on the grid, each sample shared by its two nearest points."""
     place = confidence * (GRID - 1)
     left = jnp.clip(place.astype(jnp.int32), 0, GRID - 2)
-    to_right = (place - left)[:, None]
+    to_right = (place - left.astype(place.dtype))[:, None]
     values = jnp.stack([residual, jnp.ones_like(residual)], axis=1)
     return sums_by_bin(values * (1 - to_right), left, GRID) + sums_by_bin(
         values * to_right, left + 1, GRID
@@ -85,10 +85,10 @@ def _error(gathered: Float[Array, "G 2"], bandwidth):
 
     def add_block(i, sums):
         index = i * BLOCK + jnp.arange(BLOCK)
-        t = (index / (points - 1))[:, None]
+        t = (index.astype(points.dtype) / (points - 1))[:, None]
         kernel = gaussian(t - grid) + gaussian(t + grid) + gaussian(2 - t - grid)
         smoothed = jnp.matmul(kernel, gathered, precision=jax.lax.Precision.HIGHEST)
-        residual, density = jnp.where((index < points)[None, :], smoothed.T, 0)
+        residual, density = jnp.where((index < points.astype(jnp.int32))[None, :], smoothed.T, 0)
         return sums + jnp.stack([jnp.sum(jnp.abs(residual)), jnp.sum(density)])
 
     blocks = jnp.ceil(points / BLOCK).astype(jnp.int32)

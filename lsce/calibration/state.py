@@ -106,6 +106,7 @@ class CalibrationState:
         if validate.known(confidence) and validate.known(correct) and validate.known(kept):
             validate.check_confidence(confidence, np.asarray(kept))
             validate.check_correct(correct, np.asarray(kept))
+        correct = correct.astype(confidence.dtype)
         return self.merge(_count(confidence.ravel(), correct.ravel(), kept.ravel(), self.bins))
 
     def merge(self, other: CalibrationState) -> CalibrationState:
@@ -135,8 +136,9 @@ def _count(confidence, correct, kept, bins: int) -> CalibrationState:
     # NaN compares as False, so that what is converted to integers below is always finite.
     confidence = jnp.where(valid, jnp.minimum(confidence, 1), 0)
     units = jnp.round(confidence / UNIT)
-    columns = jnp.stack([valid, valid & (correct == 1), units, ~valid], axis=1)
-    columns = jnp.where(kept[:, None], columns, 0).astype(jnp.uint32)
+    columns = valid, valid & (correct == 1), units, ~valid
+    columns = jnp.stack([column.astype(jnp.uint32) for column in columns], axis=1)
+    columns = jnp.where(kept[:, None], columns, 0)
     index = bin_of(confidence, even_edges(bins, confidence.dtype))
     return CalibrationState(exact.sums_by_bin(columns, index, bins))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -57,7 +58,7 @@ def real_array(name: str, x: ArrayLike) -> Float[Array, "*samples"]:
     array = to_array(x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be a float array, got dtype {array.dtype}")
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
 
 
 def same_shape(name: str, x: Array, expected: tuple[int, ...], other: str) -> None:
@@ -90,21 +91,29 @@ def samples(
     """
     p = real_array("confidence", confidence)
     a = to_array(correct)
-    w = jnp.ones(p.shape, p.dtype) if weights is None else to_array(weights)
+    w = jnp.ones(p.shape, p.dtype) if weights is None else weight_array(weights)
     same_shape("correct", a, p.shape, "confidence")
     same_shape("weights", w, p.shape, "confidence")
     if p.size == 0:
         raise ValueError(f"confidence has no samples (shape {p.shape}), so no calibration either")
-    if weights is not None and known(weights):
-        host = np.asarray(weights, np.float64)
-        refuse("weights", weights, ~((host >= 0) & (host < np.inf)), "be finite and at least 0")
-        if not host.any():
-            raise ValueError(f"all {host.size} weights are 0: no sample is left to measure")
     if known(confidence) and known(correct) and (weights is None or known(weights)):
         counted = np.ones(p.shape, bool) if weights is None else np.asarray(weights) != 0
         check_confidence(confidence, counted)
         check_correct(correct, counted)
     return p.ravel(), a.astype(p.dtype).ravel(), w.astype(p.dtype).ravel()
+
+
+def weight_array(weights: ArrayLike) -> Array:
+    """Weights or a mask as an array. Those that are known are checked here, and scaled before they
+    are rounded: only their ratios matter, and float32 may not hold the weights themselves."""
+    if not known(weights):
+        return to_array(weights)
+    host = np.asarray(weights, np.float64)
+    refuse("weights", weights, ~((host >= 0) & (host < np.inf)), "be finite and at least 0")
+    if host.size and not host.any():
+        raise ValueError(f"all {host.size} weights are 0: no sample is left to measure")
+    _, exponent = np.frexp(host.max(initial=0))
+    return to_array(np.ldexp(host, 1 - exponent))
 
 
 def check_confidence(confidence: ArrayLike, counted: np.ndarray) -> None:
@@ -154,7 +163,7 @@ def label_vector(labels: ArrayLike, scores: Float[Array, "N K"], name: str) -> I
         host = np.asarray(labels)
         bad = (host < 0) | (host >= scores.shape[1])
         refuse("labels", labels, bad, f"lie in [0, {scores.shape[1]})")
-    return y
+    return y.astype(int)
 
 
 def poisoned_samples(
@@ -162,9 +171,13 @@ def poisoned_samples(
 ) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
     """Samples with NaN in place of what is no confidence, correctness or weight; jit-safe.
 
-    What a sample of weight 0 holds is replaced by zeros: it can poison nothing.
+    What a sample of weight 0 holds is replaced by zeros: it can poison nothing. Without any other
+    there is nothing to measure, and all is NaN. The weights are scaled by a power of two so that
+    the largest is near 1: no sum of them overflows.
     """
-    w = jnp.where((w >= 0) & (w < jnp.inf), w, jnp.nan)
+    valid = (w >= 0) & (w < jnp.inf) & jnp.any(w > 0)
+    _, exponent = jnp.frexp(lax.stop_gradient(jnp.max(jnp.where(valid, w, 0))))
+    w = jnp.where(valid, jnp.ldexp(w, 1 - exponent), jnp.nan)
     p = jnp.where((p >= 0) & (p <= 1 + ROUNDING), jnp.minimum(p, 1), jnp.nan)
     p = jnp.where(w == 0, 0, p)
     a = jnp.where(w == 0, 0, jnp.where((a == 0) | (a == 1), a, jnp.nan))

@@ -170,3 +170,38 @@ def test_interval_mistakes_are_named():
         interval(mean, x, method="bca")
     with pytest.raises(ValueError, match="confidence must be a probability"):
         interval(calibration.expected_calibration_error, 2 * x, x)
+
+
+ece = calibration.expected_calibration_error
+
+
+def weighted_ece(confidence, correct, weights):
+    return ece(confidence, correct, weights=weights)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("live", [np.bool_, np.float64])
+def test_samples_without_weight_do_not_widen_an_interval(live, jitted):
+    """Drawn among all, resamples would hold any number of the live ones, at times none."""
+    r = np.random.default_rng(0)
+    confidence, correct = r.random(1000).astype(np.float32), r.random(1000) < 0.5
+    weights = (np.arange(1000) % 200 == 7).astype(live)
+    some = weights > 0
+    interval = functools.partial(calibration.bootstrap_interval, ece, samples=2000)
+    alone = interval(confidence[some], correct[some], key=jax.random.key(0))
+    spoiled = np.where(some, confidence, np.nan)
+    call = jax.jit(interval) if jitted else interval
+    among = call(spoiled, correct, weights=weights * 3, key=jax.random.key(1))
+    assert alone.low + 0.1 < alone.high
+    np.testing.assert_allclose(among, alone, atol=0.03)
+
+
+def test_resamples_that_measure_nothing_are_left_out():
+    r = np.random.default_rng(0)
+    confidence, correct = r.random(1000).astype(np.float32), r.random(1000) < 0.5
+    weights = np.arange(1000) % 200 == 7
+    draw = functools.partial(calibration.bootstrap_interval, weighted_ece, key=jax.random.key(0))
+    low, estimate, high = draw(confidence, correct, weights.astype(np.float32))
+    assert low < estimate < high
+    confidence[7] = np.nan
+    assert np.isnan(jax.jit(draw)(confidence, correct, weights)).all()

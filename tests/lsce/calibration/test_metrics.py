@@ -238,6 +238,33 @@ def test_weights_of_zero_remove_and_whole_weights_repeat(equal_mass):
         assert float(weighted) == pytest.approx(float(repeated), abs=1e-6)
 
 
+WEIGHTED = ("ece", "ece_equal_mass", "mce", "rms", "gap")
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_count_by_their_ratios_alone(name):
+    confidence, correct = ragged_samples()
+    weights = np.random.default_rng(0).integers(0, 4, confidence.size).astype(np.float64)
+    metric = SAMPLE_METRICS[name]
+    expected = float(metric(confidence, correct, weights=weights))
+    assert expected != pytest.approx(float(metric(confidence, correct)), abs=1e-4)
+    for scale in (1e-50, 1e-40, 1e38, 1e300):  # float32 holds none of them, or not their sum
+        assert float(metric(confidence, correct, weights=scale * weights)) == pytest.approx(
+            expected, abs=1e-6
+        )
+    large = jax.jit(metric)(confidence, correct, weights=np.float32(1e38) * weights)
+    assert float(large) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_nothing_to_measure_is_an_error_outside_jit_and_nan_inside(name):
+    confidence, correct = ragged_samples(n=20)
+    metric, nothing = SAMPLE_METRICS[name], np.zeros(20, bool)
+    with pytest.raises(ValueError, match="all 20 weights are 0"):
+        metric(confidence, correct, weights=nothing)
+    assert np.isnan(jax.jit(metric)(confidence, correct, weights=nothing))
+
+
 def test_shapes_of_tokens_are_flattened():
     confidence, correct = ragged_samples(n=120)
     for name, metric in SAMPLE_METRICS.items():
@@ -252,9 +279,11 @@ def test_errors_are_bounded_and_independent_of_order(pairs):
     correct = np.array([a for _, a in pairs])
     backwards = slice(None, None, -1)
     values = {name: float(m(confidence, correct)) for name, m in SAMPLE_METRICS.items()}
+    # Near 0 a root magnifies the rounding below it: what is compared is what it was taken of.
+    roots = {"rms": 2, "hendrycks": 4, "l2": 2}
     for name, metric in SAMPLE_METRICS.items():
-        again = float(metric(confidence[backwards], correct[backwards]))
-        assert values[name] == pytest.approx(again, abs=2e-6), name
+        again, power = float(metric(confidence[backwards], correct[backwards])), roots.get(name, 1)
+        assert values[name] ** power == pytest.approx(again**power, abs=2e-6), name
         assert -1e-6 <= abs(values[name]) <= 1 + 1e-6, name
     assert abs(values["gap"]) <= values["ece"] + 1e-6 <= values["mce"] + 2e-6
     exact = confidence.astype(np.float64)
@@ -474,11 +503,16 @@ def test_a_class_given_no_chance_costs_infinitely_much():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_is_summed_in_float32(dtype):
     confidence, correct = ragged_samples(n=3000)
-    low = jnp.asarray(confidence, dtype)
-    ece = calibration.expected_calibration_error(low, correct)
-    same = calibration.expected_calibration_error(low.astype(jnp.float32), correct)
-    assert ece.dtype == jnp.float32
-    assert float(ece) == float(same)
+    probs, labels = ragged_classes()
+    low, low_probs = jnp.asarray(confidence, dtype), jnp.asarray(probs / 2, dtype)
+    for name, metric in SAMPLE_METRICS.items():
+        got = metric(low, correct)
+        assert got.dtype == jnp.float32, name
+        assert float(got) == float(metric(low.astype(jnp.float32), correct)), name
+    for name, metric in CLASS_METRICS.items():
+        got = metric(low_probs, labels)
+        assert got.dtype == jnp.float32, name
+        assert float(got) == float(metric(low_probs.astype(jnp.float32), labels)), name
 
 
 @pytest.mark.parametrize("name", ["binned", "bootstrap", "intervals", "state"])
