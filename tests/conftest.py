@@ -1,4 +1,5 @@
-"""Strictness for every test: no silent broadcasting of ranks, and checked shape annotations.
+"""Strictness for every test: no silent broadcasting of ranks, no dtypes mixed in silence, and
+checked shape annotations.
 
 The import hook checks the annotations of the modules behind the public functions. The doors
 themselves (`lsce.api` with `lsce.problem`, `lsce.order`, `lsce.calibration`) check their arguments
@@ -15,6 +16,7 @@ os.environ.setdefault("NPROC", "16")
 
 import jax
 import jaxtyping
+import optax
 import pytest
 from hypothesis import HealthCheck, settings
 from paths import ROOT
@@ -31,6 +33,14 @@ hook = jaxtyping.install_import_hook([f"lsce.{name}" for name in CHECKED], "bear
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+
+def bias_correction(*args, of=optax.tree.bias_correction):
+    """Adam's: a float to the power of an integer. Nothing else may mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        return of(*args)
+
+
+optax.tree.bias_correction = bias_correction
 
 MAPS = Path("/proc/self/maps")
 
@@ -50,12 +60,6 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def strict_promotion():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
 
 
 def pytest_collection_finish():

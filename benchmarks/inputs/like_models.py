@@ -103,13 +103,14 @@ def _generate(s: Statistics, n: int, d: int, v: int, dtype, key: Array) -> Array
     keys = iter(jax.random.split(key, 10))
     normal = jax.random.normal
     latent = min(LATENT, d - 1)
-    scale = jnp.arange(1, latent + 1)[None] ** (-s.spectrum / 4)
+    scale = jnp.arange(1.0, latent + 1)[None] ** (-s.spectrum / 4)
     scale /= jnp.sum(scale**4) ** 0.25  # w · w' then has variance 1
 
     shared = normal(next(keys), (PATCHES,))[jnp.arange(v) * PATCHES // v]
     x = math.sqrt(s.patches) * shared + math.sqrt(1 - s.patches) * normal(next(keys), (v,))
     # Draws by rank only: the few most popular classes would make every seed another model.
-    x = jax.scipy.special.ndtri((jnp.argsort(jnp.argsort(x)) + 0.5) / v)
+    rank = jnp.argsort(jnp.argsort(x)).astype(x.dtype)
+    x = jax.scipy.special.ndtri((rank + 0.5) / v)
     moment = 2**TAIL * math.gamma(TAIL + 0.5) / math.sqrt(math.pi)  # E |x|^(2 TAIL)
     popularity = s.popularity / math.sqrt(moment) * jnp.sign(x) * jnp.abs(x) ** TAIL
     meaning = normal(next(keys), (v, latent)) * scale

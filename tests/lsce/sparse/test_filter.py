@@ -9,7 +9,7 @@ from scipy.special import logsumexp, softmax
 
 from lsce.sparse import filter as filtering
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def test_the_default_filter_follows_tokens_and_classes():

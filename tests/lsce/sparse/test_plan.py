@@ -10,7 +10,7 @@ from jax import lax
 from lsce.backends.hopper import tiles
 from lsce.sparse import plan
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def test_column_bits_join_blocks_and_labels():

@@ -10,7 +10,7 @@ from hopper_on_cpu import CANDIDATE
 from lsce.backends import hopper
 from lsce.sparse import plan
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled", "strict_promotion")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled")]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lsce.backends.hopper import fused, tiles
 from lsce.backends.hopper.gradients import Call
 from lsce.sparse import plan
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hopper_on_cpu import CANDIDATE
 from lsce.backends import hopper
 from lsce.sparse import filter as filtering
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from lsce.backends.hopper import tiles
 from lsce.backends.hopper.gradients import Call
 from lsce.backends.hopper.loss import token_losses
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def test_refusals_name_what_is_missing():

@@ -11,7 +11,7 @@ from lsce.backends import hopper
 from lsce.backends.hopper.kernels.lse_forward import Sums
 from lsce.backends.hopper.loss import most_frequent, places
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from lsce.backends import hopper
 from lsce.backends.hopper import schedule as stretches
 from lsce.backends.hopper import tiles
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.mark.parametrize("tiles_", [1, 193])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lsce.backends.hopper import tiles
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.mark.parametrize(

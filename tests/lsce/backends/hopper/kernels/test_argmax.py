@@ -7,7 +7,7 @@ import pytest
 import lsce
 from lsce.backends import hopper
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 
 from lsce.backends.hopper.kernels import combine as handover
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def test_sums_that_are_handed_over_join():

@@ -8,7 +8,7 @@ from hopper_on_cpu import CANDIDATE
 
 from lsce.backends import hopper
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from hopper_on_cpu import words_of
 
 from lsce.backends.hopper.kernels import marks
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "strict_promotion")
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def test_marks_unpack_to_the_columns_they_mean():
