@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Self
 
@@ -20,7 +21,8 @@ Batch = dict[str, Int[np.ndarray, "B T"]]
 class Rows:
     """R rows of T tokens, int32.
 
-    `rows[i:j]` and `rows[indices]` are batches: dicts of tokens, labels, segments and positions.
+    `rows[i:j]` and `rows[indices]` are batches: dicts of tokens, labels, segments, positions and
+    starts.
     """
 
     tokens: Int[np.ndarray, "R T"]
@@ -36,7 +38,25 @@ class Rows:
         return len(self.tokens)
 
     def __getitem__(self, index: slice | Int[np.ndarray, " B"]) -> Batch:
-        return {name: array[index] for name, array in vars(self).items()}
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: array[index] for name, array in (arrays | {"starts": self.starts}).items()}
+
+    @functools.cached_property
+    def starts(self) -> Int[np.ndarray, "R M"]:
+        """Where the examples of a row begin, from left to right; T where there are no more.
+
+        M is the most examples of a row, rounded up to 1, 2, 4 or a multiple of 8: attention takes
+        time for each, and another M is another program.
+        """
+        first = (self.segments > 0) & (self.positions == 0)
+        most = int(first.sum(axis=1).max(initial=1))
+        most = 1 << (most - 1).bit_length() if most <= 8 else -(-most // 8) * 8
+        length = self.tokens.shape[1]
+        starts = np.full((len(self), max(most, length)), length, np.int32)
+        starts[:, :length] = np.where(first, np.arange(length), length)
+        starts = np.sort(starts, axis=1)[:, :most]
+        starts[:, :1] = 0  # a row of padding alone is one segment, too
+        return starts
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:

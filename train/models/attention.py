@@ -1,9 +1,11 @@
-"""Grouped-query attention with rotary positions, and what a token may see."""
+"""Grouped-query attention with rotary positions: what a token may see, and who computes it."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from train.models.cache import LayerCache
 from train.models.config import LayerKind, ModelConfig, Rope
-from train.models.layers import RMSNorm, linear
+from train.models.layers import RMSNorm, elementwise, linear
+
+cudnn: Any = None
+with contextlib.suppress(ImportError):  # not public: `choose` does without where it is missing
+    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+
+
+Way = Literal["xla", "causal", "packed", "masked"]
+"""Who attends: XLA, or cuDNN's kernels, which keep no scores: for rows of one segment each, for
+segments given by where they start, or under a mask, which they read."""
 
 
 class View(NamedTuple):
@@ -20,8 +31,12 @@ class View(NamedTuple):
 
     rotation: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
     """cos and sin of each token's angles, float32."""
+    way: Way
     mask: Bool[Array, "B 1 T S"]
-    """Whether token t sees token s."""
+    """Whether token t sees token s. No program computes it in vain."""
+    starts: Int[Array, "B M"] | None = None
+    """Where the segments of a row begin, in order; T where there are no more."""
+    window: int | None = None
 
 
 class Attention(nnx.Module):
@@ -48,7 +63,8 @@ class Attention(nnx.Module):
         query, key, value = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
         if config.qk_norms:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = apply_rope(query, view.rotation), apply_rope(key, view.rotation)
+        turn = elementwise(apply_rope)
+        query, key = turn(query, view.rotation), turn(key, view.rotation)
         if cache is not None:
             cache = cache.append(key, value)
             key, value = cache.keys, cache.values
@@ -56,7 +72,7 @@ class Attention(nnx.Module):
             query,
             key,
             value,
-            view.mask,
+            view,
             scale=config.query_scale or config.head_size**-0.5,
             softcap=config.attention_softcap,
         )
@@ -67,16 +83,43 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    mask: Bool[Array, "B 1 T S"],
+    view: View,
     *,
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(cap(scale · query · keyᵀ)) · value, where N/K queries share a key.
+    """softmax(cap(scale · query · keyᵀ)) · value over what is seen, where N/K queries share a key.
 
-    The softmax is float32. Heads come before tokens inside: on a CPU the gradient takes half the
-    time that it takes `jax.nn.dot_product_attention`.
+    The softmax is float32.
     """
+    if view.way == "xla":
+        return _attend_by_xla(query, key, value, view.mask, scale, softcap)
+    if view.way == "packed":
+        assert view.starts is not None
+        return _attend_packed(query, key, value, view.starts, view.window, scale)
+    causal = view.way == "causal"
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=None if causal else view.mask,
+        is_causal=causal,
+        local_window_size=(view.window - 1, 0) if causal and view.window else None,
+        scale=scale,
+        implementation="cudnn",
+    )
+
+
+def _attend_by_xla(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Bool[Array, "B 1 T S"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Heads come before tokens inside: on a CPU the gradient takes half the time that it takes
+    `jax.nn.dot_product_attention`."""
     shared = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
@@ -87,27 +130,125 @@ def attend(
     return jnp.swapaxes(jnp.einsum("bnts,bnsh->bnth", weights, value), 1, 2)
 
 
+def _attend_packed(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    starts: Int[Array, "B M"],
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """cuDNN's packed layout, which `jax.nn` does not offer. Its time grows with B · M."""
+    length = query.shape[1]
+    ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    exists = starts < length
+    lengths = jnp.where(exists, ends - starts, -1)
+    offsets = jnp.pad(jnp.where(exists, starts, -1), ((0, 0), (0, 1)), constant_values=-1)
+    return cudnn.dot_product_attention(
+        query,
+        key,
+        value,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        sliding_window_length=window,
+        scale=scale,
+    )
+
+
+def choose(
+    config: ModelConfig,
+    *,
+    length: int,
+    segments: int | None,
+    cached: bool,
+    capability: str | None,
+) -> tuple[Way, str]:
+    """Who attends, and why not somebody faster.
+
+    Args:
+        config: the model.
+        length: tokens in a row.
+        segments: the most segments that a row has; None where nobody says.
+        cached: whether keys come from a cache.
+        capability: the CUDA device's, as "9.0"; None for another device.
+    """
+    major = int(capability.split(".")[0]) if capability else 0
+    most = 256 if major >= 9 else 128
+    reasons = {
+        "attention='xla' was asked for": config.attention == "xla",
+        "no CUDA device from Ampere on": major < 8,
+        f"cuDNN has no softcap of scores ({config.attention_softcap})": bool(
+            config.attention_softcap
+        ),
+        f"cuDNN takes no {config.dtype}": config.dtype not in ("bfloat16", "float16"),
+        f"{config.head_size=} must be a multiple of 8 up to {most}": (
+            config.head_size % 8 != 0 or config.head_size > most
+        ),
+        "keys come from a cache": cached,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return "xla", reason
+    if segments == 1:
+        return "causal", "each row is one segment"
+    reasons = {
+        "nobody says where segments start": segments is None,
+        "cuDNN's packed layout needs Hopper": major < 9,
+        "this jax has no packed layout": cudnn is None,
+    }
+    for reason, holds in reasons.items():
+        if holds and length % 2:
+            return "xla", f"{reason}, and a mask's {length=} must be even"
+        if holds:
+            return "masked", reason
+    return "packed", f"up to {segments} segments a row"
+
+
+def capability() -> str | None:
+    """The compute capability of the default device; None unless it is CUDA's."""
+    if "cuda" not in jax.devices()[0].client.platform_version:
+        return None
+    return jax.devices()[0].compute_capability
+
+
 def view(
+    config: ModelConfig,
     kind: LayerKind,
-    head_size: int,
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
+    *,
+    starts: Int[Array, "B M"] | None = None,
     past: Int[Array, "B S"] | None = None,
     start: Int[Array, ""] | int = 0,
 ) -> View:
     """The view of tokens [start, start + T) of each row, in layers of that kind.
 
     Args:
+        config: the model.
         kind: the layers' positions and window.
-        head_size: H.
         segments: the segment of each of the T tokens.
         positions: the index of each of them within its segment.
+        starts: where the segments of a row begin, in order, and T where there are no more; None
+            where nobody says. Padding belongs to the segment before it, which does not see it.
         past: the segments of all S tokens of the row, these included; None if there are no others.
         start: the place of the first of the T in the row.
     """
+    way, _ = choose(
+        config,
+        length=segments.shape[1],
+        segments=None if starts is None else starts.shape[1],
+        cached=past is not None,
+        capability=capability(),
+    )
     return View(
-        rope_rotation(positions, head_size, kind.rope),
+        rope_rotation(positions, config.head_size, kind.rope),
+        way,
         attention_mask(segments, kind.window, past, start),
+        starts,
+        kind.window,
     )
 
 

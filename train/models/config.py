@@ -82,8 +82,15 @@ class ModelConfig:
     """On the embeddings and on what each attention and MLP adds to the residual stream."""
     dtype: str = "float32"
     """The dtype of activations and matmuls; norms and softmaxes are float32 inside."""
-    remat: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    remat: Literal["none", "block", "full"] = "none"
+    """What the backward pass recomputes: what is elementwise, each block from its input, or groups
+    of about √layers blocks from theirs, each block again within. Each step keeps less."""
+    scan: Literal["auto", "on", "off"] = "auto"
+    """Whether blocks are iterations of a loop in the compiled program, or its lines: those take
+    longer to compile, and a GPU runs them a quarter faster. auto: lines for up to 32 layers on a
+    GPU."""
+    attention: Literal["auto", "xla"] = "auto"
+    """auto: cuDNN's kernels where they can, as `attention.choose` says."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -94,6 +101,13 @@ class ModelConfig:
             raise ValueError(f"{len(self.sliding)=} must be {self.layers=}: one for each layer")
         if any(self.sliding) and not (self.window and self.window > 0):
             raise ValueError(f"{self.window=} must be at least 1: some layers are sliding")
+        for name, values in (
+            ("remat", ("none", "block", "full")),
+            ("scan", ("auto", "on", "off")),
+            ("attention", ("auto", "xla")),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {values}")
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

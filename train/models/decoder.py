@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from train.models.attention import Attention, View, view
 from train.models.cache import Cache, LayerCache
 from train.models.config import LayerKind, ModelConfig
-from train.models.layers import Mlp, RMSNorm, table_init
+from train.models.layers import Mlp, RMSNorm, embed, table_init
+
+MOST_WRITTEN_OUT = 32
+"""Layers that `ModelConfig.scan` "auto" writes out on a GPU: a minute of compiling."""
 
 
 class Decoder(nnx.Module):
@@ -50,6 +56,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         segments: Int[Array, "B T"],
         positions: Int[Array, "B T"],
+        starts: Int[Array, "B M"] | None = None,
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
@@ -62,14 +69,18 @@ class Decoder(nnx.Module):
             tokens: token ids in [0, V).
             segments: the segment of each token within its row; 0 marks padding.
             positions: the index of each token within its segment, for RoPE.
+            starts: where the segments of each row begin, from left to right, and T where there are
+                no more: cuDNN's kernels then skip what no token sees. All segments must be there.
             dropout_key: draws the dropout masks; None turns dropout off (evaluation).
         """
         first_key, keys = None, None
         if dropout_key is not None and self.config.dropout > 0:
             first_key, key = jax.random.split(dropout_key)
             keys = jax.random.split(key, self.config.layers)
-        kinds, head_size = self.config.pattern, self.config.head_size
-        views = {kind: view(kind, head_size, segments, positions) for kind in kinds}
+        views = {
+            kind: view(self.config, kind, segments, positions, starts=starts)
+            for kind in self.config.pattern
+        }
         stream = _drop(self.dropout, self._embed(tokens), first_key)
         stream, _ = self._through_blocks(stream, views, keys)
         return self.norm(stream)
@@ -85,7 +96,7 @@ class Decoder(nnx.Module):
         start = cache.length
         past = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, start, axis=1)
         views = {
-            kind: view(kind, self.config.head_size, segments, positions, past, start)
+            kind: view(self.config, kind, segments, positions, past=past, start=start)
             for kind in self.config.pattern
         }
         stream, layers = self._through_blocks(self._embed(tokens), views, cache=cache.layers)
@@ -97,11 +108,18 @@ class Decoder(nnx.Module):
     @property
     def head(self) -> Float[Array, "V D"]:
         """The output weights, in the dtype of the activations: logits are hidden · headᵀ."""
-        weights = self.embedding.embedding if self.config.tied_head else self.untied_head
-        return weights[...].astype(self.config.dtype)
+        return (
+            self._table
+            if self.config.tied_head
+            else self.untied_head[...].astype(self.config.dtype)
+        )
+
+    @property
+    def _table(self) -> Float[Array, "V D"]:
+        return self.embedding.embedding[...].astype(self.config.dtype)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        embedded = self.embedding(tokens)
+        embedded = embed(self._table, tokens)
         if self.config.scaled_embedding:
             embedded *= jnp.asarray(self.config.hidden_size**0.5, embedded.dtype)
         return embedded
@@ -113,39 +131,58 @@ class Decoder(nnx.Module):
         keys: PRNGKeyArray | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """All blocks in order: a scan over the repetitions of the pattern of kinds, then the rest.
+        """All blocks in order, a group at a time: a loop in the compiled program, or its lines.
 
-        Within the pattern the kind of each block is known when the program is built, so that
-        attention can be given its window as a number.
+        A group is a repetition of the pattern of kinds, or several: within it the kind of each
+        block is known when the program is built, so that attention can be given its window as a
+        number.
         """
-        pattern = self.config.pattern
+        config, pattern = self.config, self.config.pattern
+        scanned = self.scanned
+        remat = functools.partial(jax.checkpoint, prevent_cse=not scanned)
 
         def one(kind, stream, inputs):
             block, key, before = inputs
             return block(stream, views[kind], key, before)
 
-        if self.config.remat:
-            one = jax.checkpoint(one, static_argnums=0)
-
-        def several(stream, inputs):
+        def several(stream, layers):
             kept = []
-            for i in range(jax.tree.leaves(inputs)[0].shape[0]):
-                stream, after = one(pattern[i], stream, jax.tree.map(lambda x, i=i: x[i], inputs))
+            for layer, kind in zip(layers, itertools.cycle(pattern)):
+                stream, after = one(kind, stream, layer)
                 kept.append(after)
-            return stream, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
+            return stream, kept
 
-        repeated = self.config.layers // len(pattern) * len(pattern)
-        inputs = (self.blocks, keys, cache)
-        grouped = jax.tree.map(
-            lambda x: x[:repeated].reshape(-1, len(pattern), *x.shape[1:]), inputs
-        )
-        stream, kept = jax.lax.scan(several, stream, grouped)
-        kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
-        if repeated < self.config.layers:
-            rest = jax.tree.map(lambda x: x[repeated:], inputs)
-            stream, more = several(stream, rest)
-            kept = jax.tree.map(lambda *parts: jnp.concatenate(parts), kept, more)
-        return stream, kept
+        size = len(pattern)
+        if config.remat != "none":
+            one = remat(one, static_argnums=0)
+        if config.remat == "full":
+            size *= max(1, round(config.layers**0.5 / size))
+            several = remat(several)
+
+        looped = config.layers // size * size if scanned else 0
+        in_loop, written_out = _split((self.blocks, keys, cache), (looped, config.layers - looped))
+        kept = []
+        if looped:
+
+            def group(stream, layers):
+                stream, after = several(stream, _unstack(layers, size))
+                return stream, _stack(after)
+
+            groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), in_loop)
+            stream, after = jax.lax.scan(group, stream, groups)
+            kept.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after))
+        layers = _unstack(written_out, config.layers - looped)
+        for start in range(0, len(layers), size):
+            stream, after = several(stream, layers[start : start + size])
+            kept.append(_stack(after))
+        return stream, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+
+    @property
+    def scanned(self) -> bool:
+        """Whether the compiled program loops over the blocks."""
+        if self.config.scan == "auto":
+            return jax.default_backend() != "gpu" or self.config.layers > MOST_WRITTEN_OUT
+        return self.config.scan == "on"
 
 
 class Block(nnx.Module):
@@ -184,3 +221,22 @@ def _drop(
     dropout: nnx.Dropout, x: Float[Array, "B T D"], key: PRNGKeyArray | None
 ) -> Float[Array, "B T D"]:
     return dropout(x, deterministic=key is None, rngs=key)
+
+
+def _split(stacked: Any, sizes: Sequence[int]) -> list[Any]:
+    """The leaves cut along their leading axis. Their gradients are laid side by side again.
+
+    (Those of slices would be filled up with zeros and added.)
+    """
+    leaves, structure = jax.tree.flatten(stacked)
+    parts = [jax.lax.split(leaf, sizes) for leaf in leaves]
+    return [jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(len(sizes))]
+
+
+def _unstack(stacked: Any, size: int) -> list[Any]:
+    """The `size` trees whose leaves are stacked."""
+    return [jax.tree.map(lambda x: x[0], part) for part in _split(stacked, [1] * size)]
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

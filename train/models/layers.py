@@ -1,13 +1,100 @@
-"""The small parts of a decoder: norms, matrices, the MLP."""
+"""The small parts of a decoder: the embedding, norms, matrices, the MLP."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from train.models.config import ModelConfig
+
+SORTED_BLOCK = 128
+"""Tokens of which equal ones are summed by one matrix product, in the gradient of an embedding."""
+
+
+def elementwise[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """The function, recomputed in the backward pass from its inputs.
+
+    It is float32 inside and its inputs are of the activations' dtype, which matrix products keep
+    anyway: what is kept beside them would be several times as large, and take longer to write and
+    to read than to compute again.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+    """The rows of a table; NaN for a token that it has no row for.
+
+    Its gradient has the same bits every time and costs little more than a sort, wherever tokens
+    repeat: XLA's own adds with atomics on a GPU, one token's rows after the other.
+    """
+    return _embed(table.shape[0], table, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _embed(size: int, table: Float[Array, "V D"], tokens: Int[Array, "*N"]):
+    return jnp.take(table, tokens, axis=0)
+
+
+def _embed_forward(size: int, table: Float[Array, "V D"], tokens: Int[Array, "*N"]):
+    return _embed(size, table, tokens), tokens
+
+
+def _embed_backward(size: int, tokens: Int[Array, "*N"], cotangent: Float[Array, "*N D"]):
+    rows = cotangent.reshape(-1, cotangent.shape[-1])
+    return sum_by_token(rows, tokens.reshape(-1), size), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
+
+
+def sum_by_token(
+    rows: Float[Array, "N D"], tokens: Int[Array, " N"], size: int
+) -> Float[Array, "{size} D"]:
+    """For each token the sum of its rows, taken in float32 and rounded once.
+
+    Sorted by token, the rows of one lie together. In blocks a product with [t_i = t_j, j ≤ i] makes
+    running sums of each token, a scan hands on those that go on from block to block, and the last
+    row of each token then holds its sum: every row of the result is written at most once.
+    """
+    n, d = rows.shape
+    padding = -n % SORTED_BLOCK
+    tokens = jnp.pad(tokens.astype(jnp.int32), (0, padding), constant_values=size)
+    rows = jnp.pad(rows, ((0, padding), (0, 0)))
+    order = jnp.argsort(tokens, stable=True)
+    blocks = tokens[order].reshape(-1, SORTED_BLOCK)
+    sums = jnp.einsum(
+        "bij,bjd->bid",
+        jnp.tril(blocks[:, :, None] == blocks[:, None, :]).astype(rows.dtype),
+        rows[order].reshape(-1, SORTED_BLOCK, d),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+    begins, ends = blocks[:, 0], blocks[:, -1]
+    goes_on = jnp.pad(begins[1:] == ends[:-1], (1, 0))  # from the block before
+    through = jnp.pad((begins == ends)[:-1], (1, 0))  # that block is all one token
+    before = jnp.pad(sums[:-1, -1], ((1, 0), (0, 0)))
+
+    def join(left: tuple[Array, Array], right: tuple[Array, Array]):
+        return left[0] & right[0], jnp.where(right[0], left[1], 0) + right[1]
+
+    start = jnp.where(goes_on[:, None], before, 0)
+    _, carried = jax.lax.associative_scan(join, ((goes_on & through)[:, None], start))
+    sums += jnp.where((blocks == begins[:, None])[..., None], carried[:, None], 0)
+
+    flat = blocks.reshape(-1)
+    last = jnp.pad(flat[1:] != flat[:-1], (0, 1), constant_values=True)
+    unused = size + 1 + jnp.arange(flat.size, dtype=jnp.int32)  # each index once: beyond the table
+    return (
+        jnp.zeros((size, d), rows.dtype)
+        .at[jnp.where(last, flat, unused)]
+        .set(sums.reshape(-1, d).astype(rows.dtype), mode="drop", unique_indices=True)
+    )
 
 
 class RMSNorm(nnx.Module):
@@ -23,13 +110,16 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param((jnp.zeros if self.zero_centred else jnp.ones)(size))
 
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
-        if self.zero_centred:
-            return (normed * (1 + scale)).astype(x.dtype)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+        @elementwise
+        def norm(x, scale):
+            wide = x.astype(jnp.float32)
+            mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+            normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+            if self.zero_centred:
+                return (normed * (1 + scale)).astype(x.dtype)
+            return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+        return norm(x, jnp.expand_dims(self.scale[...], range(x.ndim - 1)))
 
 
 class Mlp(nnx.Module):
@@ -42,9 +132,14 @@ class Mlp(nnx.Module):
         self.down = linear(config, config.mlp_size, config.hidden_size, rngs, residual=True)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = self.gate(x)
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
-        return self.down(gate * self.up(x))
+        activation = jax.nn.silu if self.activation == "silu" else jax.nn.gelu
+
+        @elementwise
+        def gated(gate, up):
+            product = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+            return product.astype(up.dtype)
+
+        return self.down(gated(self.gate(x), self.up(x)))
 
 
 def linear(

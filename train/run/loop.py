@@ -166,7 +166,7 @@ def check(config: TrainConfig) -> ModelConfig:
         vocab_size=config.data.vocab_size,
         dropout=config.model.dropout,
         dtype=config.model.dtype,
-        remat=config.model.remat,
+        remat="block" if config.model.remat else "none",
     )
     check_loss(config, shape)
     devices.check(config.step.devices)

@@ -108,7 +108,8 @@ def loss_sum(
     model: Decoder, batch: Batch, loss: LossOptions, dropout_key: PRNGKeyArray | None
 ) -> LossSum:
     """The loss of a batch of rows. The one place where training calls `lsce`."""
-    hidden = model(batch["tokens"], batch["segments"], batch["positions"], dropout_key=dropout_key)
+    where = (batch["segments"], batch["positions"], batch.get("starts"))
+    hidden = model(batch["tokens"], *where, dropout_key=dropout_key)
     total, stats = lsce.linear_cross_entropy(hidden, model.head, batch["labels"], **arguments(loss))
     labelled = batch["labels"] != IGNORE
     calibration = CalibrationState.create().update(stats.confidence, stats.correct, labelled)
@@ -142,7 +143,7 @@ def _step(
         return (jax.tree.map(jnp.add, gradient, more_gradient), sums + more_sums), None
 
     zero = jax.tree.map(jnp.zeros_like, state.params), LossSum.zero()
-    (gradient, sums), _ = jax.lax.scan(add, zero, (micro, keys))
+    (gradient, sums), _ = jax.lax.scan(add, zero, (micro, keys), unroll=how.accumulate == 1)
 
     count = jnp.maximum(sums.count, 1).astype(jnp.float32)
     if loss.reduction == "mean":
