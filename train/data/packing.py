@@ -14,7 +14,7 @@ from train.text.tokenizer import Example
 
 IGNORE = -100
 
-Batch = dict[str, Int[np.ndarray, "B T"]]
+Batch = dict[str, Int[np.ndarray, "B _"]]
 
 
 @dataclasses.dataclass(frozen=True)

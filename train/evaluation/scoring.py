@@ -206,12 +206,12 @@ def score_rows(model: Decoder, rows: Rows, how: ScoringOptions) -> TokenScores:
 def score_batch(
     graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
-    batch: dict[str, Int[Array, "B T"]],
+    batch: dict[str, Int[Array, "B _"]],
     softcap: float | None,
 ) -> TokenScores:
     """One batch through the model and the loss, of which only the statistics are used."""
     model = nnx.merge(graphdef, params)
-    hidden = model(batch["tokens"], batch["segments"], batch["positions"])
+    hidden = model(batch["tokens"], batch["segments"], batch["positions"], batch.get("starts"))
     _, stats = lsce.linear_cross_entropy(
         hidden,
         model.head,

@@ -141,7 +141,7 @@ def _attend_packed(
     """cuDNN's packed layout, which `jax.nn` does not offer. Its time grows with B · M."""
     length = query.shape[1]
     ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=length)
-    exists = starts < length
+    exists = starts < ends
     lengths = jnp.where(exists, ends - starts, -1)
     offsets = jnp.pad(jnp.where(exists, starts, -1), ((0, 0), (0, 1)), constant_values=-1)
     return cudnn.dot_product_attention(

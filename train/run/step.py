@@ -20,7 +20,7 @@ from train.data.packing import IGNORE
 from train.models.decoder import Decoder
 from train.run.options import LossOptions, StepOptions
 
-Batch = Mapping[str, Int[Array, "B T"]]
+Batch = Mapping[str, Int[Array, "B _"]]
 
 
 @jax.tree_util.register_dataclass

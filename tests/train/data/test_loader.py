@@ -44,13 +44,13 @@ def test_the_seed_decides_the_order():
     assert len(set(epochs)) == 12
 
 
-def test_a_batch_is_four_arrays_of_int32():
+def test_a_batch_is_arrays_of_int32():
     rows = pack([Example(np.arange(5, dtype=np.int32), np.arange(5) > 2)] * 9, 12)
     batch = next(iter(PackedLoader(rows, 2)))
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         name: ((2, 12), np.dtype(np.int32))
         for name in ("tokens", "labels", "segments", "positions")
-    }
+    } | {"starts": ((2, 2), np.dtype(np.int32))}
     assert np.all(batch["labels"][:, 4] == IGNORE)
     batch["tokens"][:] = -1
     assert rows.tokens.min() >= 0  # a batch is a copy

@@ -110,9 +110,19 @@ def test_nothing_packs_to_no_rows():
 def test_a_batch_is_some_rows():
     rows = pack([example([i] * 8, 0) for i in range(100, 105)], 8)
     batch = rows[np.array([3, 0, 3])]
-    assert list(batch) == ["tokens", "labels", "segments", "positions"]
+    assert list(batch) == ["tokens", "labels", "segments", "positions", "starts"]
     np.testing.assert_array_equal(batch["tokens"], rows.tokens[[3, 0, 3]])
     np.testing.assert_array_equal(rows[1:3]["labels"], rows.labels[1:3])
+
+
+def test_starts_are_where_examples_begin():
+    rows = pack([example([1] * size, 0) for size in (3, 8, 2, 2)], 8)
+    assert rows.starts.tolist() == [[0, 8, 8, 8], [0, 3, 5, 8]]
+    assert rows[1:]["starts"].tolist() == [[0, 3, 5, 8]]
+    assert rows.starts.dtype == np.int32
+    assert pack([example([1] * 8, 0)] * 2, 8).starts.tolist() == [[0], [0]]
+    assert pack([example([1], 0)] * 9, 9).starts.tolist() == [[*range(9), *[9] * 7]]
+    assert pack([], 8).starts.shape == (0, 1)
 
 
 def test_an_example_longer_than_a_row_is_refused():
