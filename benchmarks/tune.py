@@ -34,9 +34,10 @@ from benchmarks.inputs import cases, like_models
 from benchmarks.inputs.arrays import Inputs
 from benchmarks.measure import memory, runner, timing
 from benchmarks.measure.report import write_json
-from lsce.backends import hopper
+from lsce.backends import Arrays, hopper
 from lsce.backends.hopper import tiles
 from lsce.backends.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
+from lsce.loss import weighted
 from lsce.problem import Problem
 
 Stage = Literal["forward", "sparse", "exact"]
@@ -218,14 +219,14 @@ def program(stage: Stage, problem: Problem, chosen: Tiles) -> Callable[..., Any]
     """(hidden, head, labels) → the mean loss, with the gradients of both after the forward."""
     # Imported here: without a Hopper GPU nothing of Mosaic GPU should load.
     from lsce.backends.hopper.gradients import Call
-    from lsce.backends.hopper.loss import token_losses
 
     epsilon = None if stage == "exact" else "auto"
     call = Call(problem, epsilon, chosen, hopper.streaming_multiprocessors())
 
     def loss(hidden: Any, head: Any, labels: Any) -> Any:
-        losses: Any = token_losses(call, hidden, head, None, labels)
-        return losses[0].mean()
+        n = labels.shape[0]
+        arrays, weights = Arrays(hidden, head, labels), jnp.full(n, 1 / n, jnp.float32)
+        return weighted(hopper.BACKEND, problem, arrays, weights, summed=True, call=call)[0]
 
     return loss if stage == "forward" else jax.value_and_grad(loss, argnums=(0, 1))
 

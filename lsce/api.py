@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from lsce import backends, formula, sharding
+from lsce import backends, sharding
 from lsce.arguments import array, boolean, integer, number
 from lsce.problem import GradientFilter, HeadLayout, Problem
 
@@ -149,14 +149,11 @@ def linear_cross_entropy(
     if reduction == "mean":
         w = _normalised(w if weights is None else _scaled(w))
 
-    if gradient_filter == "fused" and isinstance(backend, backends.FusedBackend):
-        total, stats = sharding.weighted_sum(
-            backend, problem, hidden, head, y, w, bias, vocab_order
-        )
-    else:
-        losses, stats = sharding.token_losses(backend, problem, hidden, head, y, bias, vocab_order)
-        each = formula.weighted(w, losses)
-        total = sharding.shaped(each, labels) if reduction == "none" else jnp.sum(each)
+    arrays = backends.Arrays(hidden, head, y, bias, vocab_order)
+    summed = reduction != "none"
+    total, stats = sharding.weighted(backend, problem, arrays, w, summed=summed)
+    if not summed:
+        total = sharding.shaped(total, labels)
     if stats is None:
         return total
     stats = stats._replace(loss=jnp.where(invalid, jnp.nan, stats.loss))

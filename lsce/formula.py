@@ -55,9 +55,11 @@ def softmax_weight(problem: Problem, lse: Float[Array, " N"]) -> Float[Array, " 
 
 def weighted(weights: Float[Array, " N"], losses: Float[Array, " N"]) -> Float[Array, " N"]:
     """w·L, and 0 where w is 0: the loss of a removed token may be infinite, and 0 · ∞ is NaN."""
-    return weights * counted(weights, losses)
+    return weights * finite_where_removed(weights, losses)
 
 
-def counted(weights: Float[Array, " N"], losses: Float[Array, " N"]) -> Float[Array, " N"]:
+def finite_where_removed(
+    weights: Float[Array, " N"], losses: Float[Array, " N"]
+) -> Float[Array, " N"]:
     """The derivative of w·L by w: L, but 0 where w is 0 and L is infinite."""
     return jnp.where((weights == 0.0) & ~jnp.isfinite(losses), 0.0, losses)

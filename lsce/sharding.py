@@ -6,8 +6,7 @@ becomes a `shard_map` over all of its axes, with the whole head on every device;
 divide the tokens, some without a loss are added. Gradients of the head and the bias are summed over
 the devices once, at the end.
 
-A call inside somebody else's `shard_map` is that device's own; there remains to say that its
-results differ from device to device, so that JAX knows what to sum.
+A call inside somebody else's `shard_map` is that device's own.
 """
 
 import dataclasses
@@ -19,31 +18,25 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
+from lsce import loss
+from lsce.backends import Arrays
 from lsce.problem import Problem, cdiv
+from lsce.stats import TokenStats
 
 NO_MESH = AbstractMesh((), ())
 
 
-def token_losses(backend: Any, problem: Problem, *arrays: Any) -> Any:
-    """`backend.token_losses`, on all devices that the arrays lie on."""
-    mesh = mesh_of(arrays)
+def weighted(
+    backend: Any, problem: Problem, arrays: Arrays, weights: Float[Array, " N"], *, summed: bool
+) -> tuple[Float[Array, " N"] | Float[Array, ""], TokenStats | None]:
+    """`lsce.loss.weighted`, on all devices that the arrays lie on."""
+    mesh = mesh_of((arrays, weights))
     if mesh is None:
-        return backend.token_losses(problem, *varying(arrays, like=arrays))
-    call = _on_devices(backend, False, problem, mesh)
-    hidden, head, labels, bias, vocab_order = arrays
-    return call((hidden, labels), (head, bias, vocab_order))
-
-
-def weighted_sum(backend: Any, problem: Problem, *arrays: Any) -> Any:
-    """`backend.weighted_sum`, likewise."""
-    mesh = mesh_of(arrays)
-    if mesh is None:
-        return backend.weighted_sum(problem, *varying(arrays, like=arrays))
-    call = _on_devices(backend, True, problem, mesh)
-    hidden, head, labels, weights, bias, vocab_order = arrays
-    totals, stats = call((hidden, labels, weights), (head, bias, vocab_order))
-    return totals.sum(), stats
+        return loss.weighted(backend, problem, arrays, weights, summed=summed)
+    out, stats = _on_devices(backend, problem, mesh, summed)(arrays, weights)
+    return (out.sum() if summed else out), stats
 
 
 def mesh_of(arrays: Any) -> Any:
@@ -121,66 +114,43 @@ def shaped(x: Any, like: Any) -> Any:
 
 
 @functools.cache
-def _on_devices(backend: Any, fused: bool, problem: Problem, mesh: Any) -> Any:
-    """(arrays with an entry a token, arrays of all tokens) → what the backend returns."""
+def _on_devices(backend: Any, problem: Problem, mesh: Any, summed: bool) -> Any:
+    """(arrays, weights) → (w·L of each token or the sum of each device, statistics)."""
     local = of_one_device(problem, mesh)
     missing = local.n * mesh.size - problem.n
-    axes = tuple(mesh.axis_names)
-    by_token, whole = PartitionSpec(axes), PartitionSpec()
+    names = tuple(mesh.axis_names)
+    by_token, whole = PartitionSpec(names), PartitionSpec()
+    split = Arrays(by_token, whole, by_token, whole, whole), by_token
 
-    def on_one(tokens: Any, shared: Any) -> Any:
-        head, bias, vocab_order = shared
-        if not fused:
-            hidden, labels = tokens
-            return backend.token_losses(local, hidden, head, labels, bias, vocab_order)
-        hidden, labels, weights = tokens
-        total, stats = backend.weighted_sum(local, hidden, head, labels, weights, bias, vocab_order)
-        return total[None], stats
+    def on_one(arrays: Arrays, weights: Any) -> Any:
+        out, stats = loss.weighted(backend, local, arrays, weights, summed=summed)
+        return (out[None] if summed else out), stats
 
-    split = jax.shard_map(
-        on_one,
-        mesh=mesh,
-        in_specs=(by_token, whole),
-        out_specs=(by_token, by_token),
-        check_vma=False,
+    on_all = jax.shard_map(
+        on_one, mesh=mesh, in_specs=split, out_specs=(by_token, by_token), check_vma=False
     )
 
-    def call(tokens: Any, shared: Any) -> Any:
+    def call(arrays: Arrays, weights: Any) -> Any:
         if missing:
-            hidden, labels, *weights = everywhere(tokens)
-            tokens = (_pad(hidden, 0), _pad(labels, -1), *(_pad(w, 0) for w in weights))
+            arrays, weights = everywhere((arrays, weights))
+            arrays = arrays._replace(hidden=pad(arrays.hidden, 0), labels=pad(arrays.labels, -1))
+            weights = pad(weights, 0)
         if _is_explicit(mesh):
-            tokens = jax.reshard(tokens, _explicitly(mesh, axes))
-            shared = everywhere(shared)
-        out = split(tokens, shared)
+            lies = _explicitly(mesh, names)
+            hidden, labels, weights = jax.reshard((arrays.hidden, arrays.labels, weights), lies)
+            arrays = everywhere(arrays._replace(hidden=None, labels=None))
+            arrays = arrays._replace(hidden=hidden, labels=labels)
+        out, stats = on_all(arrays, weights)
         if not missing:
-            return out
-        each, stats = everywhere(out)
-        stats = jax.tree.map(lambda x: x[: problem.n], stats)
-        return each if fused else each[: problem.n], stats
+            return out, stats
+        stats = jax.tree.map(lambda x: x[: problem.n], everywhere(stats))
+        return out if summed else everywhere(out)[: problem.n], stats
 
-    def everywhere(arrays: Any) -> Any:
+    def everywhere(x: Any) -> Any:
         """The same arrays, on an explicit mesh whole on every device."""
-        return jax.reshard(arrays, NamedSharding(mesh, whole)) if _is_explicit(mesh) else arrays
+        return jax.reshard(x, NamedSharding(mesh, whole)) if _is_explicit(mesh) else x
 
-    def _pad(x: Any, value: Any) -> Any:
+    def pad(x: Any, value: Any) -> Any:
         return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
 
     return jax.jit(call)
-
-
-def varying(arrays: Any, *, like: Any) -> Any:
-    """`arrays`, inside `shard_map` as varying over the devices as the most varying of `like`.
-
-    The gradient of an input then is the device's own, and JAX sums it where the input was the same
-    on all of them.
-    """
-    axes = frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like))
-    )
-
-    def cast(x: Any) -> Any:
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, arrays)

@@ -19,14 +19,15 @@ class Wanted(NamedTuple):
     hidden: bool
     head: bool
     bias: bool
+    weights: bool
 
     @classmethod
-    def of(cls, hidden: Any, head: Any, bias: Any | None) -> "Wanted":
+    def of(cls, hidden: Any, head: Any, bias: Any | None, weights: Any) -> "Wanted":
         """From the inputs as a forward rule gets them (CustomVJPPrimal; bias may be None)."""
-        return cls(hidden.perturbed, head.perturbed, bias is not None and bias.perturbed)
+        return cls(*(x is not None and x.perturbed for x in (hidden, head, bias, weights)))
 
     def as_residuals(self) -> list[Float[Array, "_"]]:
-        """Three arrays, of length 2 for an input that wants its gradient and 1 for a frozen one.
+        """An array each, of length 2 for an input that wants its gradient and 1 for a frozen one.
 
         None is empty: they enter and leave `shard_map`s, and XLA's partitioner (jax 0.11.2) crashes
         the process where an empty array does that on several devices.

@@ -6,12 +6,15 @@ the shared tests take it up under that name (tests/contract.py).
 
 import dataclasses
 import importlib
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lsce.problem import Problem
 from lsce.stats import TokenStats
+from lsce.wanted import Wanted
+
+Outputs = tuple[Float[Array, " N"], TokenStats | None]
 
 # In the order in which "auto" asks them.
 MODULES = {
@@ -21,15 +24,29 @@ MODULES = {
 }
 
 
+class Arrays(NamedTuple):
+    """The arrays of a call: N tokens of hidden size D, V classes; also one thing for each of them,
+    such as its gradient or how it lies on the devices."""
+
+    hidden: Any = None
+    """E, [N, D]."""
+    head: Any = None
+    """C, [V, D], or [D, V] where the problem says so."""
+    labels: Any = None
+    """y, int32 [N]; −1 for a token without a loss."""
+    bias: Any = None
+    """b, [V], or None."""
+    vocab_order: Any = None
+    """A permutation of the classes, int32 [V], or None: a hint that may change the speed, and
+    which of the probabilities below the filter are dropped; nothing else."""
+
+
 @runtime_checkable
 class Backend(Protocol):
-    """One way to compute the loss of each token, float32, differentiable in hidden, head and bias.
+    """One way to compute the loss of each token, float32.
 
-    labels[n] = −1 says that token n has no loss: its loss and statistics are 0, and so are its
-    gradients even where its hidden row is NaN. The cotangent of such a token is multiplied by 0
-    and not dropped: the API marks a call with an invalid label by a NaN cotangent, which must
-    reach the gradients. `vocab_order` may change the speed, and which of the probabilities below
-    the filter are dropped; nothing else.
+    The loss and the statistics of a token without a loss (label −1) are 0, and so are its
+    gradients, even where its hidden row is NaN.
     """
 
     name: str
@@ -38,36 +55,62 @@ class Backend(Protocol):
         """Why this backend cannot take the problem; None when it can."""
         ...
 
+
+@runtime_checkable
+class Plain(Backend, Protocol):
+    """A backend that JAX differentiates itself.
+
+    The cotangent of a token without a loss is multiplied by 0 and not dropped: where its label is
+    invalid it is NaN, and that has to reach the gradients.
+    """
+
     def token_losses(
-        self,
-        problem: Problem,
-        hidden: Float[Array, "N D"],
-        head: Float[Array, "V D"] | Float[Array, "D V"],
-        labels: Int[Array, " N"],
-        bias: Float[Array, " V"] | None,
-        vocab_order: Int[Array, " V"] | None,
+        self, problem: Problem, arrays: Arrays
     ) -> tuple[Float[Array, " N"], TokenStats | None]: ...
 
 
 @runtime_checkable
-class FusedBackend(Backend, Protocol):
-    """A backend that can also make the gradients in its forward pass (gradient_filter="fused")."""
+class Differentiated(Backend, Protocol):
+    """A backend whose derivative `lsce.loss` puts together from two passes."""
 
-    def weighted_sum(
-        self,
-        problem: Problem,
-        hidden: Float[Array, "N D"],
-        head: Float[Array, "V D"] | Float[Array, "D V"],
-        labels: Int[Array, " N"],
-        weights: Float[Array, " N"],
-        bias: Float[Array, " V"] | None,
-        vocab_order: Int[Array, " V"] | None,
-    ) -> tuple[Float[Array, ""], TokenStats | None]:
-        """Σ_n w_n·L_n, differentiable in the weights too."""
+    twice_differentiable: bool
+    """Whether JAX can differentiate both passes once more."""
+
+    def call(self, problem: Problem) -> Any:
+        """All that shapes the program of a call: hashable, with the problem as `.problem`."""
         ...
 
+    def forward(self, call: Any, arrays: Arrays, *, keep: bool) -> tuple[Outputs, Any]:
+        """Loss and statistics of each token, and, to `keep`, what the backward pass needs."""
+        ...
+
+    def backward(
+        self, call: Any, kept: Any, wanted: Wanted, g: Float[Array, " N"], mark: Float[Array, ""]
+    ) -> Arrays:
+        """The gradients of Σ_n g_n·L_n + mark·(everything), None for what is not wanted.
+
+        g counts at tokens with a loss only; the mark is 0, or NaN so that all gradients are.
+        """
+        ...
+
+
+@runtime_checkable
+class Fused(Differentiated, Protocol):
+    """A backend that can also make the gradients in its forward pass (gradient_filter="fused")."""
+
     def unfused(self, problem: Problem) -> str | None:
-        """Why `weighted_sum` makes this problem's gradients afterwards; None if it does not."""
+        """Why this problem's gradients are made afterwards all the same; None if they are not."""
+        ...
+
+    def fused(
+        self,
+        call: Any,
+        arrays: Arrays,
+        weights: Float[Array, " N"],
+        wanted: Wanted,
+        mark: Float[Array, ""],
+    ) -> tuple[Float[Array, " N"], Arrays]:
+        """The losses, and the gradients of Σ_n w_n·L_n + mark·(everything) as `backward`'s."""
         ...
 
 
@@ -123,7 +166,7 @@ def explain(problem: Problem, implementation: Any = "auto") -> Explanation:
         if name == chosen:
             reasons[name] = "chosen: " + ("by name" if implementation == name else "the first able")
             if problem.gradient_filter == "fused":
-                able = isinstance(backend, FusedBackend)
+                able = isinstance(backend, Fused)
                 why = backend.unfused(problem) if able else f"{chosen} has no other way"
                 reasons[name] += f"; gradients are made afterwards: {why}" if why else ""
         else:

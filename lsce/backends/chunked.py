@@ -7,7 +7,6 @@ all tokens in float32 and rounded once, before the next strip begins; dE is summ
 Nothing is scattered, so equal inputs give equal bits.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,31 +14,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lsce import formula
-from lsce.problem import Problem
-from lsce.stats import LogitSums, TokenStats
+from lsce.backends import Arrays, Outputs
+from lsce.problem import Problem, cdiv
+from lsce.stats import LogitSums
 from lsce.wanted import Wanted
 
 
 class Chunked:
     name = "chunked"
+    twice_differentiable = True
 
     def refuses(self, problem: Problem) -> str | None:
         return None
 
-    def token_losses(
+    def call(self, problem: Problem) -> "Call":
+        return Call(problem, tile_size(problem))
+
+    def forward(self, call: "Call", arrays: Arrays, *, keep: bool) -> tuple[Outputs, Any]:
+        sums = _sums(call, arrays)
+        loss, _, stats = sums.finish(call.problem, arrays.labels)
+        return (loss, stats), Kept(arrays, sums.maximum, sums.exp) if keep else None
+
+    def backward(
         self,
-        problem: Problem,
-        hidden: Float[Array, "N D"],
-        head: Float[Array, "V D"] | Float[Array, "D V"],
-        labels: Int[Array, " N"],
-        bias: Float[Array, " V"] | None,
-        vocab_order: Int[Array, " V"] | None,
-    ) -> tuple[Float[Array, " N"], TokenStats | None]:
-        return _jitted(problem, tile_size(problem), hidden, head, labels, bias)
+        call: "Call",
+        kept: "Kept",
+        wanted: Wanted,
+        g: Float[Array, " N"],
+        mark: Float[Array, ""],
+    ) -> Arrays:
+        return _gradients(call, kept, wanted, g, mark)
 
 
 BACKEND = Chunked()
@@ -50,6 +57,23 @@ class Tile(NamedTuple):
 
     n: int
     v: int
+
+
+class Call(NamedTuple):
+    """What is static in a call."""
+
+    problem: Problem
+    tile: Tile
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs."""
+
+    arrays: Arrays
+    maximum: Float[Array, " N"]
+    """m = max_v z_v."""
+    total: Float[Array, " N"]
+    """Σ_v exp(z_v − m)."""
 
 
 def tile_size(problem: Problem) -> Tile:
@@ -66,50 +90,15 @@ def tile_size(problem: Problem) -> Tile:
 
 def _even_step(size: int, at_most: int, multiple: int) -> int:
     """The step that covers `size` in the fewest, nearly equal steps."""
-    steps = max(1, -(-size // at_most))
-    step = -(-size // steps)
-    return min(size, -(-step // multiple) * multiple) if steps > 1 else size
+    steps = max(1, cdiv(size, at_most))
+    step = cdiv(size, steps)
+    return min(size, cdiv(step, multiple) * multiple) if steps > 1 else size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_losses(problem, tile, hidden, head, labels, bias):
-    loss, _, stats = _forward(problem, tile, hidden, head, labels, bias).finish(problem, labels)
-    return loss, stats
-
-
-_jitted = jax.jit(_token_losses, static_argnums=(0, 1))
-
-
-def _fwd(problem, tile, hidden, head, labels, bias):
-    wanted = Wanted.of(hidden, head, bias).as_residuals()
-    hidden, head, labels = hidden.value, head.value, labels.value
-    bias = None if bias is None else bias.value
-    sums = _forward(problem, tile, hidden, head, labels, bias)
-    loss, _, stats = sums.finish(problem, labels)
-    return (loss, stats), (wanted, hidden, head, labels, bias, sums.maximum, sums.exp)
-
-
-def _bwd(problem, tile, residuals, cotangents):
-    wanted, hidden, head, labels, bias, *softmax = residuals
-    g, _ = cotangents  # the statistics have no gradients
-    if isinstance(g, SymbolicZero):
-        g = jnp.zeros(problem.n, jnp.float32)
-    wanted = Wanted.from_residuals(wanted)
-    return _backward(problem, tile, wanted, hidden, head, labels, bias, *softmax, g)
-
-
-_token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)
-
-
-def _forward(
-    problem: Problem,
-    tile: Tile,
-    hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"] | Float[Array, "D V"],
-    labels: Int[Array, " N"],
-    bias: Float[Array, " V"] | None,
-) -> LogitSums:
+def _sums(call: Call, arrays: Arrays) -> LogitSums:
     """The sums over all classes of every token."""
+    problem, tile = call
+    hidden, head, labels, bias, _ = arrays
 
     def tokens(start, count, sums):
         e, y = _part(hidden, start, count), _part(labels, start, count)
@@ -124,19 +113,14 @@ def _forward(
     return _loop(problem.n, tile.n, tokens, LogitSums.empty(problem.n))
 
 
-def _backward(
-    problem: Problem,
-    tile: Tile,
+def _gradients(
+    call: Call,
+    kept: Kept,
     wanted: Wanted,
-    hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"] | Float[Array, "D V"],
-    labels: Int[Array, " N"],
-    bias: Float[Array, " V"] | None,
-    maximum: Float[Array, " N"],
-    total: Float[Array, " N"],
     g: Float[Array, " N"],
-) -> tuple[Array | None, Array | None, None, Array | None]:
-    """The gradients of Σ_n g_n·L_n in hidden, head, (labels,) and bias.
+    mark: Float[Array, ""],
+) -> Arrays:
+    """The gradients of Σ_n g_n·L_n; all sums start at the mark, which is 0 or NaN.
 
     With u the logits before the cap and slope = dz/du:
         du = g·((1 + 2λ·lse)·p − (1−β)·onehot(y) − β/V)·slope
@@ -146,8 +130,9 @@ def _backward(
     tiles and of their rounding, and comes in as vectors: −(β/V)·g_n·Σ_v C_v in dE,
     −(β/V)·Σ_n g_n·E_n in dC, −(β/V)·Σ_n g_n in db.
     """
+    problem, tile = call
+    (hidden, head, labels, bias, _), maximum, total = kept
     layout = problem.head_layout
-    g = jnp.where(labels >= 0, g, 0.0 * g)
     # A token without a say may hold NaN in its hidden row and its lse, and 0 · NaN is not 0. Where
     # there is none, 0 · p stays as it is: its derivative in g is not 0.
     finite = jnp.isfinite(maximum) & jnp.isfinite(total)
@@ -189,8 +174,8 @@ def _backward(
                 d_bias_strip += jnp.sum(du, axis=0)
             return d_hidden, d_strip, d_bias_strip
 
-        zeros = jnp.zeros_like(c, jnp.float32), jnp.zeros(width, jnp.float32)
-        d_hidden, d_strip, d_bias_strip = _loop(problem.n, tile.n, tokens, (d_hidden, *zeros))
+        start = jnp.full_like(c, mark, jnp.float32), jnp.full(width, mark)
+        d_hidden, d_strip, d_bias_strip = _loop(problem.n, tile.n, tokens, (d_hidden, *start))
         if vectors:
             head_sum += jnp.einsum(f"{layout}->d", c.astype(jnp.float32))
             d_strip -= jnp.expand_dims(hidden_sum, layout.index("v"))
@@ -202,7 +187,7 @@ def _backward(
         return d_hidden, head_sum, d_head, d_bias
 
     carry = (
-        jnp.zeros((problem.n, problem.d), jnp.float32) if wanted.hidden else None,
+        jnp.full((problem.n, problem.d), mark) if wanted.hidden else None,
         jnp.zeros(problem.d, jnp.float32),
         jnp.zeros_like(head) if wanted.head else None,
         jnp.zeros_like(bias) if bias is not None and wanted.bias else None,
@@ -212,7 +197,7 @@ def _backward(
         if vectors:
             d_hidden -= smoothing[:, None] * head_sum[None, :]
         d_hidden = (problem.logit_scale * d_hidden).astype(hidden.dtype)
-    return d_hidden, d_head, None, d_bias
+    return Arrays(d_hidden, d_head, None, d_bias)
 
 
 def _logits(

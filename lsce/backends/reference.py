@@ -5,9 +5,10 @@ Any order of differentiation, forward or reverse; memory of several N×V float32
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lsce import formula
+from lsce.backends import Arrays
 from lsce.problem import Problem
 from lsce.stats import TokenStats
 
@@ -19,14 +20,9 @@ class Reference:
         return None
 
     def token_losses(
-        self,
-        problem: Problem,
-        hidden: Float[Array, "N D"],
-        head: Float[Array, "V D"] | Float[Array, "D V"],
-        labels: Int[Array, " N"],
-        bias: Float[Array, " V"] | None = None,
-        vocab_order: Int[Array, " V"] | None = None,
+        self, problem: Problem, arrays: Arrays
     ) -> tuple[Float[Array, " N"], TokenStats | None]:
+        hidden, head, labels, bias, _ = arrays
         live = labels >= 0
         # The row of a token without a label may hold anything, and 0 · NaN would reach the head.
         # Zeros made by 0 · x, here and below, still let a NaN cotangent mark the gradients.

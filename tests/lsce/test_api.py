@@ -5,6 +5,7 @@ import doctest
 import sys
 import types
 from fractions import Fraction
+from typing import NamedTuple
 
 import beartype
 import jax
@@ -16,6 +17,7 @@ import pytest
 
 import lsce
 from lsce import api, backends
+from lsce.problem import Problem
 
 N, D, V = 6, 8, 11
 
@@ -287,30 +289,46 @@ class TestCheckLabels:
             jax.jit(lambda y: lsce.check_labels(y, V))(jnp.arange(3))
 
 
-@dataclasses.dataclass
+class Call(NamedTuple):
+    problem: Problem
+
+
+@dataclasses.dataclass(eq=False)
 class Stub:
     """A backend that computes nothing and remembers how it was asked."""
 
     reason: str | None = None
-    fused: bool = False
     calls: list = dataclasses.field(default_factory=list)
     name: str = "stub"
-
-    def __post_init__(self):
-        if self.fused:
-            self.weighted_sum = self._weighted_sum
-            self.unfused = lambda problem: None
+    twice_differentiable: bool = False
 
     def refuses(self, problem):
         return self.reason
 
-    def token_losses(self, problem, hidden, head, labels, bias, vocab_order):
-        self.calls.append("token_losses")
-        return jnp.full(problem.n, 2.0), None
+    def call(self, problem):
+        return Call(problem)
 
-    def _weighted_sum(self, problem, hidden, head, labels, weights, bias, vocab_order):
-        self.calls.append("weighted_sum")
-        return jnp.sum(2.0 * weights), None
+    def forward(self, call, arrays, *, keep):
+        self.calls.append("forward")
+        losses = jnp.where(arrays.labels >= 0, 2.0, 0.0)
+        return (losses, None), arrays if keep else None
+
+    def backward(self, call, kept, wanted, g, mark):
+        self.calls.append("backward")
+        return jax.tree.map(jnp.zeros_like, kept._replace(labels=None))
+
+
+@dataclasses.dataclass(eq=False)
+class FusedStub(Stub):
+    why_not: str | None = None
+
+    def unfused(self, problem):
+        return self.why_not
+
+    def fused(self, call, arrays, weights, wanted, mark):
+        self.calls.append("fused")
+        (losses, _), _ = super().forward(call, arrays, keep=False)
+        return losses, jax.tree.map(jnp.zeros_like, arrays._replace(labels=None))
 
 
 @pytest.fixture
@@ -331,7 +349,7 @@ class TestChoice:
     def test_auto_takes_the_first_able_backend(self, install):
         stub = install(Stub())
         assert lsce.linear_cross_entropy(**arguments()) == 2.0
-        assert stub.calls == ["token_losses"]
+        assert stub.calls == ["forward"]
         assert lsce.explain(**arguments()).implementation == "stub"
 
     def test_auto_passes_one_that_refuses(self, install):
@@ -356,19 +374,24 @@ class TestChoice:
         assert "No module named 'lsce.gone'" in explanation.reasons["gone"]
 
     def test_fused_gradients_are_asked_of_a_backend_that_has_them(self, install):
-        stub = install(Stub(fused=True))
         weights = np.linspace(0.5, 1.5, N, dtype=np.float32)
-        options = {"gradient_filter": "fused", "weights": weights}
-        assert lsce.linear_cross_entropy(**arguments(**options)) == pytest.approx(2.0)
-        total = lsce.linear_cross_entropy(**arguments(**options, reduction="sum"))
-        assert total == pytest.approx(2.0 * weights.sum())
-        lsce.linear_cross_entropy(**arguments(weights=weights))
-        assert stub.calls == ["weighted_sum", "weighted_sum", "token_losses"]
 
-    def test_a_backend_without_fused_gradients_makes_them_its_own_way(self, install):
-        stub = install(Stub())
-        lsce.linear_cross_entropy(**arguments(gradient_filter="fused"))
-        assert stub.calls == ["token_losses"]
+        def calls(stub, **options):
+            install(stub)
+            given = arguments(weights=weights, **options)
+            hidden = jnp.asarray(given.pop("hidden"))
+            total, _ = jax.value_and_grad(lambda h: lsce.linear_cross_entropy(h, **given))(hidden)
+            size = weights.sum() if options.get("reduction") == "sum" else 1.0
+            assert total == pytest.approx(2.0 * size)
+            return set(stub.calls)
+
+        for reduction in ("mean", "sum"):
+            options = {"gradient_filter": "fused", "reduction": reduction}
+            assert "fused" in calls(FusedStub(), **options)
+            assert "backward" not in calls(FusedStub(), **options)
+            assert calls(FusedStub(why_not="cold"), **options) == {"forward", "backward"}
+            assert calls(Stub(), **options) == {"forward", "backward"}
+        assert calls(FusedStub()) == {"forward", "backward"}
 
     def test_the_explanation_prints_every_backend(self):
         text = str(lsce.explain(**arguments(implementation="reference")))

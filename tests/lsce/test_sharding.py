@@ -135,37 +135,28 @@ ON_A_MESH = """
     assert "no array carries a mesh" in says(struct, 1022)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
-    # Gradients that a backend makes in its forward pass, for sums of weighted losses.
-    from lsce import sharding
-    from lsce.backends import reference
+    # Sums of weighted losses, which a backend might make in its forward pass.
+    from lsce import loss as one_device, sharding
+    from lsce.backends import Arrays, reference
     from lsce.problem import Problem
 
-    class Summing:
-        name = "summing"
-
-        def weighted_sum(self, problem, hidden, head, labels, weights, bias, vocab_order):
-            arrays = hidden, head, labels, bias, vocab_order
-            losses, stats = reference.BACKEND.token_losses(problem, *arrays)
-            return (weights * losses).sum(), stats
-
-    def summed(backend, x):
+    def summed(weighted, x):
         hidden, y, w = x["hidden"].reshape(-1, D), x["labels"].reshape(-1), x["weights"].reshape(-1)
         f32 = np.dtype(np.float32)
         problem = Problem(len(y), D, V, f32, f32, platform="cpu", chip="cpu", has_bias=True)
-        total = sharding.weighted_sum if backend is summing else Summing.weighted_sum
-        return total(backend, problem, hidden, x["head"], y, w, x["bias"], None)[0]
+        given = Arrays(hidden, x["head"], y, x["bias"])
+        return weighted(reference.BACKEND, problem, given, w, summed=True)[0]
 
-    summing, alone = Summing(), Summing()
-    for rows in (4, 1):  # on all four devices, on each of them the same
+    for rows in (4, 1):  # on all four devices, with or without tokens to fill up
         whole = arrays | {"labels": np.maximum(labels, 0)}
         by_token = ("hidden", "weights", "labels")
         part = slice(rows), slice(6 if rows > 1 else 3)
         whole = {k: x[part] if k in by_token else x for k, x in whole.items()}
         on_all = jax.device_put(whole, NamedSharding(mesh, P()))
-        run = lambda backend: jax.jit(
-            jax.value_and_grad(lambda x: summed(backend, x), allow_int=True)
+        run = lambda weighted: jax.jit(
+            jax.value_and_grad(lambda x: summed(weighted, x), allow_int=True)
         )
-        got, truth = run(summing)(on_all), run(alone)(whole)
+        got, truth = run(sharding.weighted)(on_all), run(one_device.weighted)(whole)
         got[1].pop("labels"), truth[1].pop("labels")
         check(got, truth)
 
@@ -222,7 +213,7 @@ IN_SHARD_MAP = """
 LOWERED = """
     from jax._src import core
     from lsce import sharding
-    from lsce.backends import hopper
+    from lsce.backends import Arrays, hopper
     from lsce.problem import Problem
 
     bf16 = np.dtype(jnp.bfloat16)
@@ -240,11 +231,8 @@ LOWERED = """
             *hidden.shape, head.shape[0], bf16, bf16, platform="gpu",
             chip="NVIDIA H100 80GB HBM3", label_smoothing=0.1, gradient_filter=gradient_filter,
         )
-        if gradient_filter == "fused":
-            arrays = hidden, head, labels, weights, None, None
-            return sharding.weighted_sum(hopper.BACKEND, problem, *arrays)[0]
-        arrays = hidden, head, labels, None, None
-        return sharding.token_losses(hopper.BACKEND, problem, *arrays)[0].sum()
+        given = Arrays(hidden, head, labels)
+        return sharding.weighted(hopper.BACKEND, problem, given, weights, summed=True)[0]
 
     # Where an empty array enters or leaves a `shard_map`, XLA's partitioner crashes the process.
     def crossing(jaxpr):

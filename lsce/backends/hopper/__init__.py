@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from lsce import formula
+from lsce.backends import Arrays, Outputs
 from lsce.backends.hopper import tiles
 from lsce.problem import Problem
 from lsce.sparse import filter as filtering
-from lsce.stats import TokenStats
+from lsce.wanted import Wanted
 
 if TYPE_CHECKING:
     from lsce.backends.hopper.gradients import Call
@@ -37,6 +37,7 @@ _interpreter: tuple[Any, tiles.Tiles] | None = None
 
 class Hopper:
     name = "hopper"
+    twice_differentiable = False
 
     def refuses(self, problem: Problem) -> str | None:
         if _interpreter is None:
@@ -61,70 +62,78 @@ class Hopper:
             return f"counts at most 2^37 logits, not {problem.n:,} × {problem.v:,}"
         return None
 
-    def unfused(self, problem: Problem) -> str | None:
-        from lsce.backends.hopper import fused
+    def call(self, problem: Problem) -> Call:
+        return _call(problem)
 
-        return fused.refuses(_call(problem))
+    # Imported where they are used: without these kernels nothing of Mosaic GPU should load.
 
-    def token_losses(
-        self,
-        problem: Problem,
-        hidden: Float[Array, "N D"],
-        head: Float[Array, "V D"] | Float[Array, "D V"],
-        labels: Int[Array, " N"],
-        bias: Float[Array, " V"] | None,
-        vocab_order: Int[Array, " V"] | None,
-    ) -> tuple[Float[Array, " N"], TokenStats | None]:
+    def forward(self, call: Call, arrays: Arrays, *, keep: bool) -> tuple[Outputs, Any]:
         """Losses of N tokens.
 
         A `vocab_order` replaces the order in which the filtered backward visits the active columns;
         without one it sorts them itself, by which blocks of tokens they are active in.
         """
-        # Imported here: on a machine without these kernels nothing of Mosaic GPU should load.
-        from lsce.backends.hopper.loss import token_losses
+        from lsce.backends.hopper import loss
 
-        call, hidden, head, labels = _prepare(problem, hidden, head, labels)
-        outputs: Any = token_losses(call, hidden, head, bias, labels, vocab_order)
-        losses, stats = outputs
-        if stats is not None:
-            stats = TokenStats(*(x[: problem.n] for x in stats))
-        return losses[: problem.n], stats
+        n, arrays = call.problem.n, _padded(call.problem, arrays)
+        outputs, kept = loss.kept(call, arrays) if keep else (loss.losses(call, arrays), None)
+        return jax.tree.map(lambda x: x[:n], outputs), kept
 
-    def weighted_sum(
-        self,
-        problem: Problem,
-        hidden: Float[Array, "N D"],
-        head: Float[Array, "V D"] | Float[Array, "D V"],
-        labels: Int[Array, " N"],
-        weights: Float[Array, " N"],
-        bias: Float[Array, " V"] | None,
-        vocab_order: Int[Array, " V"] | None,
-    ) -> tuple[Float[Array, ""], TokenStats | None]:
-        """Σ_n w_n·L_n with the gradients made in the forward pass, where `fused.refuses` allows."""
+    def backward(
+        self, call: Call, kept: Any, wanted: Wanted, g: Float[Array, " N"], mark: Float[Array, ""]
+    ) -> Arrays:
+        from lsce.backends.hopper import gradients
+
+        g = _to_rows(g, kept.place.shape[0])
+        return _as_given(call.problem, gradients.of(call, kept, wanted, g, mark))
+
+    def unfused(self, problem: Problem) -> str | None:
         from lsce.backends.hopper import fused
 
-        if self.unfused(problem) is None:
-            call, *arrays = _prepare(problem, hidden, head, labels)
-            padding = arrays[0].shape[0] - problem.n
-            return fused.weighted_sum(call, *arrays, jnp.pad(weights, (0, padding))), None
-        losses, stats = self.token_losses(problem, hidden, head, labels, bias, vocab_order)
-        return jnp.sum(formula.weighted(weights, losses)), stats
+        return fused.refuses(_call(problem))
+
+    def fused(
+        self,
+        call: Call,
+        arrays: Arrays,
+        weights: Float[Array, " N"],
+        wanted: Wanted,
+        mark: Float[Array, ""],
+    ) -> tuple[Float[Array, " N"], Arrays]:
+        from lsce.backends.hopper import fused
+
+        arrays = _padded(call.problem, arrays)
+        weights = _to_rows(weights, arrays.labels.shape[0])
+        losses, grads = fused.with_gradients(call, arrays, weights, wanted, mark)
+        return losses[: call.problem.n], _as_given(call.problem, grads)
 
 
 BACKEND = Hopper()
 
 
-def _prepare(
-    problem: Problem, hidden: Array, head: Array, labels: Array
-) -> tuple[Call, Array, Array, Array]:
-    """The static side of a call, and the arrays in the form that the kernels take."""
-    if problem.head_layout == "dv":
-        head = head.T
+def _padded(problem: Problem, arrays: Arrays) -> Arrays:
+    """The arrays in the form that the kernels take."""
+    head = arrays.head.T if problem.head_layout == "dv" else arrays.head
     # TMA's boxes: whole rows of 128 bytes, and more than one group of eight rows.
-    hidden = _pad(hidden, 8, 64)
-    head = _pad(head, 8, 64)
-    labels = jnp.pad(labels, (0, hidden.shape[0] - problem.n), constant_values=-1)
-    return _call(problem), hidden, head, labels
+    hidden, head = _pad(arrays.hidden, 8, 64), _pad(head, 8, 64)
+    missing = hidden.shape[0] - problem.n
+    labels = jnp.pad(arrays.labels, (0, missing), constant_values=-1)
+    return arrays._replace(hidden=hidden, head=head, labels=labels)
+
+
+def _as_given(problem: Problem, grads: Arrays) -> Arrays:
+    """Gradients of arrays that were padded as gradients of those that were given."""
+    hidden, head = grads.hidden, grads.head
+    if hidden is not None:
+        hidden = hidden[: problem.n, : problem.d]
+    if head is not None:
+        head = head[: problem.v, : problem.d]
+        head = head.T if problem.head_layout == "dv" else head
+    return grads._replace(hidden=hidden, head=head)
+
+
+def _to_rows(x: Float[Array, " N"], rows: int) -> Float[Array, " rows"]:
+    return jnp.pad(x, (0, rows - x.shape[0]))
 
 
 def _call(problem: Problem) -> Call:

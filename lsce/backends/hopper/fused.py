@@ -8,8 +8,7 @@
 so that nothing of P has to be touched again once l is known. The target enters as one changed entry
 a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1.
 
-Tokens without a loss or of weight 0 cost nothing: the others come first, and only their blocks are
-computed. Where the weights' gradient is asked for, which is the losses, a forward pass makes those.
+Tokens without a loss cost nothing: the others come first, and only their blocks are computed.
 
 P is bfloat16, N·V of it. Up to a size all of it is kept: that of the last columns lies where dC of
 the others will be, which is written last. Beyond that the tokens come in groups, and dC is carried
@@ -25,14 +24,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from lsce import formula, sharding
+from lsce import formula
+from lsce.backends import Arrays
 from lsce.backends.hopper import backward
 from lsce.backends.hopper.gradients import Call
 from lsce.backends.hopper.kernels.lse_forward import LOG2E
-from lsce.backends.hopper.loss import arrange, hot_sums, places, results, run_forward, target_logit
+from lsce.backends.hopper.loss import arrange, hot_sums, places, target_logit
 from lsce.backends.hopper.tiles import BLOCK, fused_layout
 from lsce.sparse import plan
 from lsce.wanted import Wanted
@@ -78,19 +77,6 @@ class Part(NamedTuple):
         return jnp.where(here, row, -1), column
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_sum(call: Call, hidden, head, labels, weights):
-    """Σ_n w_n·L_n, float32, for hidden [N, D], head [V, D], labels [N], weights [N]."""
-    return jnp.sum(formula.weighted(weights, _losses(call, hidden, head, labels)))
-
-
-def _losses(call: Call, hidden, head, labels) -> Float[Array, " N"]:
-    """The losses alone, which need no P."""
-    sums = run_forward(call, hidden, head, None, None, jnp.int32(labels.shape[0]))
-    target = target_logit(call, hidden, head, None, labels)
-    return results(call, sums, target, labels, labels >= 0)[0]
-
-
 class Tokens(NamedTuple):
     """A group of tokens, in whole pairs of blocks; rows without a loss are 0, their label −1."""
 
@@ -116,31 +102,19 @@ class Storage(NamedTuple):
     """What rounding cuts off dC, where it is carried from one group to the next."""
 
 
-def _fwd(call: Call, hidden, head, labels, weights):
-    wanted, of_weights = Wanted.of(hidden, head, None), weights.perturbed
-    hidden, head, labels, weights = (x.value for x in (hidden, head, labels, weights))
-    dhidden, dhead = hidden[:1], head[:1]
-    losses = None
-    if wanted.hidden or wanted.head:
-        losses, dhidden, dhead = _with_gradients(call, wanted, hidden, head, labels, weights)
-    if of_weights or losses is None:  # of tokens of weight 0, too
-        losses = _losses(call, hidden, head, labels)
-    dweights = formula.counted(weights, losses) if of_weights else losses[:1]
-    saved = sharding.varying((dhidden, dhead, dweights), like=hidden)
-    return jnp.sum(formula.weighted(weights, losses)), (wanted.as_residuals(), *saved)
-
-
-def _with_gradients(call: Call, wanted: Wanted, hidden, head, labels, weights):
-    """The losses, dE and dC of their weighted sum; a row in place of one that nobody asked for.
-
-    The losses of tokens of weight 0 are 0.
-    """
+def with_gradients(
+    call: Call,
+    arrays: Arrays,
+    weights: Float[Array, " N"],
+    wanted: Wanted,
+    poison: Float[Array, ""],
+) -> tuple[Float[Array, " N"], Arrays]:
+    """The losses, dE and dC of their weighted sum, None where nobody asked."""
+    hidden, head, labels, _, _ = arrays
     p, tiles = call.problem, call.tiles.fused
-    labels = jnp.where(weights == 0.0, -1, labels)
     rows = arrange(hidden, labels, places(labels), 2 * BLOCK)
     e, y, n = rows.hidden, rows.labels, rows.hidden.shape[0]
     w = jnp.zeros(n, jnp.float32).at[rows.place].set(weights, unique_indices=True)
-    poison = jnp.where(rows.in_use, 0.0, w * 0.0).sum()
     w = jnp.where(rows.in_use, w, 0.0)
     target = target_logit(call, e, head, None, y)
     r = jnp.maximum(hot_sums(call, e, head, None, y, stats=False).lse, target) + SHIFT
@@ -164,9 +138,8 @@ def _with_gradients(call: Call, wanted: Wanted, hidden, head, labels, weights):
     lse = jnp.maximum(jnp.concatenate(lse), target)
     losses = formula.token_loss(p, lse, target, mean_logit)
     losses = jnp.where(labels >= 0, losses[rows.place], 0.0)
-    dhidden = jnp.concatenate(dhidden)[rows.place] if wanted.hidden else hidden[:1]
-    dhead = storage.dhead_ref[...] if wanted.head else head[:1]
-    return losses, dhidden, dhead
+    dhidden = jnp.concatenate(dhidden)[rows.place] if wanted.hidden else None
+    return losses, Arrays(dhidden, storage.dhead_ref[...] if wanted.head else None)
 
 
 def _storage(call: Call, head, own: int, rows: int, *, carried: bool) -> Storage:
@@ -302,22 +275,3 @@ def _zero_after(*ends: Array) -> Int[Array, " 1"]:
         for end in ends
     ]
     return (functools.reduce(operator.add, halves) >> 17).astype(jnp.int32).reshape(1)
-
-
-def _bwd(call: Call, saved, g):
-    if isinstance(g, SymbolicZero):
-        return None, None, None, None
-    wanted, dhidden, dhead, dweights = saved
-    wanted = Wanted.from_residuals(wanted)
-    # In float32, since bfloat16 does not hold every g.
-    of = lambda grad, asked: (g * grad.astype(jnp.float32)).astype(grad.dtype) if asked else None
-    of_weights = dweights.shape[0] > 1  # of at least 16 tokens
-    return (
-        of(dhidden, wanted.hidden),
-        of(dhead, wanted.head),
-        None,
-        of(dweights, of_weights),
-    )
-
-
-weighted_sum.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula
+from lsce.backends import Arrays
 from lsce.backends.hopper import backward
 from lsce.backends.hopper.kernels import rows as transfer
 from lsce.backends.hopper.kernels.lse_forward import LOG2E, LOWEST, Sums
@@ -56,8 +57,6 @@ class Saved(NamedTuple):
     """The row of each token."""
     live: Int[Array, ""]
     sums: Sums
-    wanted: list[Array]
-    """`Wanted` as residuals."""
 
 
 class Coefficients(NamedTuple):
@@ -74,15 +73,18 @@ class Coefficients(NamedTuple):
     kappa: Float[Array, " rows"]
     """κ: the part of the smoothing that is the same for every column and added as rank 1."""
     poison: Float[Array, ""]
-    """0, or NaN where the cotangent of a token without a loss is NaN (an invalid label)."""
+    """0, or NaN so that all gradients are."""
 
 
 def of(
-    call: Call, saved: Saved, cotangent: Float[Array, " N"]
-) -> tuple[Array | None, Array | None, Array | None]:
+    call: Call,
+    saved: Saved,
+    wanted: Wanted,
+    cotangent: Float[Array, " N"],
+    mark: Float[Array, ""],
+) -> Arrays:
     """Gradients of hidden [N, D], head and bias, None where nobody asked."""
-    c = coefficients(call, saved, cotangent)
-    wanted = Wanted.from_residuals(saved.wanted)
+    c = coefficients(call, saved, cotangent, mark)
     make = exact if call.epsilon is None else filtered
     products = make(call, saved, c, wanted)
     dhidden = dbias = None
@@ -93,7 +95,7 @@ def of(
         scale = call.problem.logit_scale
         dbias = (products.bias - (c.s * c.kappa).sum()) / scale + c.poison
         dbias = dbias.astype(saved.bias.dtype)
-    return dhidden, products.head if wanted.head else None, dbias
+    return Arrays(dhidden, products.head if wanted.head else None, None, dbias)
 
 
 class Products(NamedTuple):
@@ -106,7 +108,9 @@ class Products(NamedTuple):
     """The probability that the computed tiles hold."""
 
 
-def coefficients(call: Call, saved: Saved, cotangent: Float[Array, " N"]) -> Coefficients:
+def coefficients(
+    call: Call, saved: Saved, cotangent: Float[Array, " N"], mark: Float[Array, ""]
+) -> Coefficients:
     p = call.problem
     rows = saved.hidden.shape[0]
     in_use = jnp.arange(rows) < saved.live
@@ -128,7 +132,7 @@ def coefficients(call: Call, saved: Saved, cotangent: Float[Array, " N"]) -> Coe
         b=g * (1.0 - p.label_smoothing),
         s=g * p.label_smoothing / p.v,
         kappa=kappa,
-        poison=jnp.where(in_use, 0.0, by_row * 0.0).sum(),
+        poison=mark,
     )
 
 

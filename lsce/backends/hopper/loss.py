@@ -1,41 +1,33 @@
-"""The loss of each token on Hopper: the pass forward, what it leaves behind, and the custom_vjp."""
+"""The loss of each token on Hopper: the pass forward, and what it leaves behind."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from lsce import formula, sharding
-from lsce.backends.hopper import gradients
+from lsce import formula
+from lsce.backends import Arrays, Outputs
 from lsce.backends.hopper.gradients import Call, Saved
 from lsce.backends.hopper.kernels.lse_forward import Sums, forward
 from lsce.backends.hopper.tiles import BLOCK
 from lsce.sparse import filter as filtering
 from lsce.stats import TokenStats
-from lsce.wanted import Wanted
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def token_losses(call: Call, hidden, head, bias, labels, vocab_order=None):
-    """L_n [N] float32 and TokenStats (or None) for hidden [N, D], head [V, D], labels [N]."""
-    live = labels >= 0
+def losses(call: Call, arrays: Arrays) -> Outputs:
+    """L_n [N] float32 and TokenStats (or None)."""
+    hidden, head, labels, bias, _ = arrays
     sums = run_forward(call, hidden, head, bias, None, jnp.int32(labels.shape[0]))
-    out = results(call, sums, target_logit(call, hidden, head, bias, labels), labels, live)
-    # What a kernel writes does not say over which devices it varies.
-    return sharding.varying(out, like=hidden)
+    return results(call, sums, target_logit(call, hidden, head, bias, labels), labels, labels >= 0)
 
 
-def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
-    wanted = Wanted.of(hidden, head, bias).as_residuals()
-    hidden, head, labels = hidden.value, head.value, labels.value
-    vocab_order = None if vocab_order is None else vocab_order.value
-    bias = None if bias is None else bias.value
+def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
+    """The same, with what the backward pass needs."""
+    hidden, head, labels, bias, vocab_order = arrays
     threshold, drop = None, 0.0
     # A cluster of the products' kernels takes two blocks.
     unit = max(2, call.tiles.sparse.group) * BLOCK
@@ -54,20 +46,8 @@ def _fwd(call: Call, hidden, head, bias, labels, vocab_order=None):
     sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live, drop=drop)
     of_token = jax.tree.map(lambda x: x[rows.place], sums._replace(marks=None))
     out = results(call, of_token, target[rows.place], labels, labels >= 0)
-    saved = Saved(
-        rows.hidden, head, bias, rows.labels, vocab_order, rows.place, rows.live, sums, wanted
-    )
-    return sharding.varying(out, like=hidden), saved
-
-
-def _bwd(call: Call, saved: Saved, cotangents):
-    if isinstance(cotangents[0], SymbolicZero):
-        return None, None, None, None, None
-    grads = gradients.of(call, saved, cotangents[0].astype(jnp.float32))
-    return *sharding.varying(grads, like=saved.hidden), None, None
-
-
-token_losses.defvjp(_fwd, _bwd, symbolic_zeros=True)
+    saved = Saved(rows.hidden, head, bias, rows.labels, vocab_order, rows.place, rows.live, sums)
+    return out, saved
 
 
 class Rows(NamedTuple):

@@ -19,10 +19,10 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
 from lsce import backends
-from lsce.backends import hopper
+from lsce.backends import Arrays, hopper
 from lsce.backends.hopper import tiles
 from lsce.backends.hopper.gradients import Call
-from lsce.backends.hopper.loss import token_losses
+from lsce.loss import weighted
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -98,7 +98,8 @@ def test_lowers_for_cuda_without_a_gpu(options, epsilon):
     call = Call(p, epsilon, tiles.choose(p), ctas=132)
 
     def loss(hidden, head, labels):
-        return token_losses(call, hidden, head, None, labels)[0].sum()
+        arrays, ones = Arrays(hidden, head, labels), jnp.ones(p.n, jnp.float32)
+        return weighted(hopper.BACKEND, p, arrays, ones, summed=True, call=call)[0]
 
     def bf16(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
