@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,18 +45,17 @@ class Checkpointer:
         Raises OSError if it cannot be written; the checkpoints before are as they were.
         """
         kept = self.latest_step()
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+        )
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
-                ),
-            )
+            with _said_once():
+                self._manager.save(step, args=items)
         except (OSError, ValueError) as error:  # TensorStore's of a full disk is a ValueError
             before = f"the checkpoint of step {kept} is kept" if kept else "there is none before"
             raise OSError(
-                f"cannot save step {step} in {self._folder}; {before}: {_first_line(error)}"
-            ) from error
+                f"cannot save step {step} in {self._folder} ({_reason(error)}); {before}"
+            ) from None
 
     def position(self, step: int) -> dict[str, Any]:
         """The data loader's position after `step` steps; ValueError if it cannot be read."""
@@ -81,6 +86,33 @@ class Checkpointer:
 
     def __exit__(self, *_exception: object) -> None:
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Keeps quiet what is raised here as well: Orbax's threads and asyncio log it with a traceback
+    each, and TensorStore prints one for every write that finds their event loop closed by it."""
+    logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    before = [log.disabled for log in logs]
+
+    def print_others(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    for log in logs:
+        log.disabled = True
+    sys.unraisablehook = print_others
+    yield
+    # Not after an error, of which more is still to come.
+    for log, disabled in zip(logs, before, strict=True):
+        log.disabled = disabled
+    sys.unraisablehook = hook
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, which TensorStore has at the end of a long line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

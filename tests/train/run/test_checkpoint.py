@@ -95,8 +95,41 @@ def test_a_checkpoint_that_cannot_be_written_says_what_is_kept(tmp_path, monkeyp
             raise ValueError("RESOURCE_EXHAUSTED: no space left\n" + "details\n" * 300)
 
         monkeypatch.setattr(checkpointer._manager, "save", full)
-        with pytest.raises(OSError, match=r"cannot save step 2 .* step 1 is kept: RES.* left$"):
+        with pytest.raises(
+            OSError, match=r"cannot save step 2 .*\(RES.* left\); .* step 1 is kept$"
+        ):
             checkpointer.save(2, create(2), POSITION)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+sys.path[:0] = sys.argv[2:]
+from test_checkpoint import POSITION, create
+from train.run.checkpoint import Checkpointer
+
+with Checkpointer(Path(sys.argv[1]), keep=2) as checkpointer:
+    checkpointer.save(1, create(1), POSITION)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    large = {str(i): jax.random.normal(jax.random.key(i), (100, 100)) for i in range(9)}
+    try:
+        checkpointer.save(2, large, POSITION)
+    except OSError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+"""
+
+
+def test_a_full_disk_is_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, tmp_path, Path(__file__).parent, ROOT / "tests"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.stderr == ""
+    assert process.stdout == (
+        f"cannot save step 2 in {tmp_path / CHECKPOINTS} (File too large);"
+        " the checkpoint of step 1 is kept\n"
+    )
 
 
 KILLED_SAVE = """

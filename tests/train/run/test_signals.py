@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
+from paths import ROOT
 
 from train.run.signals import SIGNALS, stop_requests
 
@@ -59,3 +63,37 @@ def test_other_exceptions_pass_and_later_signals_wait_again():
             _ = 1 / 0
         signal.raise_signal(signal.SIGTERM)
     assert stop.signum == signal.SIGTERM
+
+
+INTERRUPTED = """
+import os, runpy, sys
+
+class Interrupt:
+    "Sends this process a signal when it imports the module of that name."
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            os.kill(os.getpid(), int(signum))
+
+module, signum, program = sys.argv[1:4]
+del sys.argv[1:4]
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module(program, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "signum", "program", "flags"),
+    [
+        ("argparse", signal.SIGINT, "train", []),
+        ("tyro", signal.SIGTERM, "train", []),
+        ("jax", signal.SIGINT, "train", ["--steps", "1"]),  # of what is imported after the flags
+        ("tyro", signal.SIGINT, "train.sweep", []),
+    ],
+)
+def test_a_signal_during_imports_is_one_line(module, signum, program, flags, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, module, str(int(signum)), program, *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.stderr == f"python -m {program}: {signum.name}: stopped\n"
+    assert process.returncode == 128 + signum
+    assert list(tmp_path.iterdir()) == []
