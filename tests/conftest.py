@@ -27,7 +27,7 @@ pytest.register_assert_rewrite("contract", "hopper_on_cpu", "on_devices")
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-CHECKED = ["backends", "formula", "sparse", "stats", "wanted"]
+CHECKED = ["backends", "formula", "sparse", "stats", "sums", "wanted"]
 hook = jaxtyping.install_import_hook([f"lsce.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lsce import formula
 from lsce.backends import Arrays, Outputs
 from lsce.problem import Problem, cdiv
-from lsce.stats import LogitSums
+from lsce.sums import LogitSums
 from lsce.wanted import Wanted
 
 
@@ -35,7 +35,7 @@ class Chunked:
 
     def forward(self, call: "Call", arrays: Arrays, *, keep: bool) -> tuple[Outputs, Any]:
         sums = _sums(call, arrays)
-        loss, _, stats = sums.finish(call.problem, arrays.labels)
+        loss, stats = sums.finish(call.problem, arrays.labels)
         return (loss, stats), Kept(arrays, sums.maximum, sums.exp) if keep else None
 
     def backward(

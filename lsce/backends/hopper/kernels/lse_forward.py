@@ -31,6 +31,7 @@ from lsce.backends.hopper.kernels import combine as handover
 from lsce.backends.hopper.kernels import marks
 from lsce.backends.hopper.kernels.pipeline import COLUMN, ROW, Stream, i32, launch, run
 from lsce.backends.hopper.tiles import ForwardTiles
+from lsce.sums import LogitSums
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -320,23 +321,28 @@ def forward(
     parts = work.parts(cut, jnp.arange(blocks, dtype=jnp.int32))
     parts = jnp.broadcast_to(parts[:, None], (blocks, unit)).reshape(padded)[:n]
     valid = jnp.arange(work.slots)[:, None] < parts[None, :]
-    m = jnp.where(valid, part["m"] * k, LOWEST)
-    top = m.max(0)
-    share_of = jnp.where(valid, jnp.exp2(m - top[None, :]), 0.0)
-    total = lambda name: jnp.where(valid, part[name], 0.0)
-    l = (total("l") * share_of).sum(0)
+    of: Any = lambda name, unit: jnp.where(valid, part[name], 0.0) * unit if name in part else None
+    sums = LogitSums(
+        maximum=jnp.where(valid, part["m"] * (k * LN2), -jnp.inf),
+        plain=of("s", k * LN2),
+        exp=of("l", 1.0),
+        argmax=part.get("best"),
+        shifted_exp=of("w", LN2),
+        exp_squared=of("q", 1.0),
+        kept=of("kept", 1.0),
+        squares=of("squares", (k * LN2) ** 2),
+    ).over(0)
     extra = {}
     if stats:
-        extra["confidence"] = 1.0 / l
-        extra["prediction"] = jnp.take_along_axis(part["best"], jnp.argmax(m, 0)[None], 0)[0]
-        w = (share_of * (total("w") + (m - top[None, :]) * total("l"))).sum(0) / l
-        extra["entropy"] = jnp.log(l) - w * LN2
-        extra["sum_p_squared"] = (total("q") * share_of**2).sum(0) / l**2
-    if marking:
-        extra["kept"] = (total("kept") * share_of).sum(0) / l
-    if squares:
-        extra["mean_square_logit"] = total("squares").sum(0) * ((k * LN2) ** 2 / v)
-    lse, mean_logit = (top + jnp.log2(l)) * LN2, total("s").sum(0) * (k * LN2 / v)
+        extra["confidence"] = 1.0 / sums.exp
+        extra["prediction"] = sums.argmax
+        extra["entropy"] = sums.entropy
+        extra["sum_p_squared"] = sums.sum_p_squared
+    if sums.kept is not None:
+        extra["kept"] = sums.kept / sums.exp
+    if sums.squares is not None:
+        extra["mean_square_logit"] = sums.squares / v
+    lse, mean_logit = sums.lse, sums.plain / v
     if bias is not None and softcap is None:
         # The kernel has LOWEST for a bias of −∞.
         mean_logit = jnp.where(jnp.isneginf(bias).any(), -jnp.inf, mean_logit)
