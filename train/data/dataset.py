@@ -105,7 +105,9 @@ class _File:
 
     name: str
     records: list[Record]
+    skip_bad: bool = False
     skipped: list[str] = dataclasses.field(default_factory=list)
+    """What was wrong with each bad record."""
     weight: Fraction | None = None
     train: list[Example] = dataclasses.field(default_factory=list)
     held_out: list[Example] = dataclasses.field(default_factory=list)
@@ -115,7 +117,8 @@ class _File:
     @classmethod
     def read(cls, path: Path, skip_bad: bool, weight: Fraction | None = None) -> Self:
         skipped: list[str] = []
-        return cls(path.name, files.read(path, skipped if skip_bad else None), skipped, weight)
+        records = files.read(path, skipped if skip_bad else None)
+        return cls(path.name, records, skip_bad, skipped, weight)
 
     @property
     def usable(self) -> list[Record]:
@@ -127,15 +130,19 @@ class _File:
 
     def encode(self, tokenizer: Tokenizer, max_length: int, held_out: set[int]) -> None:
         """Makes the examples, given which records (by `id`) are held out."""
-        train, kept_back, shortened = 0, 0, 0
+        refused: dict[str, str] = {}
         usable = self.usable
-        for record, examples in zip(
-            usable, encode_records(tokenizer, usable, max_length), strict=True
-        ):
-            is_held_out = id(record) in held_out
+        encoded = encode_records(tokenizer, usable, max_length, refused if self.skip_bad else None)
+        self.skipped += refused.values()
+        self.records = [record for record in self.records if record.source not in refused]
+        train, kept_back, shortened = 0, 0, 0
+        for record, examples in zip(usable, encoded, strict=True):
+            if record.source in refused:
+                continue
             if not examples:
                 self.dropped.append(record.source)
                 continue
+            is_held_out = id(record) in held_out
             (self.held_out if is_held_out else self.train).extend(examples)
             train, kept_back = train + (not is_held_out), kept_back + is_held_out
             shortened += any(example.removed for example in examples)
@@ -145,7 +152,7 @@ class _File:
             records=len(self.records),
             train=train,
             held_out=kept_back,
-            empty=len(self.records) - len(usable),
+            empty=len(self.empty),
             dropped=len(self.dropped),
             shortened=shortened,
             train_tokens=sum(len(example.tokens) for example in self.train),
@@ -207,8 +214,9 @@ def build(
         texts = list(_within_reach(learned, max_length))
         tokenizer = bpe.train_or_load(texts, cache_dir or default_cache_dir(), vocab_size)
     everything = [*to_train, *to_evaluate]
+    held_out_ids = set(map(id, kept_back))
     for file in everything:
-        file.encode(tokenizer, max_length, set(map(id, kept_back)))
+        file.encode(tokenizer, max_length, held_out_ids)
     _warn_of_losses(everything, max_length)
     for file in to_train:
         if not file.train and (file.weight or not any(other.train for other in to_train)):
@@ -231,7 +239,7 @@ def build(
         tokenizer=tokenizer,
         train=PackedLoader(Rows.concatenate(parts), batch_size, seed, shares),
         held_out=pack([example for file in everything for example in file.held_out], max_length),
-        held_out_records=kept_back,
+        held_out_records=[r for file in everything for r in file.usable if id(r) in held_out_ids],
         files=tuple(file.counts for file in everything),
         example=next(example for file in to_train for example in file.train),
     )

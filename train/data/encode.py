@@ -17,7 +17,10 @@ AT_A_TIME = 1000
 
 
 def encode_records(
-    tokenizer: Tokenizer, records: Sequence[Record], max_length: int
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    max_length: int,
+    refused: dict[str, str] | None = None,
 ) -> list[list[Example]]:
     """Each record in examples of at most `max_length` tokens: one, or none without a response left.
 
@@ -25,6 +28,13 @@ def encode_records(
     the response, or for half of `max_length` of it; but never more than half of the prompt, since
     an answer to a question that cannot be seen teaches the model to guess. Then it loses its own
     end. Plain text loses nothing: it goes on in another example.
+
+    Args:
+      refused: takes the source of each record that the tokenizer's template refuses, and why, in
+        place of an error; there is no example of it.
+
+    Raises:
+      ValueError: for a `max_length` that is too small, and what the tokenizer raises.
     """
     if max_length < MIN_LENGTH:
         raise ValueError(f"max_length must be at least {MIN_LENGTH} tokens, got {max_length}")
@@ -32,11 +42,26 @@ def encode_records(
     with progress("encoding records", len(records)) as advance:
         for start in range(0, len(records), AT_A_TIME):
             some = records[start : start + AT_A_TIME]
-            for record, example in zip(some, tokenizer.encode(some), strict=True):
+            for record, example in zip(some, _encode(tokenizer, some, refused), strict=True):
                 fit = _divide if record.is_text else _cut
-                encoded.append(fit(example, max_length))
+                encoded.append(fit(example, max_length) if example else [])
             advance(len(some))
     return encoded
+
+
+def _encode(
+    tokenizer: Tokenizer, records: Sequence[Record], refused: dict[str, str] | None
+) -> Sequence[Example | None]:
+    """All at once; where one is refused, one by one."""
+    try:
+        return tokenizer.encode(records)
+    except ValueError as error:
+        if refused is None:
+            raise
+        if len(records) == 1:
+            refused[records[0].source] = str(error)
+            return [None]
+    return [example for record in records for example in _encode(tokenizer, [record], refused)]
 
 
 def _cut(example: Example, max_length: int) -> list[Example]:

@@ -129,6 +129,38 @@ def test_the_tokenizer_learns_nothing_that_no_row_can_hold(tmp_path, monkeypatch
     assert record == 64 * dataset.MAX_CHARACTERS_PER_TOKEN
 
 
+class Strict:
+    """A tokenizer whose template refuses some records."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode(self, records):
+        for record in records:
+            if "question 7?" in record.messages[0].content:
+                raise ValueError(f"{record.source}: roles must alternate")
+        return self.tokenizer.encode(records)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])  # of which one holds out what is refused
+def test_what_a_template_refuses_is_bad_too(tmp_path, caplog, share):
+    path = write_records(tmp_path / "data.jsonl", 60)
+    whole = build([path], tmp_path, held_out=share)
+    options = {"tokenizer": Strict(whole.tokenizer), "held_out": share}
+    with pytest.raises(ValueError, match=rf"{path}:8: roles must alternate"):
+        build([path], tmp_path, **options)
+    data = build([path], tmp_path, skip_bad_records=True, **options)
+    assert (data.counts.skipped, data.counts.records, data.counts.dropped) == (1, 59, 0)
+    assert data.counts.train + data.counts.held_out == 59
+    assert f"1 record(s) skipped, for they are bad:\n  {path}:8: roles must" in caplog.text
+    sources = [record.source for record in data.held_out_records]
+    assert len(sources) == data.counts.held_out
+    assert f"{path}:8" not in sources
+
+
 def test_what_takes_long_shows_how_far_it_is(tmp_path, monkeypatch):
     shown = []
 
