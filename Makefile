@@ -1,6 +1,7 @@
 # make train      train a small language model on real text, evaluate it, draw its reliability diagram
-# make test       formatting, lint, types and every test, on the CPU
-# make lint       the first three of those
+# make test       formatting, lint, types and the tests, on the CPU, in a few minutes
+# make slow       the tests that take long: the kernels' interpreter, whole runs (.ci/run has all)
+# make lint       formatting, lint and types alone
 # make test-gpu   the loss, its kernels and a training step on this machine's GPU
 #
 # The first call makes .venv and installs the pinned packages there; later ones install nothing.
@@ -14,9 +15,11 @@ JOBS ?= 2
 JAX := 0.11.2
 ON_A_GPU := tests/lsce/test_loss.py tests/lsce/backends/hopper/test_gpu.py \
 	tests/train/run/test_gpu.py
+# A worker that is done takes tests from the others.
+ON_THE_CPU = JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) --dist worksteal
 INSTALLED := $(VENV)/installed$(EXTRAS:%=-%)
 
-.PHONY: train test test-gpu lint lock python
+.PHONY: train test slow test-gpu lint lock python
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -28,7 +31,10 @@ lint: $(INSTALLED)
 	$(PYTHON) -m pyright
 
 test: lint
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
+	$(ON_THE_CPU) -m "not slow" $(ARGS)
+
+slow: $(INSTALLED)
+	$(ON_THE_CPU) -m slow $(ARGS)
 
 test-gpu: $(INSTALLED)
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n $(JOBS) $(ON_A_GPU) $(ARGS)

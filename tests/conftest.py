@@ -10,6 +10,12 @@ import gc
 import os
 from pathlib import Path
 
+from paths import ROOT
+
+# What one worker, subprocess or run has compiled another loads: about half of the time.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**29))  # with a lock on the folder
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # The kernels' interpreter blocks a thread of XLA's pool for every warpgroup that waits: with no
 # more threads than a small machine's cores it stands still for ever. Read when XLA starts.
 os.environ.setdefault("NPROC", "16")
@@ -19,7 +25,6 @@ import jaxtyping
 import optax
 import pytest
 from hypothesis import HealthCheck, settings
-from paths import ROOT
 
 pytest.register_assert_rewrite("contract", "hopper_on_cpu", "on_devices")
 

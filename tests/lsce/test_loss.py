@@ -58,8 +58,7 @@ OTHER_SHAPES = [
 @pytest.fixture(params=[pytest.param(c, id=str(c), marks=c.marks) for c in CANDIDATES])
 def candidate(request, monkeypatch, quickly_compiled):
     request.param.patch(monkeypatch)
-    with jax.numpy_dtype_promotion("strict"):
-        yield request.param
+    return request.param
 
 
 @pytest.fixture

@@ -177,7 +177,8 @@ README = """
     import pathlib, re
 
     readme = pathlib.Path("README.md").read_text()
-    example, on_a_mesh = re.findall(r"```python\\n(.*?)```", readme, re.DOTALL)[:2]
+    blocks = re.findall(r"```python\\n(.*?)```", readme, re.DOTALL)
+    example, on_a_mesh = (block for block in blocks if "train_step(" in block)
     names = {}
     exec(example, names)
     first = names["loss"]
