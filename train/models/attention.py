@@ -16,6 +16,9 @@ from train.models.cache import LayerCache
 from train.models.config import LayerKind, ModelConfig, Rope
 from train.models.layers import RMSNorm, elementwise, linear
 
+MOST_SEGMENTS = 32
+"""Of a row, up to which the packed layout is faster than a mask: its time grows with them."""
+
 cudnn: Any = None
 with contextlib.suppress(ImportError):  # not public: `choose` does without where it is missing
     cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
@@ -198,6 +201,7 @@ def choose(
         "nobody says where segments start": segments is None,
         "cuDNN's packed layout needs Hopper": major < 9,
         "this jax has no packed layout": cudnn is None,
+        f"{segments} segments a row take longer than a mask": (segments or 0) > MOST_SEGMENTS,
     }
     for reason, holds in reasons.items():
         if holds and length % 2:

@@ -28,6 +28,7 @@ HERE = {"length": 1024, "segments": 8, "cached": False, "capability": "9.0"}
         (GEMMA, {}, "packed", "up to 8 segments"),
         (SMOL, {"segments": 1}, "causal", "one segment"),
         (SMOL, {"segments": None}, "masked", "nobody says"),
+        (SMOL, {"segments": 40}, "masked", "40 segments"),
         (SMOL, {"segments": None, "length": 1023}, "xla", "must be even"),
         (SMOL, {"length": 1023}, "packed", "up to 8 segments"),
         (SMOL, {"capability": "8.6"}, "masked", "Hopper"),

@@ -1,0 +1,181 @@
+"""The trainer's own step and decoder, compiled ahead and timed."""
+
+import collections
+import concurrent.futures
+import glob
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import lsce
+from benchmarks.implementations.optax import one_hot
+from benchmarks.implementations.settings import Settings
+from benchmarks.measure import timing
+from benchmarks.steps.row import Measured
+from benchmarks.steps.variant import Variant, batch_of, shape_of
+from train import mesh
+from train.models import attention
+from train.models.config import ModelConfig
+from train.models.decoder import Decoder
+from train.run.optimizer import optimizer
+from train.run.options import LossOptions, OptimizerOptions, StepOptions
+from train.run.step import TrainState, train_step_autotuned
+
+OPTIONS = {
+    "repeatable": mesh.REPEATABLE,
+    "excluded": {"xla_gpu_exclude_nondeterministic_ops": True},
+    "tuned": {},
+}
+RATE = 1e-4
+
+
+def measure(
+    model: str, variants: Sequence[Variant], length: int, *, seconds: float, profile: bool
+) -> Iterator[tuple[Variant, Measured | str]]:
+    """Each variant and what was found, or why nothing was. All compile at once, before any runs."""
+    lowered = [_try(lambda v=v: _lower(model, v, length)) for v in variants]
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        programs = list(pool.map(_compile, variants, lowered))
+    for variant in variants:
+        program = programs.pop(0)  # its memory goes with it
+        if isinstance(program, str):
+            yield variant, program
+        else:
+            yield (
+                variant,
+                _try(lambda p=program, v=variant: _run(model, v, length, p, seconds, profile)),
+            )
+
+
+def _try[R](work: Callable[[], R]) -> R | str:
+    try:
+        return work()
+    except Exception as error:  # out of memory, a kernel that does not build: the next may do
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+
+
+def _state(shape: ModelConfig) -> TrainState:
+    weights, dropout = jax.random.split(jax.random.key(0))
+    decoder = Decoder(shape, rngs=nnx.Rngs(params=weights))
+    return TrainState.create(decoder, optimizer(OptimizerOptions()), dropout)
+
+
+def _lower(model: str, variant: Variant, length: int) -> Any:
+    shape = shape_of(model, variant)
+    naive = variant.loss == "naive"
+    loss = LossOptions(
+        label_smoothing=variant.beta,
+        softcap=shape.final_softcap,
+        implementation="auto" if naive else variant.loss,
+    )
+    how = StepOptions(batch_size=variant.rows, accumulate=variant.accumulate)
+    state = jax.eval_shape(lambda: _state(shape))
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(shape, variant, length)))
+    with mock.patch.object(
+        lsce, "linear_cross_entropy", _naive if naive else lsce.linear_cross_entropy
+    ):
+        return train_step_autotuned.lower(state, batch, jnp.float32(RATE), loss=loss, how=how)
+
+
+def _naive(hidden: Any, head: Any, labels: Any, *, ignore_index: int, **options: Any) -> Any:
+    """optax on whole logits; of the statistics, nothing."""
+    settings = Settings(label_smoothing=options["label_smoothing"], softcap=options["softcap"])
+    flat = labels.reshape(-1)
+    # optax's mean over all tokens times their number: labels that are ignored are few here, and
+    # one_hot gives them no class.
+    total = one_hot(hidden.reshape(flat.size, -1), head, flat, None, settings) * flat.size
+    nothing = jnp.zeros(labels.shape)
+    return total, SimpleNamespace(confidence=nothing, correct=nothing > 0)
+
+
+def _compile(variant: Variant, lowered: Any) -> tuple[Any, float] | str:
+    if isinstance(lowered, str):
+        return lowered
+    flags = dict(pair.split("=", 1) for pair in filter(None, variant.flags.split(";")))
+    options = OPTIONS[variant.bits] if jax.default_backend() == "gpu" else {}
+    start = time.perf_counter()
+    compiled = _try(lambda: lowered.compile(compiler_options={**options, **flags} or None))
+    if isinstance(compiled, str):
+        return compiled
+    return compiled, time.perf_counter() - start
+
+
+def _run(
+    model: str,
+    variant: Variant,
+    length: int,
+    program: tuple[Any, float],
+    seconds: float,
+    profile: bool,
+) -> Measured:
+    compiled, compile_s = program
+    shape = shape_of(model, variant)
+    plan = compiled.memory_analysis()
+    peak = (
+        plan.argument_size_in_bytes
+        + plan.temp_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+    )
+    batch = jax.device_put(batch_of(shape, variant, length))
+    rate = jnp.float32(RATE)
+    state = jax.jit(lambda: _state(shape))()
+
+    def step() -> jax.Array:
+        nonlocal state
+        state, metrics = compiled(state, batch, rate)
+        return metrics.loss
+
+    first = float(step())
+    times = timing.beside([step], seconds=seconds)[0]
+    if profile:
+        _profile(step, f"{model} {variant}")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    starts = batch.get("starts")
+    way, why = attention.choose(
+        shape,
+        length=length,
+        segments=None if starts is None else starts.shape[1],
+        cached=False,
+        capability=attention.capability(),
+    )
+    return Measured(
+        p20_ms=times.p20_ms,
+        p50_ms=times.p50_ms,
+        p80_ms=times.p80_ms,
+        first_loss=first,
+        last_loss=float(step()),
+        state_gb=size / 1e9,
+        peak_gb=peak / 1e9,
+        compile_s=compile_s,
+        attention=f"{way}: {why}",
+        device=jax.devices()[0].device_kind,
+        framework=f"jax {jax.__version__}",
+    )
+
+
+def _profile(step: Callable[[], jax.Array], title: str, steps: int = 3, lines: int = 45) -> None:
+    """Prints the kernels of a step by their time."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                loss = step()
+            loss.block_until_ready()
+        (path,) = glob.glob(folder + "/**/*.xplane.pb", recursive=True)
+        data = jax.profiler.ProfileData.from_file(path)
+    total, count = collections.Counter[str](), collections.Counter[str]()
+    for plane in data.planes:
+        for line in plane.lines if "GPU" in plane.name else ():
+            for event in line.events if "Stream" in line.name else ():
+                total[event.name] += event.duration_ns / 1e6 / steps
+                count[event.name] += 1
+    print(f"--- {title}: {sum(total.values()):.2f} ms of kernels, {count.total() // steps} of them")
+    for name, ms in total.most_common(lines):
+        print(f"{ms:9.3f} ms {count[name] / steps:7.1f} x {name[:120]}")
