@@ -165,9 +165,7 @@ def _profile(step: Callable[[], jax.Array], title: str, steps: int = 3, lines: i
     """Prints the kernels of a step by their time."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(steps):
-                loss = step()
-            loss.block_until_ready()
+            jax.block_until_ready([step() for _ in range(steps)])
         (path,) = glob.glob(folder + "/**/*.xplane.pb", recursive=True)
         data = jax.profiler.ProfileData.from_file(path)
     total, count = collections.Counter[str](), collections.Counter[str]()
