@@ -29,11 +29,11 @@ from benchmarks.flags import shown
 from benchmarks.inputs import arrays, real
 from benchmarks.measure import report, runner
 from benchmarks.measure.errors import relative_error
-from lsce.backends.hopper.kernels.lse_forward import Sums
-from lsce.backends.hopper.loss import most_frequent, places
-from lsce.backends.hopper.tiles import BLOCK, Tiles
+from lsce.backends.hopper.tiles import Tiles
+from lsce.sparse import columns
 from lsce.sparse import filter as filtering
-from lsce.sparse import plan
+from lsce.sparse.bound import most_frequent
+from lsce.sparse.tokens import BLOCK, order_tokens
 
 BETA = 0.1
 
@@ -158,9 +158,9 @@ def measure(
         lse[rows], marked, kept[block] = marks(hidden[rows], head, bound[rows], log_epsilon)
         bits[block // 32] |= np.where(marked, np.uint32(1) << np.uint32(block % 32), np.uint32(0))
     whole = 1 - kept > filtering.FLAT
-    with_labels = plan.with_labels(jnp.asarray(bits), labels, jnp.asarray(whole))
-    columns, active = plan.columns(with_labels, None, blocks, tile_c)
-    tile = np.asarray(columns.position) // tile_c
+    needed = columns.with_labels(jnp.asarray(bits), labels, jnp.asarray(whole))
+    order, active = columns.order_columns(needed, None, blocks, tile_c)
+    tile = np.asarray(order.position) // tile_c
 
     center = head.mean(0)
     exact, error = (np.zeros((n, d), np.float32) for _ in range(2))
@@ -182,7 +182,7 @@ def measure(
         v=v,
         epsilon=math.exp(log_epsilon),
         pairs=float(active.mean()),
-        columns=float((with_labels != 0).any(0).mean()),
+        columns=float((needed != 0).any(0).mean()),
         whole_blocks=int(whole.sum()),
         dropped=dropped,
         hidden_error=relative_error(exact + error, exact),
@@ -204,8 +204,8 @@ def ordered(hidden: Any, head: Any, labels: Any) -> tuple[Any, Any, Any]:
     lse = logsumexp(z, axis=1)
     p = jnp.exp(z - lse[:, None])
     entropy = lse - jnp.where(p > 0, p * z, 0.0).sum(1)
-    extra = {"entropy": entropy, "prediction": jnp.argmax(z, 1).astype(jnp.int32)}
-    order = jnp.argsort(places(labels, Sums(lse, lse, extra, None)))
+    rows = order_tokens(labels, entropy, jnp.argmax(z, 1).astype(jnp.int32))
+    order = jnp.argsort(rows)
     bound = jnp.maximum(lse, (hidden * head[labels]).sum(1))
     return hidden[order], labels[order], bound[order]
 

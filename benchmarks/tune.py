@@ -6,7 +6,7 @@ of some fields, because all the fields at once would take days. The candidates o
 compiled side by side and timed in turn, with a bare product E·Cᵀ among them: clocks drift, and a
 kernel that draws more power slows down what is timed after it. The fastest of many is in part the
 luckiest, so it then meets the tiles taken now once more, and replaces them only if it is clearly
-faster again. At the end stand the entries for `TUNED` in lsce/backends/hopper/tiles.py;
+faster again. At the end stand the entries for `TUNED` in lsce/backends/hopper/tuned.py;
 `ruff format` breaks their lines.
 """
 
@@ -35,7 +35,7 @@ from benchmarks.inputs.arrays import Inputs
 from benchmarks.measure import memory, runner, timing
 from benchmarks.measure.report import write_json
 from lsce.backends import Arrays, hopper
-from lsce.backends.hopper import tiles
+from lsce.backends.hopper import choose
 from lsce.backends.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
 from lsce.loss import weighted
 from lsce.problem import Problem
@@ -110,7 +110,7 @@ def candidates[T: (ForwardTiles, BackwardTiles)](base: T, axes: Iterable[Axis]) 
 def _covering(d: int) -> list[int]:
     """The three widest tiles over the hidden size that stay within a fifth of it."""
     fitting = [width for width in range(64, 257, 64) if -(-d // width) * width <= 1.2 * d]
-    return (fitting or [tiles.even_tile(d, 256)])[-3:]
+    return (fitting or [choose.even_tile(d, 256)])[-3:]
 
 
 # The search
@@ -204,7 +204,7 @@ def judged(trial: Trial, results: tuple[float, ...], most_mb: float) -> Trial:
 def promised_mb(case: cases.Case) -> float:
     """The temporaries, in 2²⁰ bytes, that leave both passes within a quarter of optax's memory.
 
-    As `tiles.within_a_quarter` of the backend has it: naive optax takes 4NV bytes and the
+    As `choose.within_a_quarter` of the backend has it: naive optax takes 4NV bytes and the
     gradients. Where those alone are more than a quarter there is nothing to keep, hence ∞.
     """
     gradients = 2 * (case.n + case.v) * case.d
@@ -218,7 +218,7 @@ def promised_mb(case: cases.Case) -> float:
 def program(stage: Stage, problem: Problem, chosen: Tiles) -> Callable[..., Any]:
     """(hidden, head, labels) → the mean loss, with the gradients of both after the forward."""
     # Imported here: without a Hopper GPU nothing of Mosaic GPU should load.
-    from lsce.backends.hopper.gradients import Call
+    from lsce.backends.hopper.call import Call
 
     epsilon = None if stage == "exact" else "auto"
     call = Call(problem, epsilon, chosen, hopper.streaming_multiprocessors())
@@ -307,15 +307,15 @@ def _norm(x: Any) -> Any:
 
 
 def entry(chip: str, case: cases.Case, chosen: Tiles) -> str:
-    """A line of `lsce.backends.hopper.tiles.TUNED`: the stages whose tiles are not the heuristic's.
+    """A line of `lsce.backends.hopper.tuned.TUNED`: the stages whose tiles are not the heuristic's.
 
     Every field is spelt out, as defaults may change.
     """
-    usual = tiles.heuristic(case.n, case.d, case.v, hopper.streaming_multiprocessors())
+    usual = choose.heuristic(case.n, case.d, case.v, hopper.streaming_multiprocessors())
     parts = [name for name in STAGES if getattr(chosen, name) != getattr(usual, name)]
     if not parts:
         return f"    # {case}: the heuristic's tiles"
-    family, n = tiles.family(chip) or chip, tiles.nearest_power_of_two(case.n)
+    family, n = choose.family(chip) or chip, choose.nearest_power_of_two(case.n)
     fields = "".join(f"        {name!r}: {getattr(chosen, name)!r},\n" for name in parts)
     return f'    ("{family}", {n}, {case.d}, {case.v}, "bfloat16"): {{\n{fields}    }},'
 
@@ -418,7 +418,7 @@ def tune_all(options: TuneFlags) -> int:
                 write_json(report, options.json)
 
         best, _ = tune(
-            tiles.choose(bench.problem, hopper.streaming_multiprocessors()),
+            choose.tiles_for(bench.problem, hopper.streaming_multiprocessors()),
             case.d,
             bench,
             stages=options.stage,

@@ -20,9 +20,13 @@ def logits(
     z = product * problem.logit_scale
     if bias is not None:
         z = z + bias.astype(jnp.float32)[None, :]
-    if problem.softcap is not None:
-        z = problem.softcap * jnp.tanh(z / problem.softcap)
-    return z
+    return capped(problem, z)
+
+
+def capped(problem: Problem, u: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """z of logits u before the cap."""
+    cap = problem.softcap
+    return u if cap is None else cap * jnp.tanh(u / cap)
 
 
 def softcap_slope(problem: Problem, z: Float[Array, "*s"]) -> Float[Array, "*s"] | float:

@@ -51,7 +51,9 @@ def in_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hopper's kernels on a CPU."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    monkeypatch.setattr(hopper, "_interpreter", (plgpu.InterpretGPUParams(), hopper.small_tiles()))
+    monkeypatch.setattr(
+        hopper.interpret, "active", (plgpu.InterpretGPUParams(), hopper.small_tiles())
+    )
 
 
 CANDIDATES = (
@@ -59,7 +61,7 @@ CANDIDATES = (
     Candidate("chunked"),
     Candidate("chunked", "tiles", ("float32", "bfloat16"), ((128, 72, 257),), patch=small_tiles),
 )
-if hopper.tiles.family(jax.devices()[0].device_kind):
+if hopper.choose.family(jax.devices()[0].device_kind):
     CANDIDATES += (Candidate("hopper", dtypes=("bfloat16",)),)
 elif jax.default_backend() == "cpu":
     CANDIDATES += (

@@ -10,8 +10,8 @@ import pytest
 from benchmarks import filter_error
 from benchmarks.inputs import like_models
 from benchmarks.inputs.arrays import Arrays
+from lsce.sparse import columns
 from lsce.sparse import filter as filtering
-from lsce.sparse import plan
 
 N, D, V = 256, 16, 500
 
@@ -33,12 +33,12 @@ def test_errors_are_those_of_leaving_the_inactive_tiles_out(
 ):
     seen = []
 
-    def columns(*given):
-        seen.append(plan_columns(*given))
+    def order_columns(*given):
+        seen.append(ordered_columns(*given))
         return seen[-1]
 
-    plan_columns = plan.columns
-    monkeypatch.setattr(filter_error.plan, "columns", columns)
+    ordered_columns = columns.order_columns
+    monkeypatch.setattr(columns, "order_columns", order_columns)
     row = filter_error.measure("drawn", arrays, 0.05, "abc", tile_c=128)
 
     head = arrays.head.astype(np.float64)

@@ -17,7 +17,8 @@ from benchmarks import tune
 from benchmarks.inputs import cases, random
 from benchmarks.measure.timing import Timing
 from lsce.backends import hopper
-from lsce.backends.hopper.tiles import SHARED_MEMORY, BackwardTiles, ForwardTiles, Tiles, heuristic
+from lsce.backends.hopper.choose import heuristic
+from lsce.backends.hopper.tiles import SHARED_MEMORY, BackwardTiles, ForwardTiles, Tiles
 
 CASE = cases.find("gemma2-2b")
 SMALL = cases.Case("small", 256, 64, 512)
@@ -324,24 +325,24 @@ def test_an_entry_holds_the_stages_that_were_bettered(chip, key):
 def test_an_entry_is_what_the_backend_then_takes(monkeypatch):
     best, _ = tune.tune(START, CASE.d, costs)
     chip = "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(hopper.tiles, "TUNED", filled(chip, CASE, best))
+    monkeypatch.setattr(hopper.choose, "TUNED", filled(chip, CASE, best))
     problem = dataclasses.replace(tune.problem_of(CASE), chip=chip)
-    assert hopper.tiles.choose(problem) == best
+    assert hopper.choose.tiles_for(problem) == best
     other = heuristic(CASE.n, CASE.d, 32_000, 132)
-    assert hopper.tiles.choose(dataclasses.replace(problem, v=32_000)) == other
-    assert hopper.tiles.choose(dataclasses.replace(problem, n=7000)).forward == best.forward
+    assert hopper.choose.tiles_for(dataclasses.replace(problem, v=32_000)) == other
+    assert hopper.choose.tiles_for(dataclasses.replace(problem, n=7000)).forward == best.forward
     fewer = heuristic(2048, CASE.d, CASE.v, 132)
-    assert hopper.tiles.choose(dataclasses.replace(problem, n=2048)) == fewer
+    assert hopper.choose.tiles_for(dataclasses.replace(problem, n=2048)) == fewer
     half = dataclasses.replace(problem, hidden_dtype=np.dtype(np.float16))
-    assert hopper.tiles.choose(half) == heuristic(CASE.n, CASE.d, CASE.v, 132)
+    assert hopper.choose.tiles_for(half) == heuristic(CASE.n, CASE.d, CASE.v, 132)
 
 
-@pytest.mark.parametrize("key", hopper.tiles.TUNED, ids=str)
+@pytest.mark.parametrize("key", hopper.tuned.TUNED, ids=str)
 def test_the_table_is_of_known_chips_sizes_and_stages(key):
     family, n, d, v, dtype = key
-    parts = hopper.tiles.TUNED[key]
-    assert family in hopper.tiles.FAMILIES
-    assert n == hopper.tiles.nearest_power_of_two(n)
+    parts = hopper.tuned.TUNED[key]
+    assert family in hopper.choose.FAMILIES
+    assert n == hopper.choose.nearest_power_of_two(n)
     assert dtype in ("bfloat16", "float16")
     assert {*parts} <= {*tune.STAGES}
     assert (d, v) in {(case.d, case.v) for case in cases.CASES.values()}
@@ -415,7 +416,7 @@ def test_a_whole_run_prints_entries_and_writes_every_trial(
     ratios = [t["time"]["p50_ms"] / t["matmul_ms"] for t in trials]
     assert len(ratios) > 20
     chip = jax.devices()[0].device_kind
-    chip = hopper.tiles.family(chip) or chip
+    chip = hopper.choose.family(chip) or chip
     printed = capsys.readouterr().out
     ((key, parts),) = eval(
         "{" + printed[printed.rindex('    ("') :] + "}", vars(hopper.tiles)

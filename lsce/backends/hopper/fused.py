@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +29,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula
 from lsce.backends import Arrays
-from lsce.backends.hopper import backward
-from lsce.backends.hopper.gradients import Call
+from lsce.backends.hopper.call import Call
+from lsce.backends.hopper.forward import hot_sums, target_logit
+from lsce.backends.hopper.kernels.entries import change_entries
+from lsce.backends.hopper.kernels.head_gradient import head_gradient
+from lsce.backends.hopper.kernels.hidden_gradient import accumulate_hidden
 from lsce.backends.hopper.kernels.lse_forward import LOG2E
-from lsce.backends.hopper.loss import arrange, hot_sums, places, target_logit
-from lsce.backends.hopper.tiles import BLOCK, fused_layout
+from lsce.backends.hopper.kernels.probabilities import Vectors, probabilities
+from lsce.backends.hopper.tiles import fused_layout
+from lsce.loss import varying
 from lsce.sparse import plan
+from lsce.sparse.tokens import BLOCK, arrange, order_tokens
 from lsce.wanted import Wanted
 
 SHIFT = 16.0
@@ -97,6 +103,8 @@ class Storage(NamedTuple):
     parts: list[Part]
     own: int
     """Column tiles of the first part."""
+    dh_refs: dict[int, Any]
+    """The sums of dE, for groups of so many rows."""
     dhead_ref: Any
     low_ref: Any
     """What rounding cuts off dC, where it is carried from one group to the next."""
@@ -112,9 +120,9 @@ def with_gradients(
     """The losses, dE and dC of their weighted sum, None where nobody asked."""
     hidden, head, labels, _, _ = arrays
     p, tiles = call.problem, call.tiles.fused
-    rows = arrange(hidden, labels, places(labels), 2 * BLOCK)
+    rows = arrange(hidden, labels, order_tokens(labels), 2 * BLOCK)
     e, y, n = rows.hidden, rows.labels, rows.hidden.shape[0]
-    w = jnp.zeros(n, jnp.float32).at[rows.place].set(weights, unique_indices=True)
+    w = jnp.zeros(n, jnp.float32).at[rows.row_of_token].set(weights, unique_indices=True)
     w = jnp.where(rows.in_use, w, 0.0)
     target = target_logit(call, e, head, None, y)
     r = jnp.maximum(hot_sums(call, e, head, None, y, stats=False).lse, target) + SHIFT
@@ -123,28 +131,76 @@ def with_gradients(
 
     count, own = fused_layout(n, e.shape[1], p.v, tiles.tile_c)
     most = -(-n // (2 * BLOCK) // count) * 2 * BLOCK
-    storage = _storage(call, head, own, most, carried=count > 1 and wanted.head)
+    sizes = {most, n - (count - 1) * most}
+    storage = _storage(call, wanted, head, own, sizes, carried=count > 1 and wanted.head)
+    tokens = Tokens(e, y, w, r, target, rows.in_use)
+
+    def group(first, size, carry, zero):
+        part = tokens
+        if size < n:
+            part = Tokens(*(lax.dynamic_slice_in_dim(x, first, size) for x in tokens))
+        lse, dh, zero = _gradients(call, wanted, part, head, center, poison, storage, carry, zero)
+        return lse, (dh + poison).astype(hidden.dtype), zero
+
     zero = jnp.int32(0).reshape(1)
-    lse, dhidden = [], []
-    for g in range(count):
-        group = slice(g * most, min((g + 1) * most, n))
-        tokens = Tokens(*(x[group] for x in (e, y, w, r, target, rows.in_use)))
-        carry = None if count == 1 else (storage.low_ref, g > 0, g < count - 1)
-        lse_g, dh, zero = _gradients(
-            call, wanted, tokens, head, center, poison, storage, carry, zero
-        )
-        lse.append(lse_g)
-        dhidden.append((dh + poison).astype(hidden.dtype))
-    lse = jnp.maximum(jnp.concatenate(lse), target)
+    if count == 1:
+        lse, dhidden, _ = group(0, n, None, zero)
+    else:
+        lse, dhidden = _in_groups(group, count, most, storage.low_ref, (target, e), zero)
+    lse = jnp.maximum(lse, target)
     losses = formula.token_loss(p, lse, target, mean_logit)
-    losses = jnp.where(labels >= 0, losses[rows.place], 0.0)
-    dhidden = jnp.concatenate(dhidden)[rows.place] if wanted.hidden else None
+    losses = jnp.where(labels >= 0, losses[rows.row_of_token], 0.0)
+    dhidden = dhidden[rows.row_of_token] if wanted.hidden else None
     return losses, Arrays(dhidden, storage.dhead_ref[...] if wanted.head else None)
 
 
-def _storage(call: Call, head, own: int, rows: int, *, carried: bool) -> Storage:
-    """Buffers for groups of at most `rows` tokens; P of `own` column tiles has one for itself."""
-    tile_c = call.tiles.fused.tile_c
+def _in_groups(
+    group: Callable[..., Any], count: int, most: int, low_ref: Any, like: tuple[Array, Array], zero
+) -> tuple[Float[Array, " rows"], Float[Array, "rows D"]]:
+    """lse and dE of all tokens, `most` of them at a time, in arrays that begin as those of `like`.
+
+    The first group finds no dC and the last one leaves nothing to carry on; those between them are
+    the body of a loop, so that a program is no longer for more of them.
+    """
+    rows = like[0].shape[0]
+
+    def step(first, size, carry, state):
+        lse, dhidden, zero = state
+        lse_part, dh_part, zero = group(first, size, carry, zero)
+        lse = lax.dynamic_update_slice_in_dim(lse, lse_part, first, 0)
+        if dh_part.shape[0]:
+            dhidden = lax.dynamic_update_slice_in_dim(dhidden, dh_part, first, 0)
+        return varying((lse, dhidden, zero), like=state)
+
+    state = step(0, most, (low_ref, False, True), (*like, zero))
+    between = functools.partial(step, size=most, carry=(low_ref, True, True))
+    if count > 2:
+        state = lax.fori_loop(
+            1, count - 1, lambda i, state: between(jnp.int32(i * most), state=state), state
+        )
+    last = (count - 1) * most
+    lse, dhidden, _ = step(last, rows - last, (low_ref, True, False), state)
+    return lse, dhidden
+
+
+def _storage(
+    call: Call, wanted: Wanted, head, own: int, sizes: set[int], *, carried: bool
+) -> Storage:
+    """Buffers for groups of so many tokens; P of `own` column tiles has one for itself."""
+    tiles, rows = call.tiles.fused, max(sizes)
+    tile_c = tiles.tile_c
+    # Made here, as a loop's body forgets what kernels write into buffers of its own.
+    dh_refs = {
+        size: jax.new_ref(
+            lax.empty(
+                (tiles.hidden_splits, size, tiles.padded_d(head.shape[1]))
+                if wanted.hidden
+                else (1, 0, 0),
+                jnp.float32,
+            )
+        )
+        for size in sorted(sizes)
+    }
     dhead_ref = jax.new_ref(lax.empty(head.shape, head.dtype))
     low_ref = jax.new_ref(lax.empty(head.shape if carried else (16, 64), head.dtype))
     own_ref = jax.new_ref(lax.empty((own * rows, tile_c), head.dtype))
@@ -152,7 +208,7 @@ def _storage(call: Call, head, own: int, rows: int, *, carried: bool) -> Storage
     if others := call.problem.v // tile_c - own:
         kept_ref = jax.new_ref(lax.empty((others * rows,), jnp.float32))
         parts.append(Part(1, others, dhead_ref, head.shape[1] // tile_c, kept_ref))
-    return Storage(parts, own, dhead_ref, low_ref)
+    return Storage(parts, own, dh_refs, dhead_ref, low_ref)
 
 
 def _gradients(
@@ -171,9 +227,9 @@ def _gradients(
     rows, d = tokens.hidden.shape
     blocks = rows // BLOCK
     options = {"tiles": tiles, "ctas": call.ctas, "interpret": call.interpret}
-    padded_d = max(-(-d // tile) * tile for tile in (tiles.hidden_d, tiles.head_d))
+    padded_d = tiles.padded_d(d)
     live = (tokens.in_use.sum(dtype=jnp.int32) + BLOCK - 1) // BLOCK
-    work = plan.whole(
+    work = plan.dense_work(
         blocks,
         live,
         p.v // tiles.tile_c,
@@ -183,10 +239,10 @@ def _gradients(
     )
     ones, none = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
     no_target = jnp.full(rows, -1, jnp.int32)
-    vectors = backward.Vectors(tokens.bound * LOG2E, ones, none, none, ones, no_target)
+    vectors = Vectors(tokens.bound * LOG2E, ones, none, none, ones, no_target)
     l = none
     for part in storage.parts:
-        backward.probabilities(
+        probabilities(
             tokens.hidden,
             head,
             None,
@@ -210,13 +266,13 @@ def _gradients(
     lse = tokens.bound + jnp.log(l)
     factor = formula.softmax_weight(p, lse) * p.logit_scale
     scale = tokens.weights * factor / l
-    slope = 1.0 if p.softcap is None else 1.0 - (tokens.target / p.softcap) ** 2
+    slope = formula.softcap_slope(p, tokens.target)
     hit = jnp.exp(tokens.target - tokens.bound) * slope
     hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
-    sums = (tiles.hidden_splits, rows, padded_d) if wanted.hidden else (1, 0, 0)
-    dh_ref = jax.new_ref(jnp.zeros(sums, jnp.float32))
+    dh_ref = storage.dh_refs[rows]
+    dh_ref[...] = jnp.zeros(dh_ref.shape, jnp.float32)
     for part in storage.parts:
-        backward.change_entries(
+        change_entries(
             part.p_ref,
             *part.entries(tokens.labels, storage.own, blocks, tiles.tile_c),
             hit,
@@ -224,7 +280,7 @@ def _gradients(
             interpret=call.interpret,
         )
         if wanted.hidden:
-            backward.accumulate_hidden(
+            accumulate_hidden(
                 part.p_ref,
                 head,
                 work,
@@ -243,7 +299,7 @@ def _gradients(
     scaled = (tokens.hidden.astype(jnp.float32) * scale[:, None]).astype(tokens.hidden.dtype)
     # The last columns first: their P lies where the others' dC goes.
     for part in reversed(storage.parts) if wanted.head else ():
-        backward.head_gradient(
+        head_gradient(
             part.p_ref,
             scaled,
             work,

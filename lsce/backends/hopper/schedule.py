@@ -23,7 +23,7 @@ from jax import lax
 from lsce.backends.hopper import tiles
 from lsce.backends.hopper.kernels.pipeline import i32
 
-MOST_PIECES = 6
+MOST_ROUND_SPLITS = 6
 """Most stretches of a block in a round: partial results take memory for each."""
 SHORTEST = 32
 """Fewest tiles of such a stretch, as there is something to be done before and after each."""
@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretches:
+class Schedule:
     """What is known when the kernel is made."""
 
     blocks: int
@@ -56,15 +56,15 @@ class Stretches:
     """G, which divides U."""
 
     @classmethod
-    def of(cls, blocks: int, block_bytes: int, v_tiles: int, units: int) -> Stretches:
+    def served_by_l2(cls, blocks: int, block_bytes: int, v_tiles: int, units: int) -> Schedule:
         """With as many blocks at a time as the L2 serves, if their hidden states take so much."""
-        pieces = [p for p in range(1, MOST_PIECES + 1) if units % p == 0]
-        allowed = [units // p for p in pieces if p == 1 or v_tiles // p >= SHORTEST]
+        splits = [s for s in range(1, MOST_ROUND_SPLITS + 1) if units % s == 0]
+        allowed = [units // s for s in splits if s == 1 or v_tiles // s >= SHORTEST]
         served = [g for g in allowed if g * block_bytes <= tiles.L2]
         return cls(blocks, v_tiles, units, max(served) if served else min(allowed))
 
     @property
-    def pieces(self) -> int:
+    def round_splits(self) -> int:
         """Stretches of a block in a round."""
         return self.units // self.together
 
@@ -78,18 +78,18 @@ class Stretches:
         rest = self.blocks % self.together
         full = self.units // rest if rest else 1
         most = full if self.blocks < self.together else min(full, 16)
-        return min(max(most, MOST_PIECES), self.tiles)
+        return min(max(most, MOST_ROUND_SPLITS), self.tiles)
 
     @property
-    def slots(self) -> int:
+    def partials(self) -> int:
         """Partial results that a block may have."""
-        return max(self.most_splits + 2, self.pieces)
+        return max(self.most_splits + 2, self.round_splits)
 
     def cut(self, blocks: Any) -> Cut:
         """The cut of so many blocks, which may be traced."""
         blocks = i32(blocks)
         rounds, rest = lax.div(blocks, i32(self.together)), lax.rem(blocks, i32(self.together))
-        if self.pieces > 1:
+        if self.round_splits > 1:
             few = (rest > 0) & (rest * (self.most_splits + 1) <= self.units) & (rounds > 0)
             rounds = jnp.where(few, rounds - 1, rounds)
             rest = jnp.where(few, rest + self.together, rest)
@@ -101,9 +101,9 @@ class Stretches:
         return Cut(rounds, rest, splits, extra)
 
     def items(self, c: Cut, unit: Any) -> tuple[Any, Any]:
-        """What a unit does: (how many items, i → (slot, block, first tile, tile after the last)).
+        """What a unit does: (how many items, i → (partial, block, first tile, tile after it)).
 
-        A block's items have slots 0, 1, … below `parts`.
+        A block's items have partials 0, 1, … below `parts`.
         """
         spare, extra, rest = self._spare(c), jnp.maximum(c.extra, 1), jnp.maximum(c.rest, 1)
         mine = unit - c.splits * c.rest
@@ -116,15 +116,15 @@ class Stretches:
         split = lax.div(unit, rest)
         in_rounds = c.rounds * self.together
 
-        def stretch(i, of, tiles):
-            return lax.div(i * tiles, of), lax.div((i + 1) * tiles, of)
+        def stretch(i, count, tiles):
+            return lax.div(i * tiles, count), lax.div((i + 1) * tiles, count)
 
         def item(i):
-            piece, place = lax.div(unit, i32(self.together)), lax.rem(unit, i32(self.together))
+            nth, rank = lax.div(unit, i32(self.together)), lax.rem(unit, i32(self.together))
             of_round = (
-                piece,
-                i * self.together + place,
-                *stretch(piece, i32(self.pieces), i32(self.tiles)),
+                nth,
+                i * self.together + rank,
+                *stretch(nth, i32(self.round_splits), i32(self.tiles)),
             )
             of_rest = split, in_rounds + lax.rem(unit, rest), *stretch(split, c.splits, even)
             block = first_block + i - c.rounds
@@ -146,7 +146,7 @@ class Stretches:
         at = (block - in_rounds) * c.extra
         owner = lambda tile: ((tile + 1) * spare - 1) // total
         ends = jnp.where(c.extra > 0, 1 + owner(at + c.extra - 1) - owner(at), 0)
-        return jnp.where(block < in_rounds, self.pieces, c.splits + ends)
+        return jnp.where(block < in_rounds, self.round_splits, c.splits + ends)
 
     def _spare(self, c: Cut) -> Any:
         """The units that take the extra tiles; at least 1, to divide by."""

@@ -4,28 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_on_cpu import words_of
-from jax import lax
 
 from lsce.backends.hopper import tiles
 from lsce.sparse import plan
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
-
-def test_column_bits_join_blocks_and_labels():
-    rng = np.random.default_rng(0)
-    halves = rng.random((6, 256)) < 0.02  # two marks blocks of 64 tokens a block of 128
-    labels = rng.integers(-1, 250, 3 * plan.BLOCK).astype(np.int32)
-    bits = plan.column_bits(jnp.asarray(words_of(halves)), 64, jnp.int32(2 * plan.BLOCK), 250)
-    bits = np.asarray(plan.with_labels(bits, jnp.asarray(labels), jnp.array([False, True, False])))
-    expected = halves.reshape(3, 2, 256).any(1)[:, :250]
-    expected[2] = False  # beyond the live blocks
-    for block, some in enumerate(labels.reshape(3, -1)):
-        expected[block, some[some >= 0]] = True
-    expected[1] = True  # a flat block
-    got = (bits[0][None] >> np.arange(3)[:, None]) & 1
-    np.testing.assert_array_equal(got.astype(bool), expected)
 
 
 def check_work(work: plan.Work, active: np.ndarray, tiles: int, slots: int, group: int):
@@ -87,56 +70,18 @@ def test_chunks_stay_within_their_bound(density, width, slots):
 
 @pytest.mark.parametrize("together", [1, 2, 3, 9])
 @pytest.mark.parametrize("live", [0, 1, 4, 5, 8])
-def test_whole_work_covers_the_live_blocks(live, together):
+def test_dense_work_covers_the_live_blocks(live, together):
     active = np.broadcast_to(np.arange(8) < -(-live // 2) * 2, (13, 8))
     options = {"slots": 24, "group": 2, "together": together}
-    work = jax.jit(lambda n: plan.whole(8, n, 13, **options))(live)
+    work = jax.jit(lambda n: plan.dense_work(8, n, 13, **options))(live)
     check_work(work, active, 3, 24, 2)
 
 
 def test_few_groups_at_a_time_go_through_a_chunk():
     """Five groups of two blocks, so three and two at a time; chunks of two and one tile."""
-    work = plan.whole(10, jnp.int32(10), 3, slots=20, group=2, together=4)
+    work = plan.dense_work(10, jnp.int32(10), 3, slots=20, group=2, together=4)
     pairs = [divmod(int(code), 10) for code in work.items]
     assert pairs == [
         *[(0, 0), (0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (0, 6), (0, 8), (1, 6), (1, 8)],
         *[(2, 0), (2, 2), (2, 4), (2, 6), (2, 8)],
     ]
-
-
-def test_a_given_order_is_that_of_the_active_columns():
-    rng = np.random.default_rng(0)
-    hit = rng.random(300) < 0.3
-    given = rng.permutation(300).astype(np.int32)
-    bits = hit[None].astype(np.uint32)
-    columns, _ = plan.columns(jnp.asarray(bits), jnp.asarray(given), 1, 128)
-    np.testing.assert_array_equal(np.asarray(columns.order)[: hit.sum()], given[hit[given]])
-
-
-@pytest.mark.parametrize("blocks", [1, 5, 16])
-def test_few_blocks_sort_by_short_keys_in_the_same_order(blocks):
-    rng = np.random.default_rng(0)
-    bits = rng.integers(0, 2**blocks, (2, 4000)).min(0).astype(np.uint32)
-    count = lax.population_count(jnp.asarray(bits))
-    long = np.asarray(plan._sharing_key(jnp.asarray(bits)[None], count, blocks))
-    long = np.where(bits == 0, 2**32 - 1, long.astype(np.int64))
-    short = plan._sharing_ranks(blocks)[bits]
-    assert short.dtype == np.uint16
-    by_long, by_short = (bits[np.argsort(key, kind="stable")] for key in (long, short))
-    np.testing.assert_array_equal(by_long, by_short)
-
-
-def test_columns_are_permuted_so_that_tiles_are_shared():
-    rng = np.random.default_rng(0)
-    hit = rng.random((40, 1000)) < np.where(np.arange(1000) % 10 == 0, 0.8, 0.01)
-    bits = np.zeros((2, 1000), np.uint32)
-    for b in range(40):
-        bits[b // 32] |= hit[b].astype(np.uint32) << np.uint32(b % 32)
-    columns, pairs = jax.jit(lambda x: plan.columns(x, None, 40, 128))(bits)
-    order, pairs = np.asarray(columns.order), np.asarray(pairs)
-    np.testing.assert_array_equal(np.sort(order), np.arange(1000))
-    np.testing.assert_array_equal(order[np.asarray(columns.position)], np.arange(1000))
-    padded = np.pad(hit[:, order], ((0, 0), (0, 24)))
-    np.testing.assert_array_equal(pairs, padded.reshape(40, 8, 128).any(2).T)
-    natural = np.pad(hit, ((0, 0), (0, 24))).reshape(40, 8, 128).any(2).sum()
-    assert pairs.sum() < 0.6 * natural

@@ -25,10 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce.backends.hopper import schedule as stretches
-from lsce.backends.hopper.kernels import argmax as prediction
-from lsce.backends.hopper.kernels import combine as handover
-from lsce.backends.hopper.kernels import marks
+from lsce.backends.hopper import schedule
+from lsce.backends.hopper.kernels import argmax, combine, marks
 from lsce.backends.hopper.kernels.pipeline import COLUMN, ROW, Stream, i32, launch, run
 from lsce.backends.hopper.tiles import ForwardTiles
 from lsce.sums import LogitSums
@@ -37,7 +35,7 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 # A maximum below every logit: finite, so that no ∞ − ∞ appears before the first tile.
 LOWEST = -1e30
-PIECE = 8
+AT_A_TIME = 8
 """Columns that the second half of an epilogue takes at a time: two of each thread."""
 
 
@@ -53,7 +51,7 @@ class Sums(NamedTuple):
     """`marks.unpack` says what they mean; one block is `tile_n` tokens."""
 
 
-def forward(
+def lse_forward(
     hidden: Float[Array, "N D"],
     head: Float[Array, "rows D"],
     bias: Float[Array, " V"] | None,
@@ -84,7 +82,7 @@ def forward(
     blocks = pl.cdiv(n, unit)
     v_tiles = pl.cdiv(v, tiles.width)
     block_bytes = unit * d * hidden.dtype.itemsize
-    work = stretches.Stretches.of(blocks, block_bytes, v_tiles, units)
+    work = schedule.Schedule.served_by_l2(blocks, block_bytes, v_tiles, units)
     cut = work.cut((live + unit - 1) // unit)
     marking = threshold is not None
     names = ["m", "l", "s"]
@@ -100,21 +98,21 @@ def forward(
     k = scale * LOG2E if plain else 1.0
 
     def body(e_gmem, c_gmem, bias_gmem, thr_gmem, drop_gmem, plan_gmem, *outputs):
-        partial = dict(zip(names, outputs, strict=False))
+        sums_gmem = dict(zip(names, outputs, strict=False))
         marks_gmem = outputs[-1] if marking else None
         cta = lax.axis_index("cta")
         member = lax.axis_index("member") if tiles.cluster > 1 else i32(0)
-        cut = stretches.Cut(*(plan_gmem[i] for i in range(4)))
+        cut = schedule.Cut(*(plan_gmem[i] for i in range(4)))
 
         def items(visit, carry):
-            count, of = work.items(cut, cta)
+            count, item = work.items(cut, cta)
 
-            def item(i, carry):
-                slot, block, first, last = of(i)
+            def one(i, carry):
+                partial, block, first, last = item(i)
                 row0 = (block * tiles.cluster + member) * tiles.tile_n
-                return visit((slot, row0, first, last), carry)
+                return visit((partial, row0, first, last), carry)
 
-            return lax.fori_loop(0, count, item, carry)
+            return lax.fori_loop(0, count, one, carry)
 
         def every_tile(visit, carry):
             def of_item(item, carry):
@@ -170,7 +168,7 @@ def forward(
             end = v if limit is None else plan_gmem[4]
 
             def of_item(item, ring):
-                slot, row0, first, last = item
+                partial, row0, first, last = item
                 thr = None
                 if marking:
                     thr_ref = thr_gmem.at[pl.ds(row0, tiles.tile_n)]
@@ -190,7 +188,7 @@ def forward(
 
                 @pl.when(wg == 0)
                 def _():
-                    handover.give(sums, there)
+                    combine.give(sums, there)
 
                 ring = consumer.skip((1 - wg) * behind, ring)
 
@@ -200,9 +198,9 @@ def forward(
 
                 @pl.when(wg == 1)
                 def _():
-                    joined = handover.join(handover.take(there), sums, k)
+                    joined = combine.join(combine.take(there), sums, k)
                     for name in names:
-                        partial[name][slot, pl.ds(row0, tiles.tile_n)] = joined[name]
+                        sums_gmem[name][partial, pl.ds(row0, tiles.tile_n)] = joined[name]
 
                 return ring
 
@@ -221,14 +219,14 @@ def forward(
                 return {"s": x, "squares": x * x} if squares else {"s": x}
 
             def summed(x, terms):
-                """Each of the terms of x by row, made and added piece by piece.
+                """Each of the terms of x by row, made and added a few columns at a time.
 
                 An epilogue takes as long as its exponentials. In this order the compiler puts all
                 else between them; the shuffles that end a sum would hold it up.
                 """
                 total = {}
-                for start in range(0, tiles.tile_v, PIECE):
-                    new = terms(x[:, start : start + PIECE])
+                for start in range(0, tiles.tile_v, AT_A_TIME):
+                    new = terms(x[:, start : start + AT_A_TIME])
                     total = {name: total[name] + new[name] for name in new} if total else new
                 return {name: value.sum(axis=1) for name, value in total.items()}
 
@@ -250,7 +248,7 @@ def forward(
                     x = classes(x, col0, LOWEST)
                 top = x.max(axis=1)
                 if stats:
-                    new["best"] = prediction.update(
+                    new["best"] = argmax.update(
                         old["best"], x, top, old["m"], col0, interpret=interpret is not None
                     )
                 m = new["m"] = jnp.maximum(old["m"], top)
@@ -274,7 +272,7 @@ def forward(
 
                 sums |= summed(x, terms)
                 return new | {
-                    name: handover.relative_to(m, old, name, k) + value
+                    name: combine.relative_to(m, old, name, k) + value
                     for name, value in sums.items()
                 }
 
@@ -286,12 +284,12 @@ def forward(
             tiles=every_tile,
             consume=consume,
             cluster=tiles.cluster > 1,
-            scratch=handover.scratch(names, tiles.tile_n),
+            scratch=combine.scratch(names, tiles.tile_n),
         )
 
     padded = blocks * unit
     out_type = [
-        jax.ShapeDtypeStruct((work.slots, padded), jnp.int32 if x == "best" else jnp.float32)
+        jax.ShapeDtypeStruct((work.partials, padded), jnp.int32 if x == "best" else jnp.float32)
         for x in names
     ]
     if marking:
@@ -320,7 +318,7 @@ def forward(
     part = {name: x[:, :n] for name, x in zip(names, outputs, strict=False)}
     parts = work.parts(cut, jnp.arange(blocks, dtype=jnp.int32))
     parts = jnp.broadcast_to(parts[:, None], (blocks, unit)).reshape(padded)[:n]
-    valid = jnp.arange(work.slots)[:, None] < parts[None, :]
+    valid = jnp.arange(work.partials)[:, None] < parts[None, :]
     of: Any = lambda name, unit: jnp.where(valid, part[name], 0.0) * unit if name in part else None
     sums = LogitSums(
         maximum=jnp.where(valid, part["m"] * (k * LN2), -jnp.inf),

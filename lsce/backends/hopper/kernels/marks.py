@@ -23,9 +23,10 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
 from jaxlib.mlir.dialects import nvvm
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt
 
 from lsce.backends.hopper.kernels.pipeline import ROW
+from lsce.sparse.tokens import BLOCK
 
 BIT = (np.arange(16)[:, None, None] * 2 + np.arange(2)).astype(np.uint32)
 """The bit of [16 (j), 1 (q), 2 (c)] in its word."""
@@ -128,3 +129,30 @@ def unpack(marks: Int[Array, "blocks 4 words"], v: int) -> Bool[Array, "blocks V
     joined = (joined[:, 0] | joined[:, 1]) | (joined[:, 2] | joined[:, 3])
     joined = joined.reshape(blocks, total // 4, 1, 4, 1)  # group, j, q, c
     return ((joined >> BIT[None, None]) & np.uint32(1) != 0).reshape(blocks, total * 32)[:, :v]
+
+
+def column_bits(
+    marks: Int[Array, "mark_blocks 4 words"],
+    rows_per_mark: int,
+    live: Int[Array, ""],
+    v: int,
+) -> UInt[Array, "groups V"]:
+    """For every column one bit a token block, 32 blocks a word.
+
+    The forward goes no further than the `live` rows: later words hold whatever was there.
+    """
+    merge = BLOCK // rows_per_mark
+    written = jnp.arange(marks.shape[0], dtype=jnp.int32) * rows_per_mark < live
+    marks = jnp.where(written[:, None, None], marks, 0)
+    joined = jax.lax.bitcast_convert_type(marks, jnp.uint32)
+    joined = joined.reshape(-1, merge * 4, joined.shape[-1])
+    joined = jax.lax.reduce(joined, jnp.uint32(0), jax.lax.bitwise_or, (1,))
+    blocks, total = joined.shape
+    # Without the barrier XLA would redo the reduction for each of the 32 bits of a word.
+    joined = jax.lax.optimization_barrier(joined)
+    groups = -(-blocks // 32)
+    joined = jnp.pad(joined, ((0, groups * 32 - blocks), (0, 0)))
+    joined = joined.reshape(groups, 32, total // 4, 1, 4, 1)
+    here = (joined >> BIT[None, None, None]) & jnp.uint32(1)
+    place = jnp.arange(32, dtype=jnp.uint32).reshape(1, 32, 1, 1, 1, 1)
+    return (here << place).sum(1, dtype=jnp.uint32).reshape(groups, total * 32)[:, :v]

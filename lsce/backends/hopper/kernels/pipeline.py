@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from lsce.backends.hopper.tiles import CONSUMERS, store_piece
+from lsce.backends.hopper.tiles import CONSUMERS, staged_columns
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -98,7 +98,7 @@ def run(
         if cluster
         else plgpu.Barrier
     )
-    slot = lambda ring: lax.rem(ring, i32(stream.steps))
+    stage = lambda ring: lax.rem(ring, i32(stream.steps))
 
     @functools.partial(
         pl.run_scoped,
@@ -118,7 +118,7 @@ def run(
 
             def visit(tile, ring):
                 def step(k, ring):
-                    at = slot(ring)
+                    at = stage(ring)
 
                     @pl.when(ring >= stream.steps)
                     def _():
@@ -134,7 +134,7 @@ def run(
             # The last stages are released too: no arrival may be left for a CTA that has gone.
             @pl.loop(jnp.maximum(total - stream.steps, 0), total)
             def _(ring):
-                plgpu.barrier_wait(consumed.at[slot(ring)])
+                plgpu.barrier_wait(consumed.at[stage(ring)])
 
         @pl.when(wg < CONSUMERS)
         def _consume():
@@ -145,7 +145,7 @@ def run(
 
                 def accumulate(acc_ref):
                     def step(k, ring):
-                        at = slot(ring)
+                        at = stage(ring)
                         plgpu.barrier_wait(ready.at[at])
                         plgpu.wgmma(acc_ref, *stream.operands(a_smem.at[at], b_smem.at[at], wg))
                         # One product stays in flight, so the stage before this one is free.
@@ -153,7 +153,7 @@ def run(
 
                         @pl.when(k > 0)
                         def _():
-                            plgpu.barrier_arrive(consumed.at[slot(ring - 1)])
+                            plgpu.barrier_arrive(consumed.at[stage(ring - 1)])
 
                         return ring + 1
 
@@ -166,13 +166,13 @@ def run(
 
                 @pl.when(length > 0)
                 def _():
-                    plgpu.barrier_arrive(consumed.at[slot(ring + length - 1)])
+                    plgpu.barrier_arrive(consumed.at[stage(ring + length - 1)])
 
                 return acc, ring + length
 
             def skip(count, ring):
                 def step(_, ring):
-                    at = slot(ring)
+                    at = stage(ring)
                     plgpu.barrier_wait(ready.at[at])
                     plgpu.barrier_arrive(consumed.at[at])
                     return ring + 1
@@ -183,12 +183,12 @@ def run(
 
 
 def store_stage(rows: int, columns: int, dtype):
-    """Staging for `store`, one piece for each consumer."""
-    return smem_tile((CONSUMERS, rows, store_piece(rows, columns)), dtype)
+    """Staging for `store`, for each consumer its own."""
+    return smem_tile((CONSUMERS, rows, staged_columns(rows, columns)), dtype)
 
 
 def store(value, stage, destination) -> None:
-    """Writes a piece of a consumer's tile to global memory through its shared memory.
+    """Writes some columns of a consumer's tile to global memory through its shared memory.
 
     Goes through TMA, which also cuts off what lies outside the array. The caller waits for the last
     copies (`wait_smem_to_gmem`) before the kernel ends.
@@ -200,14 +200,14 @@ def store(value, stage, destination) -> None:
 
 
 def store_tile(value, stage, destination) -> None:
-    """`store` of a whole tile, piece by piece."""
-    for part in pieces(*value.shape):
+    """`store` of a whole tile, some columns after the others."""
+    for part in epilogue_columns(*value.shape):
         store(value[:, part], stage, destination.at[:, part])
 
 
-def pieces(rows: int, columns: int) -> list[slice]:
-    """The columns of a consumer's tile in pieces that `store` takes."""
-    width = store_piece(rows, columns)
+def epilogue_columns(rows: int, columns: int) -> list[slice]:
+    """The columns of a consumer's tile, as many at a time as `store` takes."""
+    width = staged_columns(rows, columns)
     return [slice(start, start + width) for start in range(0, columns, width)]
 
 

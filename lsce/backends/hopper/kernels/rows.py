@@ -21,8 +21,8 @@ from lsce.backends.hopper.kernels.pipeline import launch
 
 WARPGROUPS = 4
 TOGETHER = 4
-"""Pieces that a thread has on their way at a time."""
-PIECE = 8
+"""Vectors that a thread has on their way at a time."""
+VECTOR = 8
 """Entries of a row that a thread moves at a time: 16 bytes."""
 
 
@@ -80,7 +80,7 @@ def _move(kind: str, source, destination_ref, chunk: Chunk | None, ctas: int) ->
     """Moves a chunk's rows, or without one a row to everywhere."""
     rows, d = destination_ref.shape
     last = source.shape[0] - 1
-    pieces, step = d // PIECE, ctas * WARPGROUPS * 128
+    vectors, step = d // VECTOR, ctas * WARPGROUPS * 128
     lists, tile = (), 0
     if chunk is not None:
         tile = chunk.tile
@@ -102,11 +102,11 @@ def _move(kind: str, source, destination_ref, chunk: Chunk | None, ctas: int) ->
             i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
             const = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value))
             as_index = lambda value: arith.index_cast(index, value)
-            piece = ir.VectorType.get((PIECE,), ir.BF16Type.get())
+            vector_type = ir.VectorType.get((VECTOR,), ir.BF16Type.get())
             first, count, cta = (x.registers.item() for x in (first, count, cta))
             here = arith.muli(cta, const(WARPGROUPS * 128))
             here = arith.addi(here, mgpu_utils.thread_idx())
-            total = arith.muli(count, const(pieces))
+            total = arith.muli(count, const(vectors))
             loop = scf.ForOp(here, total, const(step * TOGETHER))
             with ir.InsertionPoint(loop.body):
                 moves = []
@@ -115,8 +115,8 @@ def _move(kind: str, source, destination_ref, chunk: Chunk | None, ctas: int) ->
                     at = arith.addi(loop.induction_variable, const(i * step))
                     inside = arith.cmpi(arith.CmpIPredicate.slt, at, total)
                     at = arith.minsi(at, arith.subi(total, const(1)))
-                    row = arith.divui(at, const(pieces))
-                    column = as_index(arith.muli(arith.remui(at, const(pieces)), const(PIECE)))
+                    row = arith.divui(at, const(vectors))
+                    column = as_index(arith.muli(arith.remui(at, const(vectors)), const(VECTOR)))
                     from_ = to = row
                     if kind == "fill":
                         from_ = const(0)
@@ -128,7 +128,7 @@ def _move(kind: str, source, destination_ref, chunk: Chunk | None, ctas: int) ->
                             to = id_
                             known = arith.cmpi(arith.CmpIPredicate.slt, id_, const(rows))
                             inside = arith.andi(inside, known)
-                    value = vector.load(piece, source, [as_index(from_), column])
+                    value = vector.load(vector_type, source, [as_index(from_), column])
                     moves.append((inside, value, as_index(to), column))
                 for inside, value, to, column in moves:
                     with ir.InsertionPoint(scf.IfOp(inside).then_block):

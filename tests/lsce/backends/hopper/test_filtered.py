@@ -8,7 +8,7 @@ from contract import Case, Inputs, case, ours
 from hopper_on_cpu import CANDIDATE
 
 from lsce.backends import hopper
-from lsce.sparse import plan
+from lsce.sparse import columns
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled")]
 
@@ -16,14 +16,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled")]
 @pytest.fixture
 def active(monkeypatch) -> list[np.ndarray]:
     """The active (column tile, block) pairs of every backward pass that runs."""
-    seen, columns = [], plan.columns
+    seen, order_columns = [], columns.order_columns
 
     def recorded(*args):
-        found, pairs = columns(*args)
+        found, pairs = order_columns(*args)
         jax.debug.callback(lambda pairs: seen.append(np.asarray(pairs)), pairs)
         return found, pairs
 
-    monkeypatch.setattr(plan, "columns", recorded)
+    monkeypatch.setattr(columns, "order_columns", recorded)
     return seen
 
 

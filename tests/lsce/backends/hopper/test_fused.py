@@ -9,8 +9,8 @@ from hopper_on_cpu import CANDIDATE, problem
 
 import lsce
 from lsce.backends import Arrays, hopper
-from lsce.backends.hopper import tiles
-from lsce.backends.hopper.gradients import Call
+from lsce.backends.hopper import choose, tiles
+from lsce.backends.hopper.call import Call
 from lsce.loss import weighted
 from lsce.sparse import plan
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 4.0, "z_loss": 1e-2}])
 @pytest.mark.parametrize(
     ("shape", "layout"),
-    # Two groups of tokens, so that dC is carried from one to the next; P of the last columns in dC.
-    [((400, 64, 256), (2, 1)), ((200, 512, 1024), (1, 2))],
+    # Three groups of tokens, dC carried from one to the next; P of the last columns in dC.
+    [((700, 64, 256), (3, 1)), ((200, 512, 1024), (1, 2))],
     ids=["groups", "P within dC"],
 )
 def test_fused(shape, layout, options, monkeypatch):
@@ -45,13 +45,13 @@ def test_fused(shape, layout, options, monkeypatch):
 def test_fused_leaves_out_tokens_without_a_loss(shape, blocks, monkeypatch):
     """Here all but 70, which fit a block: of one group of tokens in two nothing is left."""
     monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
-    computed, whole = [], plan.whole
+    computed, dense_work = [], plan.dense_work
 
     def recorded(blocks, live, *args, **options):
         jax.debug.callback(lambda live: computed.append(int(live)), live)
-        return whole(blocks, live, *args, **options)
+        return dense_work(blocks, live, *args, **options)
 
-    monkeypatch.setattr(plan, "whole", recorded)
+    monkeypatch.setattr(plan, "dense_work", recorded)
     this = case(shape, "bfloat16", label_smoothing=0.1, weights=True)
     keep = np.random.default_rng(3).permutation(np.flatnonzero(this.inputs.labels >= 0))[:70]
     ignored = ~np.isin(np.arange(shape[0]), keep)
@@ -125,7 +125,7 @@ def test_fused_gradients_do_not_depend_on_what_is_frozen(shape, wanted, monkeypa
 @pytest.mark.parametrize("n", [8192, 16_384], ids=["P within dC", "groups"])
 def test_fused_products_that_nobody_asked_for_are_not_made(n):
     p = problem(n=n, gradient_filter="fused")
-    call = Call(p, None, tiles.choose(p), ctas=132)
+    call = Call(p, None, choose.tiles_for(p), ctas=132)
     arrays = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (
@@ -150,6 +150,29 @@ def test_fused_products_that_nobody_asked_for_are_not_made(n):
     assert kernels(0) == [True, True, False]
     assert kernels(1) == [True, False, True]
     assert kernels(3) == [False, False, False]
+
+
+@pytest.mark.slow
+def test_fused_programs_are_no_longer_for_more_tokens():
+    def kernels(n: int) -> int:
+        p = problem(n=n, gradient_filter="fused")
+        call = Call(p, None, choose.tiles_for(p), ctas=132)
+        assert tiles.fused_layout(n, p.d, p.v, call.tiles.fused.tile_c).groups > 2
+
+        def total(hidden, head, labels):
+            given, ones = Arrays(hidden, head, labels), jnp.ones(n, jnp.float32)
+            return weighted(hopper.BACKEND, p, given, ones, summed=True, call=call)[0]
+
+        arrays = (
+            jax.ShapeDtypeStruct((n, p.d), jnp.bfloat16),
+            jax.ShapeDtypeStruct((p.v, p.d), jnp.bfloat16),
+            jax.ShapeDtypeStruct((n,), jnp.int32),
+        )
+        step = jax.jit(jax.grad(total, argnums=(0, 1)))
+        text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("@mosaic_gpu")
+
+    assert kernels(131_072) == kernels(16_384) > 3
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 import lsce
 from lsce import backends
 from lsce.backends import Arrays, hopper
-from lsce.backends.hopper import tiles
-from lsce.backends.hopper.gradients import Call
+from lsce.backends.hopper import choose
+from lsce.backends.hopper.call import Call
 from lsce.loss import weighted
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -47,7 +47,7 @@ def test_what_is_not_refused_is_counted_in_32_bits(n, d, v, most):
         n = min((2**37 - 1) // v, 2**22)
     p = problem(n=n, d=8 * d, v=v)
     assume(hopper.BACKEND.refuses(p) is None)
-    sparse = tiles.choose(p).sparse
+    sparse = choose.tiles_for(p).sparse
     blocks, column_tiles = -(-n // 256) * 2, -(-v // sparse.tile_c)
     slots = sparse.slots_for(blocks, column_tiles)
     a_chunk = sparse.width // sparse.tile_c - 1
@@ -95,7 +95,7 @@ def test_no_hidden_size_keeps_gradients_from_being_fused(n, d, v):
 )
 def test_lowers_for_cuda_without_a_gpu(options, epsilon):
     p = problem(**options)
-    call = Call(p, epsilon, tiles.choose(p), ctas=132)
+    call = Call(p, epsilon, choose.tiles_for(p), ctas=132)
 
     def loss(hidden, head, labels):
         arrays, ones = Arrays(hidden, head, labels), jnp.ones(p.n, jnp.float32)

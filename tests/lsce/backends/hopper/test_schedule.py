@@ -7,8 +7,7 @@ from contract import assert_no_worse, assert_stats, case, ours
 from hopper_on_cpu import CANDIDATE
 
 from lsce.backends import hopper
-from lsce.backends.hopper import schedule as stretches
-from lsce.backends.hopper import tiles
+from lsce.backends.hopper import schedule, tiles
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -16,14 +15,14 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("tiles_", [1, 193])
 @pytest.mark.parametrize("blocks", [0, 5, 23, 32, 67, 130])
 @pytest.mark.parametrize(("units", "together"), [(2, 2), (2, 1), (66, 66), (66, 22), (66, 11)])
-def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units, together):
-    work = stretches.Stretches(blocks, tiles_, units, together)
+def test_items_cover_everything_once_and_evenly(blocks, tiles_, units, together):
+    work = schedule.Schedule(blocks, tiles_, units, together)
     cut = work.cut(blocks)
     at_most = 130 // together + 132  # the same for all numbers of blocks, as are the shapes
     unit, i = np.meshgrid(np.arange(units), np.arange(at_most), indexing="ij")
     unit, i = jnp.asarray(unit, jnp.int32), jnp.asarray(i, jnp.int32)
     count, item = work.items(cut, unit)
-    slot, block, first, after = (np.asarray(x)[np.asarray(i < count)] for x in item(i))
+    partial, block, first, after = (np.asarray(x)[np.asarray(i < count)] for x in item(i))
     assert np.asarray(count).max() <= at_most
 
     covered = np.zeros((blocks, tiles_), int)
@@ -32,8 +31,8 @@ def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units, toget
     np.testing.assert_array_equal(covered, 1)
     parts = np.asarray(work.parts(cut, jnp.arange(blocks, dtype=jnp.int32)))
     for b in range(blocks):
-        assert sorted(slot[block == b]) == list(range(parts[b]))
-    assert parts.max(initial=0) <= work.slots
+        assert sorted(partial[block == b]) == list(range(parts[b]))
+    assert parts.max(initial=0) <= work.partials
     load = np.zeros(units, int)
     np.add.at(load, np.asarray(unit)[np.asarray(i < count)], after - first)
     if cut.rest == 0 or cut.splits == units // cut.rest:
@@ -47,26 +46,28 @@ def test_stretches_cover_everything_once_and_evenly(blocks, tiles_, units, toget
     [(640, 1000, 66), (2304, 1000, 22), (4096, 501, 11), (8192, 501, 11), (4096, 125, 22)],
 )
 def test_as_many_blocks_at_a_time_as_the_l2_serves(d, tiles_, together):
-    assert stretches.Stretches.of(128, 256 * d * 2, tiles_, 66).together == together
+    assert schedule.Schedule.served_by_l2(128, 256 * d * 2, tiles_, 66).together == together
 
 
 def test_units_that_divide_by_nothing_take_a_block_each():
-    assert stretches.Stretches.of(128, 256 * 4096 * 2, 1000, 61).together == 61
+    assert schedule.Schedule.served_by_l2(128, 256 * 4096 * 2, 1000, 61).together == 61
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [None, 2.0**-12])
 def test_few_blocks_at_a_time(epsilon, monkeypatch):
     """Both CTAs have a stretch of every block."""
-    of = stretches.Stretches.of
+    of = schedule.Schedule.served_by_l2
     works = []
-    monkeypatch.setattr(stretches.Stretches, "of", lambda *a: works.append(of(*a)) or works[-1])
+    monkeypatch.setattr(
+        schedule.Schedule, "served_by_l2", lambda *a: works.append(of(*a)) or works[-1]
+    )
     monkeypatch.setattr(tiles, "L2", 1)
-    monkeypatch.setattr(stretches, "SHORTEST", 1)
+    monkeypatch.setattr(schedule, "SHORTEST", 1)
     this = case((150, 64, 600), "bfloat16", label_smoothing=0.1, spread=5.0)
     with hopper.interpreted():
         got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
-    assert (works[-1].pieces, works[-1].together) == (2, 1)
+    assert (works[-1].round_splits, works[-1].together) == (2, 1)
     assert works[-1].blocks > 2
     assert_no_worse(got, this, slack=1.0 if epsilon is None else 3.0)
     assert_stats(got, this, filtered=epsilon is not None)

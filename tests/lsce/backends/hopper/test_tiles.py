@@ -5,7 +5,7 @@ from hopper_on_cpu import problem
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lsce.backends.hopper import tiles
+from lsce.backends.hopper import choose, tiles
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -31,7 +31,7 @@ def test_tiles_that_cannot_run_cannot_be_built(wrong):
 
 @pytest.mark.parametrize("d", [64, 576, 640, 896, 2048, 2304, 3584, 4096, 5120])
 def test_heuristic_tiles_fit_and_waste_little(d):
-    chosen = tiles.choose(problem(d=d))
+    chosen = choose.tiles_for(problem(d=d))
     for some in (chosen.sparse, chosen.exact):
         for tile in (some.hidden_d, some.head_d):
             assert -(-d // tile) * tile <= 1.2 * d
@@ -42,7 +42,7 @@ def test_heuristic_tiles_fit_and_waste_little(d):
 )
 def test_few_tokens_have_their_gradient_cut_into_sums(n, d, splits):
     """16 blocks of 3 tiles leave room for a second sum on 132 SMs; 256 tiles need none."""
-    assert tiles.heuristic(n, d, 49152, 132).sparse.hidden_splits == splits
+    assert choose.heuristic(n, d, 49152, 132).sparse.hidden_splits == splits
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_few_tokens_have_their_gradient_cut_into_sums(n, d, splits):
 def test_chunks_shrink_where_that_keeps_a_quarter_of_the_memory(n, d, v, fewer):
     """Not where they fit as they are, nor where the gradients alone are more."""
     usual = tiles.BackwardTiles()
-    sparse = tiles.heuristic(n, d, v, 132).sparse
+    sparse = choose.heuristic(n, d, v, 132).sparse
     assert (sparse.slots_per_block < usual.slots_per_block) == fewer
     slots = sparse.slots_for(n // 128, -(-v // 128))
     temporary = 2 * 128 * 128 * slots + 2 * sparse.width * d + 4 * n * d
@@ -72,15 +72,17 @@ def test_fused_layouts_fit(n, d, v):
     others = v // tile_c - own
     if others:
         assert groups == 1
-        # `plan.whole` makes two chunks of them, and the second one's P stays in the first one's dC.
+        # `plan.dense_work` makes two chunks; the second one's P stays in the first one's dC.
         assert 0 < others <= own
         slots, panels = others * pairs * 2, d // tile_c
         assert -(-slots // panels) * 128 <= own * tile_c
         assert 2 * own * tile_c * pairs * 256 <= tiles.FUSED_WHOLE_BYTES
     else:
+        in_each = -(-pairs // groups)
+        assert (groups - 1) * in_each < pairs  # none is empty
         # One group may also have all of P in its own buffer where no part of it fits into dC.
-        most = tiles.FUSED_WHOLE_BYTES if groups == 1 else groups * tiles.FUSED_BYTES
-        assert groups == pairs or 2 * pairs * 256 * v <= most
+        most = tiles.FUSED_WHOLE_BYTES if groups == 1 else tiles.FUSED_BYTES
+        assert in_each == 1 or 2 * (in_each - 1) * 256 * v < most
 
 
 def test_fused_layouts():

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsce.backends.hopper.kernels import combine as handover
+from lsce.backends.hopper.kernels import combine
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -29,7 +29,7 @@ def test_sums_that_are_handed_over_join():
     # What was kept is relative to no common bound here: by the rule of `l`.
     both["kept"] = a["kept"] * 2 ** ((a["m"] - both["m"]) * k)
     both["kept"] += b["kept"] * 2 ** ((b["m"] - both["m"]) * k)
-    for joined in (handover.join(a, b, k), handover.join(b, a, k)):
+    for joined in (combine.join(a, b, k), combine.join(b, a, k)):
         assert joined.keys() == both.keys()
         for name, value in both.items():
             np.testing.assert_allclose(joined[name], value, rtol=2e-5, err_msg=name)

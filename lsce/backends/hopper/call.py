@@ -1,0 +1,87 @@
+"""A call as the kernels take it: what is static of it, and its arrays padded to what TMA reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lsce.backends import Arrays
+from lsce.backends.hopper import choose, interpret
+from lsce.backends.hopper.tiles import Tiles
+from lsce.problem import Problem
+from lsce.sparse import filter as filtering
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static in one call; its arrays are `padded`."""
+
+    problem: Problem
+    epsilon: float | Literal["auto"] | None
+    """The filter; "auto" is that of `lsce.sparse.filter` and None exact."""
+    tiles: Tiles
+    ctas: int
+    interpret: Any = None
+    """Parameters of Mosaic GPU's interpreter, or None on a GPU."""
+
+    @property
+    def dense_smoothing(self) -> bool:
+        """Smoothing is of rank 1, except under a softcap."""
+        return self.problem.softcap is not None and self.problem.label_smoothing > 0.0
+
+
+def call_of(problem: Problem) -> Call:
+    """The filter, tiles and CTAs of a problem on the default GPU, or in the interpreter."""
+    epsilon = problem.gradient_filter
+    pointless = epsilon == "auto" and not filtering.worthwhile(problem)
+    if pointless or epsilon in ("fused", 0.0):
+        epsilon = None
+    ctas = streaming_multiprocessors()
+    call = Call(problem, epsilon, choose.tiles_for(problem, ctas), ctas)
+    if interpret.active is not None:
+        params, small = interpret.active
+        call = dataclasses.replace(call, interpret=params, tiles=small, ctas=interpret.CTAS)
+    return call
+
+
+def streaming_multiprocessors() -> int:
+    """Of the default GPU; 132, an H100's, where there is none (lowering without a device)."""
+    device = jax.devices()[0]
+    return getattr(device, "core_count", None) or 132
+
+
+def padded(problem: Problem, arrays: Arrays) -> Arrays:
+    """The arrays in the form that the kernels take."""
+    head = arrays.head.T if problem.head_layout == "dv" else arrays.head
+    # TMA's boxes: whole rows of 128 bytes, and more than one group of eight rows.
+    hidden, head = _pad(arrays.hidden, 8, 64), _pad(head, 8, 64)
+    missing = hidden.shape[0] - problem.n
+    labels = jnp.pad(arrays.labels, (0, missing), constant_values=-1)
+    return arrays._replace(hidden=hidden, head=head, labels=labels)
+
+
+def as_given(problem: Problem, grads: Arrays) -> Arrays:
+    """Gradients of arrays that were padded as gradients of those that were given."""
+    hidden, head = grads.hidden, grads.head
+    if hidden is not None:
+        hidden = hidden[: problem.n, : problem.d]
+    if head is not None:
+        head = head[: problem.v, : problem.d]
+        head = head.T if problem.head_layout == "dv" else head
+    return grads._replace(hidden=hidden, head=head)
+
+
+def to_rows(x: Float[Array, " N"], rows: int) -> Float[Array, " rows"]:
+    """One value a token, 0 for those that fill up the rows."""
+    return jnp.pad(x, (0, rows - x.shape[0]))
+
+
+def _pad(x: Float[Array, "rows D"], rows: int, columns: int) -> Float[Array, "R C"]:
+    """Zeros up to multiples (and at least 16 rows); no copy where nothing is missing."""
+    short = (-x.shape[0] % rows, -x.shape[1] % columns)
+    short = (max(short[0], 16 - x.shape[0]), short[1])
+    return jnp.pad(x, ((0, short[0]), (0, short[1]))) if any(short) else x

@@ -1,0 +1,103 @@
+"""Filtered gradients: the tiles that hold a marked column, the head's rows gathered for each chunk.
+
+What the filter drops pulls on dE through one row that stands for the dropped ones; in dC it is
+dropped (`lsce.sparse.filter` says what that costs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from lsce.backends.hopper.call import Call
+from lsce.backends.hopper.chunks import Loop, Products, finite_bias
+from lsce.backends.hopper.forward import Saved
+from lsce.backends.hopper.kernels import marks, rows
+from lsce.sparse import columns, plan
+from lsce.sparse import filter as filtering
+from lsce.sparse.coefficients import Coefficients
+from lsce.sparse.tokens import BLOCK
+from lsce.wanted import Wanted
+
+
+def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
+    """The sums over P of the tiles that are computed."""
+    v, tiles = call.problem.v, call.tiles.sparse
+    head_rows, d = saved.head.shape
+    blocks = saved.hidden.shape[0] // BLOCK
+    words = saved.sums.marks
+    assert words is not None  # made by the forward of a filtered call
+    bits = marks.column_bits(words, call.tiles.forward.tile_n, saved.live, v)
+    bits = columns.with_labels(bits, saved.labels, _flat_blocks(saved))
+    found, active = columns.order_columns(bits, saved.vocab_order, blocks, tiles.tile_c)
+    slots = tiles.slots_for(blocks, active.shape[0])
+    per_chunk = tiles.width // tiles.tile_c
+    work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.group)
+    target = jnp.where(saved.labels >= 0, found.position[saved.labels], -1)
+    # What the last tile lacks is out of bounds, and dropped.
+    order = jnp.pad(found.order, (0, -v % tiles.tile_c), constant_values=head_rows)
+    loop = Loop(call, saved, c, wanted, tiles, slots, work, target, gathered=True)
+    bias = finite_bias(saved)
+    shared: dict[str, Any] = {"ctas": call.ctas, "interpret": call.interpret}
+    part_ref = jax.new_ref(lax.empty((tiles.width, d), saved.head.dtype))
+    dhead_ref = None
+    if wanted.head:
+        dhead_ref = jax.new_ref(lax.empty(saved.head.shape, saved.head.dtype))
+        rows.fill(loop.constant[:d].astype(saved.head.dtype), dhead_ref, **shared)
+
+    def body(number, carry):
+        dbias, kept = carry
+        chunk = rows.Chunk(order, work.first_tile, number, tiles.tile_c)
+        rows.gather(saved.head, chunk, part_ref, **shared)
+        ids, mine = chunk.ids(tiles.width)
+        part_bias = None if bias is None else bias.at[ids].get(mode="clip")
+        # The gathered rows of the head have done their work when dC takes their place.
+        loop.products(number, part_ref, part_bias, part_ref)
+        if wanted.head:
+            rows.scatter(part_ref, chunk, dhead_ref, **shared)
+        if wanted.bias:
+            ids = jnp.where(mine, ids, head_rows)
+            dbias = dbias.at[ids].set(loop.column_sums(number, per_chunk), mode="drop")
+        if wanted.hidden:
+            kept = kept + loop.mass(number, per_chunk)
+        return dbias, kept
+
+    column_tiles = active.shape[0]
+    static = tiles.static_chunks(column_tiles, blocks, slots)
+    carry = jnp.zeros(v if wanted.bias else 0, jnp.float32), jnp.zeros_like(c.a)
+    carry = lax.fori_loop(0, static, body, carry)
+    if static < tiles.most_chunks(column_tiles, blocks, slots):
+        carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
+    dbias, kept = carry
+    dhead = () if dhead_ref is None else dhead_ref[...]
+    return Products(loop.dhidden(), dhead, dbias, kept)
+
+
+def _flat_blocks(saved: Saved) -> Bool[Array, " blocks"]:
+    """The blocks whose tokens spread more of their mass below ε than a filter may take."""
+    in_use = jnp.arange(saved.hidden.shape[0]) < saved.live
+    kept = jnp.where(in_use, saved.sums.extra["kept"], 1.0).reshape(-1, BLOCK)
+    return 1.0 - kept.mean(1) > filtering.FLAT
+
+
+def dropped_pull(
+    call: Call, saved: Saved, c: Coefficients, kept: Float[Array, " rows"]
+) -> tuple[Float[Array, " rows"], Float[Array, " D"] | None]:
+    """What the filter dropped of each token, where the tiles `kept` the rest, and the row of the
+    head that it pulls along: None for the mean row."""
+    p, bias = call.problem, finite_bias(saved)
+    assert call.epsilon is not None
+    log_epsilon = filtering.log_epsilon(call.epsilon, saved.live, p.v)
+    lse = jnp.where(jnp.isfinite(c.lse), c.lse, 0.0)
+    dropped = c.a * jnp.clip(1.0 - kept, 0.0, 1.0)
+    dropped = dropped * filtering.dropped_slope(p, lse, log_epsilon)
+    if bias is None:
+        return dropped, None
+    count = jnp.maximum(saved.live, 1).astype(jnp.float32)
+    mean_hidden = saved.hidden.sum(0, dtype=jnp.float32) / count
+    highest = lse.sum() / count + log_epsilon
+    return dropped, filtering.stand_in(p, saved.head, bias, mean_hidden, highest)

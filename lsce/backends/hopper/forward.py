@@ -1,0 +1,133 @@
+"""The forward pass: the loss and the statistics of each token, and what the backward pass needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lsce import formula
+from lsce.backends import Arrays, Outputs
+from lsce.backends.hopper.call import Call
+from lsce.backends.hopper.kernels.lse_forward import Sums, lse_forward
+from lsce.sparse import filter as filtering
+from lsce.sparse.bound import most_frequent
+from lsce.sparse.tokens import BLOCK, arrange, order_tokens
+from lsce.stats import TokenStats
+
+
+class Saved(NamedTuple):
+    """What the backward needs of the forward; tokens with a loss come first."""
+
+    hidden: Float[Array, "rows D"]
+    head: Float[Array, "head_rows D"]
+    bias: Float[Array, " V"] | None
+    labels: Int[Array, " rows"]
+    vocab_order: Int[Array, " V"] | None
+    row_of_token: Int[Array, " N"]
+    live: Int[Array, ""]
+    sums: Sums
+
+
+def losses(call: Call, arrays: Arrays) -> Outputs:
+    """L_n [N] float32 and TokenStats (or None)."""
+    hidden, head, labels, bias, _ = arrays
+    sums = run_forward(call, hidden, head, bias, None, jnp.int32(labels.shape[0]))
+    return results(call, sums, target_logit(call, hidden, head, bias, labels), labels, labels >= 0)
+
+
+def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
+    """The same, with what the backward pass needs."""
+    hidden, head, labels, bias, vocab_order = arrays
+    threshold, drop = None, 0.0
+    # A cluster of the products' kernels takes two blocks.
+    unit = max(2, call.tiles.sparse.group) * BLOCK
+    if call.epsilon is None:
+        rows = arrange(hidden, labels, order_tokens(labels), unit)
+        target = target_logit(call, rows.hidden, head, bias, rows.labels)
+    else:
+        hot = hot_sums(call, hidden, head, bias, labels, stats=True)
+        row_of_token = order_tokens(labels, hot.extra["entropy"], hot.extra["prediction"])
+        rows = arrange(hidden, labels, row_of_token, unit)
+        target = target_logit(call, rows.hidden, head, bias, rows.labels)
+        bound = jnp.zeros_like(target).at[rows.row_of_token].set(hot.lse, unique_indices=True)
+        drop = filtering.log_epsilon(call.epsilon, rows.live, call.problem.v)
+        bound = jnp.maximum(bound, target) + drop
+        # An infinite threshold keeps rows without a loss from marking anything.
+        threshold = jnp.where(rows.in_use, bound, jnp.inf)
+    sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live, drop=drop)
+    of_token = jax.tree.map(lambda x: x[rows.row_of_token], sums._replace(marks=None))
+    out = results(call, of_token, target[rows.row_of_token], labels, labels >= 0)
+    saved = Saved(
+        rows.hidden, head, bias, rows.labels, vocab_order, rows.row_of_token, rows.live, sums
+    )
+    return out, saved
+
+
+def run_forward(call: Call, hidden, head, bias, threshold, live, **changes: Any) -> Sums:
+    """The forward kernel with the call's options."""
+    p = call.problem
+    options = {
+        "tiles": call.tiles.forward,
+        "scale": p.logit_scale,
+        "softcap": p.softcap,
+        "stats": p.return_stats,
+        "squares": threshold is not None and call.dense_smoothing,
+        "v": p.v,
+        "ctas": call.ctas,
+        "interpret": call.interpret,
+    }
+    return lse_forward(hidden, head, bias, threshold, live, **(options | changes))
+
+
+def target_logit(call: Call, hidden, head, bias, labels) -> Float[Array, " N"]:
+    """z_y of each token, by gathering its label's row of the head."""
+    y = jnp.maximum(labels, 0)
+    z = jnp.sum(hidden.astype(jnp.float32) * head[y].astype(jnp.float32), axis=1)
+    z = z * call.problem.logit_scale
+    if bias is not None:
+        z = z + bias[y].astype(jnp.float32)
+    return formula.capped(call.problem, z)
+
+
+def hot_sums(call: Call, hidden, head, bias, labels, *, stats: bool) -> Sums:
+    """The sums over the batch's own most frequent labels only.
+
+    The lse is a lower bound of that over all columns. They hold most of the probability of real
+    text, at under a hundredth of the forward's price. A prediction is a place among them.
+    """
+    n = labels.shape[0]
+    hot = min(call.tiles.hot, n)
+    ids, limit = most_frequent(labels, call.problem.v, hot)
+    bias = None if bias is None else bias[ids]
+    return run_forward(
+        call, hidden, head[ids], bias, None, jnp.int32(n), limit=limit, v=hot, stats=stats
+    )
+
+
+def results(
+    call: Call, sums: Sums, target: Float[Array, " N"], labels: Int[Array, " N"], live: Array
+) -> tuple[Float[Array, " N"], TokenStats | None]:
+    """Losses and statistics of N tokens, zero where there is no loss."""
+    p = call.problem
+    # The target is one of the terms of the sum: rounding must not put it above.
+    lse = jnp.maximum(sums.lse, target)
+    loss = jnp.where(live, formula.token_loss(p, lse, target, sums.mean_logit), 0.0)
+    if not p.return_stats:
+        return loss, None
+    extra = sums.extra
+    stats = TokenStats(
+        loss=loss,
+        lse=lse,
+        target_logit=target,
+        mean_logit=sums.mean_logit,
+        confidence=extra["confidence"],
+        prediction=extra["prediction"],
+        correct=extra["prediction"] == labels,
+        entropy=jnp.maximum(extra["entropy"], 0.0),
+        sum_p_squared=extra["sum_p_squared"],
+        below_filter=jnp.maximum(1.0 - extra["kept"], 0.0) if "kept" in extra else 0.0 * lse,
+    )
+    return loss, stats.only(live)
