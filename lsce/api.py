@@ -1,7 +1,7 @@
-"""The door: checks a call, hands its tokens to a backend, weighs and reduces what comes back."""
+"""The door: has a call checked, hands its tokens to a backend, reduces what comes back."""
 
 import inspect
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,19 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lsce import backends, sharding
-from lsce.arguments import array, boolean, integer, number
-from lsce.problem import GradientFilter, HeadLayout, Problem
+from lsce.arguments import array, integer
+from lsce.problem import (
+    INT32,
+    SMALLEST_WEIGHT,
+    GradientFilter,
+    HeadLayout,
+    Reduction,
+    of_call,
+    require_float32,
+    require_integers,
+)
 
-Reduction = Literal["mean", "sum", "none"]
 ARRAYS = "hidden", "head", "labels", "bias", "weights", "vocab_order"
-INT32 = np.iinfo(np.int32)
-SMALLEST, LARGEST = (float(getattr(np.finfo(np.float32), x)) for x in ("smallest_normal", "max"))
 
 
 def linear_cross_entropy(
@@ -106,13 +112,13 @@ def linear_cross_entropy(
     0.3633
     """
     hidden, head = array("hidden", hidden), array("head", head)
-    _require_float32(weights)
+    require_float32(weights)
     y: Any = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     bias, weights, vocab_order = (
         None if x is None else array(name, x)
         for name, x in (("bias", bias), ("weights", weights), ("vocab_order", vocab_order))
     )
-    problem = _problem(
+    problem = of_call(
         hidden,
         head,
         y,
@@ -128,6 +134,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         gradient_filter=gradient_filter,
         return_stats=return_stats,
+        device=_device(hidden),
     )
     mesh = sharding.mesh_of((hidden, head, y, bias, weights, vocab_order))
     backend = backends.choose(sharding.of_one_device(problem, mesh), implementation)
@@ -183,7 +190,7 @@ def _as_float32(weights: Array) -> Float[Array, "*tokens"]:
     # By their bits: a processor that flushes says that they equal 0.
     unsigned = jnp.dtype(f"uint{8 * weights.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(weights), unsigned)
-    flushed = (bits << jnp.ones((), unsigned) != 0) & (jnp.abs(w) < SMALLEST)
+    flushed = (bits << jnp.ones((), unsigned) != 0) & (jnp.abs(w) < SMALLEST_WEIGHT)
     return jnp.where(flushed, jnp.nan, w)
 
 
@@ -201,14 +208,14 @@ def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Exp
     call = inspect.signature(linear_cross_entropy).bind(hidden, head, labels, **options)
     call.apply_defaults()
     given = call.arguments
-    _require_float32(given["weights"])
+    require_float32(given["weights"])
     for name in ARRAYS:
         left_out = given[name] is None and name in ("bias", "weights", "vocab_order")
         if not left_out and not hasattr(given[name], "dtype"):
             given[name] = array(name, given[name])  # a list, or a mistake
     options = dict(call.kwargs)
     implementation = options.pop("implementation")
-    problem = _problem(*call.args, **options)
+    problem = of_call(*call.args, **options, device=_device(given["hidden"]))
     mesh = sharding.mesh_of([given[name] for name in ARRAYS if given[name] is not None])
     share = sharding.of_one_device(problem, mesh)
     explanation = backends.explain(share, implementation)
@@ -237,7 +244,7 @@ def check_labels(labels: Any, vocab_size: int, *, ignore_index: int = -100) -> N
             "check_labels reads values, and these labels are traced: call it outside jit"
         )
     labels = np.asarray(labels)
-    _require_integers(labels)
+    require_integers(labels)
     wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
@@ -245,114 +252,6 @@ def check_labels(labels: Any, vocab_size: int, *, ignore_index: int = -100) -> N
             f"{wrong.sum()} of {labels.size} labels lie outside [0, {vocab_size}) and are not "
             f"ignore_index={ignore_index}; the first is {labels[place]} at {list(place)}"
         )
-
-
-def _problem(
-    hidden: Any,
-    head: Any,
-    labels: Any,
-    *,
-    weights: Any,
-    bias: Any,
-    vocab_order: Any,
-    ignore_index: int,
-    reduction: str,
-    **options: Any,
-) -> Problem:
-    """Checks one call, of which only shapes, dtypes and Python values are read."""
-    for name, x in {"hidden": hidden, "head": head, "bias": bias}.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} has dtype {x.dtype}; must be a float dtype")
-    _require_integers(labels)
-    for name, x in {"hidden": hidden, "head": head}.items():
-        if not all(isinstance(size, int) for size in x.shape):
-            raise ValueError(
-                f"{name} has the symbolic shape ({', '.join(map(str, x.shape))}); the loss is cut "
-                "into tiles of known sizes, so export it for a fixed number of tokens"
-            )
-    if hidden.ndim < 1 or hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"hidden {hidden.shape} and labels {labels.shape}; "
-            "must be [..., D] and [...] with the same leading axes"
-        )
-    layout = options["head_layout"]
-    if head.ndim != 2:
-        raise ValueError(f"head has shape {head.shape}; must be [V, D], or [D, V] with 'dv'")
-    v, d = head.shape if layout != "dv" else head.shape[::-1]
-    if d != hidden.shape[-1]:
-        hint = f"; is head_layout={layout!r} right?" if hidden.shape[-1] in head.shape else ""
-        raise ValueError(
-            f"hidden {hidden.shape} has D={hidden.shape[-1]}, "
-            f"head {head.shape} in layout {layout!r} has D={d}{hint}"
-        )
-    if bias is not None and bias.shape != (v,):
-        raise ValueError(f"bias has shape {bias.shape}; must be [V] = ({v},)")
-    if weights is not None:
-        if not jnp.issubdtype(weights.dtype, jnp.floating) and weights.dtype != jnp.bool_:
-            raise TypeError(f"weights have dtype {weights.dtype}; must be float or bool")
-        if weights.shape != labels.shape:
-            raise ValueError(
-                f"weights {weights.shape} must have the shape of labels {labels.shape}"
-            )
-    if vocab_order is not None:
-        if not jnp.issubdtype(vocab_order.dtype, jnp.integer):
-            raise TypeError(f"vocab_order has dtype {vocab_order.dtype}; must be int32")
-        if vocab_order.shape != (v,):
-            raise ValueError(f"vocab_order has shape {vocab_order.shape}; must be [V] = ({v},)")
-
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction={reduction!r}; must be 'mean', 'sum' or 'none'")
-    if options["gradient_filter"] == "fused" and reduction == "none":
-        raise ValueError(
-            "gradient_filter='fused' makes the gradients before it knows a token's cotangent: "
-            "reduction='none' needs another filter, or take 'sum' or 'mean'"
-        )
-    boolean("return_stats", options["return_stats"])
-    ignore_index = integer("ignore_index", ignore_index)
-    if not INT32.min < ignore_index < INT32.max:
-        raise ValueError(f"ignore_index={ignore_index}; must lie strictly inside int32")
-    for name in ("label_smoothing", "logit_scale", "z_loss"):
-        options[name] = number(name, options[name])
-    if options["softcap"] is not None:
-        options["softcap"] = number("softcap", options["softcap"])
-    epsilon = options["gradient_filter"]
-    if epsilon is not None and not isinstance(epsilon, str):
-        options["gradient_filter"] = number("gradient_filter", epsilon)
-
-    device = _device(hidden)
-    return Problem(
-        n=labels.size,
-        d=d,
-        v=v,
-        hidden_dtype=np.dtype(hidden.dtype),
-        head_dtype=np.dtype(head.dtype),
-        platform=device.platform,
-        chip=device.device_kind,
-        has_bias=bias is not None,
-        has_vocab_order=vocab_order is not None,
-        **options,
-    )
-
-
-def _require_float32(weights: Any) -> None:
-    """ValueError for weights on the host that float32 would turn into 0 or ∞."""
-    if weights is None or isinstance(weights, jax.Array | jax.ShapeDtypeStruct):
-        return
-    given = np.asarray(weights)
-    if not np.issubdtype(given.dtype, np.floating):
-        return
-    size = np.abs(given)
-    beyond = (size > 0.0) & (size < SMALLEST) | (size > LARGEST) & np.isfinite(size)
-    if beyond.any():
-        raise ValueError(
-            f"weights hold {given[beyond].flat[0]}, which float32 does not; scale them, for "
-            "example so that the largest is 1"
-        )
-
-
-def _require_integers(labels: Any) -> None:
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels have dtype {labels.dtype}; must be integers, one class a token")
 
 
 def _saturate(labels: Any) -> Array:

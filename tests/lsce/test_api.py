@@ -17,7 +17,7 @@ import pytest
 
 import lsce
 from lsce import api, backends
-from lsce.problem import Problem
+from lsce.problem import Problem, of_call
 
 N, D, V = 6, 8, 11
 
@@ -417,7 +417,13 @@ def problem():
     given = arguments()
     options = lsce.linear_cross_entropy.__kwdefaults__ | {}
     options.pop("implementation")
-    return api._problem(given["hidden"], given["head"], given["labels"], **options)
+    return of_call(
+        given["hidden"],
+        given["head"],
+        given["labels"],
+        device=api._device(given["hidden"]),
+        **options,
+    )
 
 
 class TestVocabularyOrder:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_on_cpu import problem
 
 import lsce
-from lsce.backends import Arrays
+from lsce.backends import Arrays, hopper
 from lsce.loss import weighted
 from lsce.problem import Problem
 
@@ -127,6 +128,28 @@ class TestVmap:
         flat = temporary_bytes(loss, (2048, 64), (65536, 64), (2048,))
         batched = temporary_bytes(shared, (64, 32, 64), (65536, 64), (64, 32))
         assert batched < 1.5 * flat
+
+
+def test_examples_with_one_head_are_more_tokens_to_hopper_too():
+    """Lowered only: its kernels see 4 × 2,048 tokens at once, and no gradient of a head is made
+    for each example."""
+    p = problem(n=2048, label_smoothing=0.1)
+
+    def total(hidden, head, labels):
+        def one(hidden, labels):
+            arrays = Arrays(hidden, head, labels)
+            return weighted(hopper.BACKEND, p, arrays, ones, summed=True)[0]
+
+        return jax.vmap(one)(hidden, labels).sum()
+
+    ones = jnp.ones(p.n, jnp.float32)
+    shapes = ((4, p.n, p.d), jnp.bfloat16), ((p.v, p.d), jnp.bfloat16), ((4, p.n), jnp.int32)
+    given = [jax.ShapeDtypeStruct(*x) for x in shapes]
+    traced = jax.jit(jax.grad(total, argnums=(0, 1))).trace(*given)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 4
+    assert f"tensor<{4 * p.n}x{p.d}xbf16>" in text
+    assert f"tensor<4x{p.v}x{p.d}x" not in text
 
 
 @pytest.mark.parametrize(
