@@ -2,6 +2,7 @@ import collections
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,9 @@ from train.data.records import Message, Record
 from train.evaluation.scoring import fitting_questions
 from train.evaluation.tasks.held_out import MAX_OPTION_CHARACTERS, OPTIONS, Exam, questions
 from train.text.bpe import train
+from train.text.chat import BUILT_IN
+from train.text.pretrained import PretrainedTokenizer
+from train.text.tokenizer import Tokenizer
 
 
 def record(prompt: str, response: str, kind: str = "") -> Record:
@@ -83,19 +87,40 @@ def test_an_option_is_the_first_paragraph_cut_at_a_word():
         assert not {"three\nlines", "Three  LINES"} <= set(question.options)
 
 
+def own_tokenizer(records: list[Record]) -> Tokenizer:
+    return train([m.content for r in records for m in r.messages], 300)
+
+
+def chatml(_: list[Record]) -> Tokenizer:
+    """A checkpoint's, of bytes, whose end of turn is its padding too, as SmolLM2's is."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    vocab = {byte: i for i, byte in enumerate(sorted(byte_level.alphabet()))}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    bpe.pre_tokenizer = byte_level(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    template = BUILT_IN["chatml"]
+    return PretrainedTokenizer(bpe, special, stops=[], template=template, where="the test")
+
+
+@pytest.mark.parametrize("make", [own_tokenizer, chatml])
 @pytest.mark.parametrize("blank", ["", " ", "\n", "\n\n", "\t "])
-def test_what_is_scored_is_what_was_trained(blank):
-    records = [
-        record(f"the {color} one?", blank + color) for color in ("red", "blue", "green", "b")
-    ]
-    tokenizer = train([m.content for r in records for m in r.messages], 300)
-    exam = Exam(tokenizer, pack([], 64), questions(records))
+def test_what_is_scored_is_what_was_trained(blank, make):
+    colors = ("red", "blue", "green", "brown")
+    records = [record(f"the {color} one?", blank + color) for color in colors]
+    tokenizer = make(records)
+    exam = Exam(tokenizer, pack([], 128), questions(records))
     for (question, examples), trained in zip(
-        fitting_questions(exam, 64), tokenizer.encode(records), strict=True
+        fitting_questions(exam, 128), tokenizer.encode(records), strict=True
     ):
         scored = examples[question.answer]
         np.testing.assert_array_equal(scored.tokens, trained.tokens)
-        assert scored.loss_mask.tolist() == [*trained.loss_mask[:-1].tolist(), False]
+        (end,) = np.flatnonzero(trained.loss_mask & ~scored.loss_mask)
+        assert end == np.flatnonzero(trained.loss_mask)[-1]
+        assert trained.tokens[end] in tokenizer.stops
+        said = tokenizer.decode(scored.tokens[scored.loss_mask].tolist(), skip_special=False)
+        assert said == question.options[question.answer]
 
 
 @pytest.mark.parametrize(
