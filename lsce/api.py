@@ -70,7 +70,8 @@ def linear_cross_entropy(
       z_loss: λ.
       reduction: "mean" = Σ w·L / Σ w over the tokens not ignored (0 where Σ w = 0), "sum" = Σ w·L,
         "none" = w·L of each token.
-      head_layout: "vd" for a head [V, D], "dv" for [D, V].
+      head_layout: "vd" for a head [V, D], "dv" for [D, V]. On Hopper "dv" copies the head, as do a
+        V that is no multiple of 8 and a D that is none of 64; `lsce.explain` says how much.
       gradient_filter: permission to drop small probabilities from the gradient, never from the
         loss: None is exact, a float ε drops those below ε, "fused" lets a backend make exact
         gradients in the forward pass (on Hopper a token with a loss above 104 nats then makes the

@@ -42,6 +42,15 @@ class Arrays(NamedTuple):
 
 
 @runtime_checkable
+class Remarking(Protocol):
+    """A backend that takes some calls at a price that its user should know of."""
+
+    def remark(self, problem: Problem) -> str | None:
+        """The price, such as a copy and its size; None for what costs nothing extra."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """One way to compute the loss of each token, float32.
 
@@ -169,6 +178,8 @@ def explain(problem: Problem, implementation: Any = "auto") -> Explanation:
                 able = isinstance(backend, Fused)
                 why = backend.unfused(problem) if able else f"{chosen} has no other way"
                 reasons[name] += f"; gradients are made afterwards: {why}" if why else ""
+            remark = backend.remark(problem) if isinstance(backend, Remarking) else None
+            reasons[name] += f"; {remark}" if remark else ""
         else:
             reason = refusal(name, problem)
             reasons[name] = f"refuses: {reason}" if reason else "able, not needed"

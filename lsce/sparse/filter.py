@@ -9,6 +9,12 @@ there are. At one ε the error of dE falls with N and rises with V. With
 it is the same everywhere: 0.011 to 0.013 (‖·‖/‖ref‖) for Gemma 3 270M's activations and SmolLM2
 135M's, each at N = 2,048, 8,192 and 32,768 (benchmarks/NOTES.md). Naive bfloat16's is 0.012 or
 0.013.
+
+What is dropped is put back in dE, along one row of the head, and not in dC. A row of dC that no
+computed tile holds gets nothing of Σ p·E, only the smoothing's part: 60% to 70% of SmolLM2's rows,
+which are 0.9% of ‖dC‖, are so off by 36% to 38% (benchmarks/notes/filter.md). Plain SGD does not
+notice; Adam divides each row by its own size, so there these rows step in a direction that is off
+by as much. Where that matters, as in pre-training, take `None` or "fused", which are exact.
 """
 
 from __future__ import annotations

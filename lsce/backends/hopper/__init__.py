@@ -21,6 +21,7 @@ from lsce.backends.hopper.call import (
     Call,
     as_given,
     call_of,
+    copies,
     padded,
     streaming_multiprocessors,
     to_rows,
@@ -63,6 +64,9 @@ class Hopper:
         if problem.n * problem.v >= MOST_LOGITS:
             return f"counts at most 2^37 logits, not {problem.n:,} × {problem.v:,}"
         return None
+
+    def remark(self, problem: Problem) -> str | None:
+        return copies(problem)
 
     def call(self, problem: Problem) -> Call:
         return call_of(problem)

@@ -64,6 +64,22 @@ def padded(problem: Problem, arrays: Arrays) -> Arrays:
     return arrays._replace(hidden=hidden, head=head, labels=labels)
 
 
+def copies(problem: Problem) -> str | None:
+    """What `padded` copies of the head, if anything, and why: the kernels read whole boxes."""
+    why = []
+    if problem.head_layout == "dv":
+        why.append("head_layout='dv'")
+    if problem.v % 8 or problem.v < 16:
+        why.append(f"V={problem.v:,} is no multiple of 8 from 16 on")
+    if problem.d % 64:
+        why.append(f"D={problem.d:,} is no multiple of 64")
+    if not why:
+        return None
+    rows, columns = max(-(-problem.v // 8) * 8, 16), -(-problem.d // 64) * 64
+    size = 2 * rows * columns / 2**20
+    return f"copies the head ({size:,.0f} MB), and its gradient too: {', '.join(why)}"
+
+
 def as_given(problem: Problem, grads: Arrays) -> Arrays:
     """Gradients of arrays that were padded as gradients of those that were given."""
     hidden, head = grads.hidden, grads.head

@@ -1,14 +1,16 @@
-"""What Hopper leaves to other backends because it would not be exact."""
+"""What Hopper leaves to other backends because it would not be exact, and what it copies."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lsce
 from lsce import backends
-from lsce.backends import hopper
+from lsce.backends import Arrays, hopper
+from lsce.backends.hopper.call import copies, padded
 from lsce.problem import Problem
 
 BF16 = np.dtype(jnp.bfloat16)
@@ -47,3 +49,30 @@ def test_statistics_at_a_large_logit_scale(implementation, scale):
         )
     np.testing.assert_allclose(stats.entropy, np.log(4), rtol=1e-6)
     np.testing.assert_allclose(stats.confidence, 0.25, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "why"),
+    [
+        ({"head_layout": "dv"}, "1,125 MB", "'dv'"),
+        ({"v": 256_001}, "1,125 MB", "V=256,001"),
+        ({"d": 2000}, "1,000 MB", "D=2,000"),
+        ({"v": 50_257, "d": 768}, "74 MB", "V=50,257"),
+    ],
+)
+def test_explain_says_what_is_copied(changes, size, why):
+    paper = dataclasses.replace(PROBLEM, n=8192, d=2304, v=256_000)
+    assert "copies" not in backends.explain(paper).reasons["hopper"]
+    said = backends.explain(dataclasses.replace(paper, **changes)).reasons["hopper"]
+    assert f"copies the head ({size})" in said
+    assert why in said
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_layout": "dv"}, {"v": 250}, {"d": 60}, {"v": 9}])
+def test_the_head_is_copied_where_it_says_so(changes):
+    p = dataclasses.replace(PROBLEM, **changes)
+    head = jnp.zeros((p.v, p.d) if p.head_layout == "vd" else (p.d, p.v), jnp.bfloat16)
+    arrays = Arrays(jnp.zeros((p.n, p.d), jnp.bfloat16), head, jnp.zeros(p.n, jnp.int32))
+    made = jax.make_jaxpr(lambda head: padded(p, arrays._replace(head=head)).head)(head)
+    read_in_place = made.jaxpr.outvars == made.jaxpr.invars
+    assert read_in_place == (copies(p) is None) == (not changes)
