@@ -13,12 +13,13 @@ EPS = 2.0**-12
 def test_column_statistics_against_every_probability():
     data = generate("smollm", 4000, 64, 1000)
     data = data._replace(hidden=data.hidden[:300])
+    mean_hidden = np.asarray(data.hidden, np.float64).mean(0)
     z = np.asarray(data.hidden[:256], np.float64) @ np.asarray(data.head, np.float64).T
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     above = p > EPS
     columns = above.reshape(2, 128, 1000).any(1)
-    by_mean = columns[:, np.argsort(-np.asarray(data.head, np.float64) @ data.hidden.mean(0))]
+    by_mean = columns[:, np.argsort(-np.asarray(data.head, np.float64) @ mean_hidden)]
     found = column_statistics(data.hidden, data.head, eps=EPS)
     assert 0 < found.sorted_tiles <= 1
     assert found.union == {}
