@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import Case, Inputs, case, ours
+from contract import Case, Inputs, assert_no_worse, case, ours
 from hopper_on_cpu import CANDIDATE
+from jax import lax
 
+import lsce
 from lsce.backends import hopper
 from lsce.sparse import columns
 
@@ -82,3 +84,50 @@ def test_dropped_mass_pulls_as_far_as_the_cap_lets_it():
     got = filtered(this, 2.0**-2)
     assert got.stats.below_filter.mean() > 0.1
     assert error(got, this, "hidden") < 0.04
+
+
+@pytest.mark.parametrize("how", ["vmap", "scan"])
+def test_transformed_calls_are_filtered_calls(how, active):
+    """Two batches against one call each: the same sums, and not every tile."""
+    this = peaked(80, 600)
+    hidden, labels = this.inputs.hidden.reshape(2, 40, 64), this.inputs.labels.reshape(2, 40)
+
+    def loss(head, hidden, labels):
+        return lsce.linear_cross_entropy(
+            hidden,
+            head,
+            labels,
+            reduction="sum",
+            gradient_filter=2.0**-6,
+            implementation="hopper",
+        )
+
+    def total(head, hidden):
+        if how == "vmap":
+            return jax.vmap(loss, (None, 0, 0))(head, hidden, labels).sum()
+        add = lambda so_far, batch: (so_far + loss(head, *batch), None)  # noqa: E731
+        return lax.scan(add, jnp.float32(0.0), (hidden, jnp.asarray(labels)))[0]
+
+    with hopper.interpreted():
+        got = jax.jit(jax.value_and_grad(total, (0, 1)))(this.inputs.head, hidden)
+        jax.effects_barrier()
+        assert active
+        assert not any(pairs.all() for pairs in active)
+        each = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        some = [each(this.inputs.head, *batch) for batch in zip(hidden, labels, strict=True)]
+    assert float(got[0]) == pytest.approx(float(sum(value for value, _ in some)), rel=1e-5)
+    d_head = sum(np.asarray(grads[0], np.float32) for _, grads in some)
+    d_hidden = np.stack([np.asarray(grads[1], np.float32) for _, grads in some])
+    for grad, expected in zip(got[1], (d_head, d_hidden), strict=True):
+        off = np.linalg.norm(np.asarray(grad, np.float32) - expected)
+        assert np.linalg.norm(expected) > 0
+        assert off < 0.03 * np.linalg.norm(expected)
+
+
+def test_fused_with_a_scale():
+    this = case((40, 64, 256), "bfloat16", label_smoothing=0.1, logit_scale=0.3, z_loss=1e-2)
+    with hopper.interpreted():
+        got = ours(
+            CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
+        )
+    assert_no_worse(got, this)
