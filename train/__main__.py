@@ -63,7 +63,10 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
     given = _given(sys.argv[1:] if arguments is None else arguments)
     if not given.resume or given.help or given.overwrite:
-        return read(TrainConfig(), config=(*FLAT, tyro.conf.FlagCreatePairsOff))
+        return read(
+            TrainConfig.defaults(given.model or TrainConfig().model.model),
+            config=(*FLAT, tyro.conf.FlagCreatePairsOff),
+        )
     # Either takes the place of the other.
     changes: dict[str, Any] = {}
     if given.epochs and not given.steps:
@@ -84,6 +87,7 @@ def _given(arguments: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--resume", action="store_true")
     first.add_argument("--overwrite", action="store_true")
     first.add_argument("--out", type=Path, nargs="?")
+    first.add_argument("--model", nargs="?")
     for name in ("--data", "--eval-data"):
         first.add_argument(name, nargs="*", action="append", default=[])
     for name in ("--steps", "--epochs"):

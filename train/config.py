@@ -7,12 +7,14 @@ are flat: `--learning-rate` is `config.optimizer.learning_rate`, and no two part
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self
 
 import tyro
 
 from train.data.options import DataOptions
 from train.flags import flag, require
+from train.models.config import SHAPES
 from train.models.options import ModelOptions
 from train.run.options import (
     DEFAULT_STEPS,
@@ -30,6 +32,15 @@ TOLD = {
 }
 """Flags that a run may go on with changed, though not to the same end: how it is optimised and
 computed. What is learnt (the data, the model, the loss, the seed) makes another run."""
+
+
+FINE_TUNING: Mapping[str, Any] = {
+    "learning_rate": 2e-5,
+    "weight_decay": 0.0,
+    "dropout": 0.0,
+    "max_length": 512,
+}
+"""Flags not given, where `--model` is one that others trained."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +66,11 @@ class TrainConfig:
             not (self.run.eval_every and not self.data.held_out and not self.data.eval_data),
             f"--eval-every {self.run.eval_every} needs held-out records, but --held-out is 0",
         )
+
+    @classmethod
+    def defaults(cls, model: str) -> Self:
+        """The configuration of which flags are not given, with that model."""
+        return cls.of(model=model, **({} if model in SHAPES else FINE_TUNING))
 
     @classmethod
     def of(cls, **flags: Any) -> Self:

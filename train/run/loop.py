@@ -24,12 +24,15 @@ from train.data import dataset, summary
 from train.evaluation import report
 from train.evaluation.scoring import REPORTED, Evaluation, ScoringOptions, evaluate
 from train.evaluation.tasks.held_out import Exam
-from train.models.config import PRESETS, ModelConfig
+from train.models.config import ModelConfig
 from train.models.decoder import Decoder
+from train.models.resolve import Pretrained
 from train.run import folder as run_folder
 from train.run.checkpoint import Checkpointer
 from train.run.folder import METRICS, RELIABILITY
 from train.run.metrics import Monitor, cut_rows_after
+from train.run.model import choose
+from train.run.model import write as write_model
 from train.run.optimizer import Schedule, learning_rate, optimizer
 from train.run.options import DEFAULT_STEPS
 from train.run.signals import stop_requests
@@ -91,8 +94,9 @@ def prepare(config: TrainConfig) -> Run:
     Raises ValueError or OSError, with a message for the user, for what is wrong with the
     configuration, the folder or the data. Nothing in the folder has changed then.
     """
-    shape = check(config)
-    run_folder.find(config)
+    out = run_folder.find(config)
+    model = choose(config, out if config.run.resume else None)
+    config = check(config, model.shape)
     for path in config.data.files if config.run.resume else ():
         if not path.exists():
             raise ValueError(f"the run's data {path} is gone: say with --data where it is now")
@@ -103,12 +107,13 @@ def prepare(config: TrainConfig) -> Run:
         max_length=config.data.max_length,
         batch_size=config.step.rows,
         vocab_size=config.data.vocab_size,
+        tokenizer=model.tokenizer,
         seed=config.run.seed,
         skip_bad_records=config.data.skip_bad_records,
     )
     summary.log(data)
     summary.show_example(data, rich.console.Console(stderr=True))
-    shape = dataclasses.replace(shape, vocab_size=data.tokenizer.vocab_size)
+    model = model.trained_on(data.tokenizer)
     if config.run.epochs is None:
         total_steps = config.run.steps or DEFAULT_STEPS
     else:
@@ -116,7 +121,7 @@ def prepare(config: TrainConfig) -> Run:
     if total_steps >= 2**31:
         raise ValueError(f"{total_steps:,} steps are more than the optimizer can count (2**31 - 1)")
     rate = learning_rate(config.optimizer, total_steps)
-    create = state_maker(shape, optimizer(config.optimizer), config.step.devices)
+    create = state_maker(model.shape, optimizer(config.optimizer), config.step.devices)
 
     first_step, state = 0, None
     if config.run.resume:
@@ -139,14 +144,23 @@ def prepare(config: TrainConfig) -> Run:
                 run_folder.RUN_FILE,
             )
         cut_rows_after(out / METRICS, first_step)
-    if state is None:
+    if state is None and model.source is not None:
+        state = first_state(model.source, create, config.run.seed, config.step.devices)
+    elif state is None:
         state = create(config.run.seed)
     out = run_folder.claim(config, step=first_step)
     config = config.replace(out=out)
+    write_model(out, model, data.tokenizer)
     checkpointer = Checkpointer(out, keep=config.run.keep)
     logger.info("run: %s", out)
     size = sum(weight.size for weight in jax.tree.leaves(state.params))
     logger.info("model: %s, %s parameters", config.model.model, f"{size:,}")
+    if (spare := model.shape.vocab_size - data.tokenizer.vocab_size) > 0:
+        logger.info(
+            "       %d of %d rows of the head are no token's; label smoothing is over all of them",
+            spare,
+            model.shape.vocab_size,
+        )
     if first_step < total_steps:
         epochs = f"{data.train.epochs(total_steps):.4g}"
         logger.info("steps: %d to %d (%s epochs)", first_step + 1, total_steps, epochs)
@@ -156,21 +170,16 @@ def prepare(config: TrainConfig) -> Run:
     return Run(config, out, data, exam, rate, checkpointer, state, first_step, total_steps)
 
 
-def check(config: TrainConfig) -> ModelConfig:
-    """The model's shape, if this machine can train it so, as far as is known without the data.
+def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
+    """The configuration with the model's own softcap, if none is given.
 
-    Raises ValueError otherwise.
+    Raises ValueError if this machine cannot train it so, as far as is known without the data.
     """
-    shape = dataclasses.replace(
-        PRESETS[config.model.model],
-        vocab_size=config.data.vocab_size,
-        dropout=config.model.dropout,
-        dtype=config.model.dtype,
-        remat="block" if config.model.remat else "none",
-    )
+    if config.loss.softcap is None and shape.final_softcap is not None:
+        config = config.replace(softcap=shape.final_softcap)
     check_loss(config, shape)
     devices.check(config.step.devices)
-    return shape
+    return config
 
 
 def train(run: Run) -> Evaluation:
@@ -234,6 +243,21 @@ def state_maker(
         return TrainState.create(Decoder(shape, rngs=nnx.Rngs(params=weights)), optimizer, dropout)
 
     return create
+
+
+def first_state(
+    source: Pretrained, create: Callable[[int], TrainState], seed: int, devices_count: int
+) -> TrainState:
+    """A new run's state, with the weights in files in place of random ones."""
+    like = jax.eval_shape(create, seed)
+    params = source.load(lambda path: devices.whole(devices_count))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.whole(devices_count))
+    def complete(params: nnx.State, seed: int) -> TrainState:
+        _, dropout = jax.random.split(jax.random.key(seed))
+        return TrainState.create(nnx.merge(like.graphdef, params), like.optimizer, dropout)
+
+    return complete(params, seed)
 
 
 def scoring_options(config: TrainConfig) -> ScoringOptions:

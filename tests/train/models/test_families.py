@@ -66,7 +66,7 @@ def run(config: ModelConfig, params: nnx.State) -> list[tuple[np.ndarray, np.nda
 
 
 def folder_of(case: str, path: Path) -> Path:
-    safetensors.save(tensors(case), path / safetensors.WHOLE)
+    safetensors.save(tensors(case).items(), path)
     (path / "config.json").write_text(json.dumps(config_json(case)))
     return path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,33 @@ def _listed(folder: Path) -> dict[str, Path]:
     return {name: folder / file for name, file in files.items()}
 
 
-def save(tensors: Mapping[str, np.ndarray], file: Path) -> None:
-    """Writes one file, with the mark that transformers looks for."""
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+def save(
+    tensors: Iterable[tuple[str, np.ndarray]], folder: Path, shard_bytes: int = 4_000_000_000
+) -> None:
+    """Writes tensors into a folder: one file, or where they are more than a shard several and an
+    index. No more than one shard is in memory at a time."""
+    files: list[list[str]] = []
+    kept: dict[str, np.ndarray] = {}
+    total = 0
+
+    def write() -> None:
+        # The mark that transformers looks for.
+        save_file(kept, folder / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append(list(kept))
+        kept.clear()
+
+    for name, tensor in tensors:
+        if kept and sum(t.nbytes for t in kept.values()) + tensor.nbytes > shard_bytes:
+            write()
+        kept[name] = tensor
+        total += tensor.nbytes
+    write()
+    index = {}
+    for number, names in enumerate(files):
+        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        final = WHOLE if len(files) == 1 else final
+        (folder / f"part-{number}.safetensors").rename(folder / final)
+        index |= dict.fromkeys(names, final)
+    if len(files) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,0 +1,195 @@
+"""The model of a run: from `--model`, or from the run's own folder, which needs nothing else.
+
+A run keeps what its weights mean in `model/`: config.json, tokenizer.json, tokenizer_config.json
+and generation_config.json, as a Hugging Face folder has them. The weights are in its checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from train.config import TrainConfig
+from train.models import families, resolve
+from train.models.config import SHAPES, ModelConfig
+from train.models.decoder import Decoder
+from train.models.resolve import Pretrained
+from train.models.weights.load import abstract
+from train.run import files
+from train.run.checkpoint import Checkpointer
+from train.run.folder import CHECKPOINTS, MODEL, RUN_FILE, load
+from train.text import pretrained
+from train.text.bpe import BPE
+from train.text.pretrained import PretrainedTokenizer
+from train.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What a run trains, before its weights are anywhere."""
+
+    shape: ModelConfig
+    """With the flags that say how it computes. From scratch, the tokenizer decides `vocab_size`."""
+    source: Pretrained | None = None
+    """The files whose weights training begins with; None for random ones, and when resumed."""
+    tokenizer: PretrainedTokenizer | None = None
+    """None where the run trains its own."""
+    config_json: dict[str, Any] | None = None
+    """What config.json says; None where the shape alone says it."""
+
+    def trained_on(self, tokenizer: Tokenizer) -> Chosen:
+        """With the vocabulary of the data's tokenizer, where that was not known before."""
+        if self.tokenizer is not None:
+            return self
+        shape = dataclasses.replace(self.shape, vocab_size=tokenizer.vocab_size)
+        return dataclasses.replace(self, shape=shape)
+
+
+def choose(config: TrainConfig, out: Path | None) -> Chosen:
+    """The model that the flags ask for, or in `out`, a run to go on with, the one that it has.
+
+    Raises:
+      ValueError: what `resolve.find` raises, for tensors that do not fit, and for a template that
+        cannot be used. Nothing large is allocated then.
+    """
+    flags = config.model
+    computes = {
+        "dropout": flags.dropout,
+        "dtype": flags.dtype,
+        "remat": "block" if flags.remat else "none",
+    }
+    if out is not None and (out / MODEL).is_dir() and flags.model not in SHAPES:
+        config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
+        shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
+        tokenizer = PretrainedTokenizer.from_folder(out / MODEL)
+        return Chosen(dataclasses.replace(shape, **computes), None, tokenizer, config_json)
+    found = resolve.find(flags.model)
+    if isinstance(found, ModelConfig):
+        return Chosen(dataclasses.replace(found, vocab_size=config.data.vocab_size, **computes))
+    found.check()
+    shape = dataclasses.replace(found.config, **computes)
+    config_json = {**found.config_json, "dtype": found.tensors.dtype}
+    return Chosen(shape, found, found.tokenizer(flags.template), config_json)
+
+
+def write(out: Path, model: Chosen, tokenizer: Tokenizer) -> None:
+    """Puts `model/` into the run's folder, each file whole or not at all."""
+    folder = out / MODEL
+    folder.mkdir(exist_ok=True)
+    for name, content in description(model, tokenizer).items():
+        files.write(folder / name, content)
+
+
+def description(model: Chosen, tokenizer: Tokenizer) -> dict[str, str]:
+    """The files of a Hugging Face folder besides the weights, by name."""
+    own = not isinstance(tokenizer, PretrainedTokenizer)
+    special = OWN_SPECIAL if own else tokenizer.config()
+    config = model.config_json or families.write(model.shape)
+    stops = sorted(tokenizer.stops)
+    ids = {name: config[name] for name in config if name.endswith("_token_id")}
+    if own:
+        ids = {"bos_token_id": BPE.bos, "eos_token_id": BPE.end, "pad_token_id": BPE.pad}
+        config |= ids
+    return {
+        resolve.CONFIG: _json(config),
+        pretrained.TOKENIZER: tokenizer.to_json(),
+        pretrained.CONFIG: _json(special),
+        pretrained.GENERATION: _json(ids | {"eos_token_id": stops}),
+    }
+
+
+OWN_SPECIAL: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|bos|>",
+    "eos_token": "<|end|>",
+    "pad_token": "<|pad|>",
+    "chat_template": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    ),
+    "clean_up_tokenization_spaces": False,
+}
+"""tokenizer_config.json of a run's own BPE."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model with its weights, from a run or from files."""
+
+    shape: ModelConfig
+    params: nnx.State
+    tokenizer: PretrainedTokenizer
+    config_json: dict[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """What transformers calls its class."""
+        return families.page(self.shape.model_type).ARCHITECTURES[self.shape.model_type]
+
+    @property
+    def model(self) -> Decoder:
+        return nnx.merge(nnx.graphdef(abstract(self.shape)), self.params)
+
+
+def read(where: str, *, dtype: str = "float32", template: str = "auto") -> Loaded:
+    """A run's model at its newest checkpoint, or whatever `--model` can be.
+
+    Raises:
+      ValueError: for a run without a checkpoint or of another version, for what is trained from
+        scratch and so has no weights, and what `resolve.find` raises.
+    """
+    out = Path(where)
+    if not (out / RUN_FILE).is_file():
+        found = resolve.find(where)
+        if isinstance(found, ModelConfig):
+            raise ValueError(f"{where} is trained from scratch: name the folder of a run of it")
+        shape = dataclasses.replace(found.config, dtype=dtype)
+        config_json = {**found.config_json, "dtype": found.tensors.dtype}
+        return Loaded(shape, found.load(), found.tokenizer(template), config_json)
+    keep = load(out).run.keep
+    if not (out / MODEL / resolve.CONFIG).is_file():
+        raise ValueError(f"{out} has no {MODEL}/{resolve.CONFIG}: it is of another version")
+    config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
+    shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
+    with Checkpointer(out, keep=keep) as checkpoints:
+        step = checkpoints.latest_step()
+    if step is None:
+        raise ValueError(f"{out} has no checkpoint yet")
+    params = _params(out / CHECKPOINTS / str(step) / "state", shape)
+    tokenizer = PretrainedTokenizer.from_folder(out / MODEL, template)
+    return Loaded(dataclasses.replace(shape, dtype=dtype), params, tokenizer, config_json)
+
+
+def _params(path: Path, shape: ModelConfig) -> nnx.State:
+    """The weights in a checkpoint, without the optimizer's moments."""
+    like = nnx.state(abstract(shape))
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        "params": jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like
+        )
+    }
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            found = reader.restore(
+                path.absolute(),
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:  # of any kind, whatever is damaged
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0][:200]}") from None
+    return found["params"]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
