@@ -194,7 +194,9 @@ class PretrainedTokenizer:
         answer = "Yes"
         chat = self.template.spans([Message("user", "Yes?"), Message("assistant", answer)])
         start, end = chat.spans[1] or (0, 0)
-        said = chat.text.index(answer, start) + len(answer)
+        said = chat.text.find(answer, start) + len(answer)
+        if said < len(answer):
+            raise ValueError(f"the chat template of {self._where} leaves out what is answered")
         added = self._tokenizer.get_added_tokens_decoder()
         for token in self._tokenizer.encode(chat.text[said:end], add_special_tokens=False).ids:
             if token in stops or (token in added and added[token].special):

@@ -1,0 +1,208 @@
+"""A run from a model in files to an exported folder: what is kept, resumed and given back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from oracles.inputs import weights
+from tokenizers import AddedToken, models, pre_tokenizers
+
+from train import export, generate
+from train.config import TrainConfig
+from train.models import families
+from train.models.weights import safetensors
+from train.models.weights.load import shapes
+from train.run import loop
+from train.run import model as run_model
+from train.text.chat import BUILT_IN
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+SPECIAL = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+CONFIG = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "vocab_size": 272,  # more rows than tokens
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "something_else": "kept",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny Gemma 2 as Hugging Face has them."""
+    path = tmp_path_factory.mktemp("gemma")
+    config = families.read(CONFIG, "it")
+    places = families.places(config, shapes(config), "huggingface")
+    tensors = weights({name: p.shape for name, p in places.items()}, zero_centred=True)
+    bfloat16 = {name: tensor.astype("bfloat16") for name, tensor in tensors.items()}
+    safetensors.save(bfloat16.items(), path)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(path / "tokenizer.json"))
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": BUILT_IN["gemma"]}
+    (path / "tokenizer_config.json").write_text(json.dumps(special))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory) -> Path:
+    """A run of two steps from it."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "data.jsonl"
+    lines = [{"prompt": f"{i} and {i}?", "completion": str(2 * i)} for i in range(20)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = TrainConfig.of(
+        **{"model": str(checkpoint), "data": (data,), "out": folder / "run", "steps": 2},
+        **{"max_length": 96, "held_out": 0.0, "batch_size": 2, "dropout": 0.0},
+        learning_rate=1e-2,
+    )
+    prepared = loop.prepare(config)
+    loaded = jax.tree.map(np.asarray, prepared.state.params)  # before the first step takes them
+    loop.train(prepared)
+    expected = run_model.read(str(checkpoint)).params
+    for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    return folder / "run"
+
+
+def test_a_run_keeps_what_its_weights_mean(trained, checkpoint):
+    kept = json.loads((trained / "model" / "config.json").read_text())
+    assert kept == CONFIG | {"dtype": "bfloat16"}
+    stops = json.loads((trained / "model" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [257, 259]
+    flags = json.loads((trained / "run.json").read_text())
+    assert flags["softcap"] == 30.0  # the family's, through the one loss
+
+
+def test_the_weights_of_a_run_are_those_of_its_last_checkpoint(trained, checkpoint):
+    before, after = run_model.read(str(checkpoint)), run_model.read(str(trained))
+    assert after.shape == before.shape
+    moved = [
+        np.abs(np.asarray(one) - np.asarray(other)).max()
+        for one, other in zip(
+            jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True
+        )
+    ]
+    assert min(moved) > 1e-5
+
+
+def test_a_run_goes_on_without_the_files_that_it_began_with(trained, checkpoint, tmp_path):
+    config = loop.run_folder.load(trained).replace(resume=True, model=str(tmp_path / "gone"))
+    chosen = run_model.choose(config, trained)
+    assert chosen.source is None
+    assert chosen.shape.model_type == "gemma2"
+    assert chosen.tokenizer is not None
+
+
+def test_an_untouched_model_is_exported_to_the_bit(checkpoint, tmp_path):
+    export.export(str(checkpoint), tmp_path / "out")
+    before = safetensors.SafetensorsFolder(checkpoint)
+    after = safetensors.SafetensorsFolder(tmp_path / "out")
+    assert after.shapes == before.shapes
+    assert after.dtype == before.dtype == "bfloat16"
+    for name in before.shapes:
+        np.testing.assert_array_equal(after.read(name), before.read(name))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == CONFIG | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="is there already"):
+        export.export(str(checkpoint), tmp_path / "out")
+
+
+def test_a_trained_model_is_exported_and_loaded_again(trained, tmp_path):
+    export.export(str(trained), tmp_path / "out", dtype="float32")
+    before, after = run_model.read(str(trained)), run_model.read(str(tmp_path / "out"))
+    assert after.shape == before.shape
+    for one, other in zip(
+        jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert after.tokenizer.encode_text("17!") == before.tokenizer.encode_text("17!")
+    assert after.tokenizer.stops == before.tokenizer.stops
+
+
+def test_shards_are_written_one_by_one(tmp_path):
+    tensors = {f"t{i}": np.full((10, 10), i, np.float32) for i in range(5)}
+    safetensors.save(tensors.items(), tmp_path, shard_bytes=900)
+    assert len(list(tmp_path.glob("model-0000?-of-00003.safetensors"))) == 3
+    found = safetensors.SafetensorsFolder(tmp_path)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found.read(name), tensor)
+
+
+def test_generation_takes_the_likeliest_tokens_of_whole_rows_and_stops(checkpoint):
+    loaded = run_model.read(str(checkpoint))
+    prompt = loaded.tokenizer.encode_text("Say something")
+    found = list(generate.generate(loaded.model, prompt, stops=frozenset(), max_tokens=12))
+
+    @jax.jit
+    def logits(model, tokens, index):
+        row = np.arange(32)
+        hidden = model(tokens[None], (row <= index)[None].astype(np.int32), row[None])
+        return hidden[0, index] @ model.head.T  # the final softcap changes no order
+
+    tokens = list(prompt)
+    for _ in range(12):
+        row = np.zeros(32, np.int32)
+        row[: len(tokens)] = tokens
+        tokens.append(int(np.argmax(logits(loaded.model, row, len(tokens) - 1))))
+    assert found == tokens[len(prompt) :]
+    stop = found[5]
+    until = found[: found.index(stop)]
+    options = {"stops": frozenset({stop}), "max_tokens": 12}
+    assert list(generate.generate(loaded.model, prompt, **options)) == until
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        list(generate.generate(loaded.model, [], **options))
+
+
+def test_draws_depend_on_the_seed_and_keep_to_the_likeliest(checkpoint):
+    loaded = run_model.read(str(checkpoint))
+    options = {"stops": frozenset(), "max_tokens": 12}
+
+    def drawn(**changes) -> list[int]:
+        return list(generate.generate(loaded.model, [256, 5], **options, **changes))
+
+    one = drawn(temperature=1.0, seed=1)
+    assert one == drawn(temperature=1.0, seed=1)
+    assert one != drawn(temperature=1.0, seed=2)
+    assert drawn(temperature=1.0, top_p=1e-6, seed=1) == drawn()
+
+
+def test_a_character_of_several_tokens_is_shown_whole(checkpoint):
+    tokenizer = run_model.read(str(checkpoint)).tokenizer
+    tokens = tokenizer.encode_text("né 你")
+    found = list(generate.pieces(iter(tokens), tokenizer.decode))
+    assert "".join(found) == "né 你"
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (generate, ["nano", "--prompt", "x"], "nano is trained from scratch"),
+        (generate, ["nothing", "--prompt", "x"], "--model must be one of nano, tiny, small"),
+        (export, ["nothing", "out"], "a GGUF file, or hf:org/name, not nothing"),
+    ],
+)
+def test_what_has_no_weights_is_named(command, arguments, message, capsys):
+    assert command.main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Chat templates: what the assistant says in them, and what a stranger's program may not do."""
+
+from __future__ import annotations
+
+import pytest
+
+from train.data.records import Message
+from train.text.chat import BUILT_IN, Template
+
+TALK = (
+    Message("system", "Be brief."),
+    Message("user", "1+1?"),
+    Message("assistant", "2"),
+    Message("user", "2+2?"),
+    Message("assistant", "It is 4."),
+)
+VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "text_start": "<s>"}
+
+
+def template(source: str) -> Template:
+    return Template(source, "it", VARIABLES)
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_built_in_templates_mark_every_answer_and_its_end(name):
+    chat = template(BUILT_IN[name]).spans(TALK)
+    assert chat.spans[0] is chat.spans[1] is chat.spans[3] is None
+    said = [chat.text[slice(*span)] for span in chat.spans if span]
+    assert len(said) == 2
+    for part, content in zip(said, ("2", "It is 4."), strict=True):
+        assert part.strip().startswith(content)
+        assert len(part.strip()) > len(content)  # what ends the turn
+    prompt = template(BUILT_IN[name]).render(TALK[:4], prompt=True)
+    assert chat.text.startswith(prompt)
+    assert chat.text[len(prompt) :] == said[1]
+
+
+def test_a_built_in_template_is_laid_out_as_the_family_does():
+    rendered = template(BUILT_IN["gemma"]).render(TALK[:3], prompt=False)
+    assert rendered == (
+        "<s><start_of_turn>user\nBe brief.\n\n1+1?<end_of_turn>\n<start_of_turn>model\n2"
+        "<end_of_turn>\n"
+    )
+    assert (
+        template(BUILT_IN["mistral"]).render(TALK[:3])
+        == "<s>[INST] Be brief.\n\n1+1? [/INST] 2</s>"
+    )
+
+
+def test_generation_blocks_say_where_answers_are():
+    source = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{{ '\n' }}{% endfor %}"
+    )
+    chat = template(source).spans(TALK)
+    assert [chat.text[slice(*span)] for span in chat.spans if span] == ["2</s>", "It is 4.</s>"]
+    assert chat.text == template(source).render(TALK)
+    none = source.replace("{% generation %}", "{% if true %}").replace("endgeneration", "endif")
+    with pytest.raises(ValueError, match="does not begin an answer as it prompts for one"):
+        template("{% if add_generation_prompt %}x{% endif %}" + none).spans(TALK)
+
+
+def test_turns_that_a_template_rewrites_have_no_span():
+    # As Qwen 3's: a thought before the last answer, none before earlier ones.
+    source = (
+        "{% for m in messages %}{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+        "{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    chat = template(source).spans(TALK)
+    assert chat.spans[2] is None
+    assert chat.text[slice(*chat.spans[4])] == "<think>\nIt is 4.</s>"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses this: roles must alternate"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "refuses this: access to attribute"),
+        ("{{ ''.__class__.__base__.__subclasses__() }}", "refuses this: access to attribute"),
+        ("{{ messages.append(1) }}", "refuses this"),
+        ("{% for i in range(1000000) %}x{% endfor %}", "refuses this: Range too big"),
+        ("{{ 1 / 0 }}", "refuses this: division by zero"),
+        ("{{ messages[99].content.x }}", "refuses this"),
+        ("{% include '/etc/passwd' %}", "refuses this"),
+    ],
+)
+def test_a_template_that_raises_or_reaches_out_is_refused(source, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        template(source).render(TALK)
+    assert "the chat template of it" in str(raised.value)
+
+
+def test_a_template_that_is_no_jinja_is_refused():
+    with pytest.raises(ValueError, match="the chat template of it is not valid jinja"):
+        template("{% for %}")
+
+
+def test_helpers_that_templates_of_checkpoints_call():
+    assert template("{{ strftime_now('%d %b %Y') }}").render(TALK) == "26 Jul 2024"
+    assert template("{{ messages[0] | tojson }}").render(TALK).startswith('{"role": "system"')
+    assert template("{{ {'a': '<é>'} | tojson }}").render(TALK) == '{"a": "<é>"}'
+    assert template("{% for m in messages %}{% break %}{% endfor %}.").render(TALK) == "."
