@@ -76,6 +76,16 @@ def test_a_wrong_flag_is_refused_in_one_message_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_others_trained_has_the_defaults_of_fine_tuning():
+    scratch, tuned = (parse(["--model", name]) for name in ("nano", "smollm2-135m"))
+    assert scratch.replace(model="tiny") == TrainConfig()
+    assert tuned.optimizer.learning_rate == 2e-5
+    assert tuned.model.dropout == tuned.optimizer.weight_decay == 0
+    given = parse(["--model", "smollm2-135m", "--learning-rate", "1e-3"])
+    assert given.optimizer.learning_rate == 1e-3
+    assert given.model.remat
+
+
 def test_every_flag_has_a_help_text_and_the_help_is_complete():
     command = [sys.executable, "-m", "train", "--help"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -206,3 +206,23 @@ def test_a_character_of_several_tokens_is_shown_whole(checkpoint):
 def test_what_has_no_weights_is_named(command, arguments, message, capsys):
     assert command.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_transformers_loads_what_is_exported_with_equal_logits(trained, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch reads the exported folder")
+    transformers = pytest.importorskip("transformers")
+    export.export(str(trained), tmp_path / "out", dtype="float32")
+    loaded = run_model.read(str(trained))
+    tokens = np.array(loaded.tokenizer.encode_text("What is 2 and 2?"))[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    hidden = loaded.model(tokens, np.ones_like(tokens), np.arange(tokens.size)[None])
+    logits = np.asarray(hidden @ loaded.model.head.T)
+    cap = loaded.shape.final_softcap
+    assert cap == 30.0
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(cap * np.tanh(logits / cap), expected, atol=2e-4)
