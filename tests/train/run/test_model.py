@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from train import export, generate
 from train.config import TrainConfig
-from train.models import families
+from train.models import families, resolve
 from train.models.weights import safetensors
 from train.models.weights.load import shapes
 from train.run import loop
@@ -206,6 +208,22 @@ def test_a_character_of_several_tokens_is_shown_whole(checkpoint):
 def test_what_has_no_weights_is_named(command, arguments, message, capsys):
     assert command.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(checkpoint):
+    found = resolve.find(str(checkpoint))
+    small = dataclasses.replace(found, config_json=CONFIG | {"vocab_size": 259})
+    with pytest.raises(ValueError, match="has ids up to 259, and the head only 259 rows"):
+        small.tokenizer()
+
+
+def test_a_template_that_refuses_stops_before_anything_is_written(checkpoint, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    flags = {"model": str(checkpoint), "data": (data,), "held_out": 0.0, "out": tmp_path / "run"}
+    with pytest.raises(ValueError, match=re.escape("--template chatml needs <|im_start|>")):
+        loop.prepare(TrainConfig.of(**flags, template="chatml"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
