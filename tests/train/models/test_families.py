@@ -159,6 +159,7 @@ def test_gemma_3_inside_a_model_that_sees_pictures():
         ("llama", {"num_key_value_heads": 3}, "self.heads=4 must be a multiple"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("llama", {"attention_bias": True}, "attention_bias is True"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is"),
         (
             "llama",

@@ -64,6 +64,7 @@ def common(fields: Fields) -> dict[str, Any]:
     fields.refuse("quantization_config")
     fields.refuse("attention_bias", False)
     fields.refuse("mlp_bias", False)
+    fields.refuse("partial_rotary_factor", 1, 1.0)
     heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     return {
         "model_type": fields.text("model_type"),
