@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from train.run import signals
+    from train import start
 
-    signals.stop_at_once("python -m train")  # the imports below take a second
+    start.begin("python -m train")  # the imports below take a second
 
 import argparse
 import logging

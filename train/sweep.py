@@ -7,9 +7,9 @@ that run only; the same command again skips the runs that are done and resumes t
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from train.run import signals
+    from train import start
 
-    signals.stop_at_once("python -m train.sweep")  # the imports below take a second
+    start.begin("python -m train.sweep")  # the imports below take a second
 
 import concurrent.futures
 import contextlib

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +14,7 @@ from train.data.encode import MIN_LENGTH, encode_records
 from train.data.loader import PackedLoader
 from train.data.packing import Rows, pack
 from train.data.records import Record
+from train.run.files import default_cache_dir
 from train.text import bpe
 from train.text.tokenizer import Example, Tokenizer
 
@@ -243,11 +243,6 @@ def build(
         files=tuple(file.counts for file in everything),
         example=next(example for file in to_train for example in file.train),
     )
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/lsce`, or `~/.cache/lsce`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsce"
 
 
 def _within_reach(train: Sequence[Record], max_length: int) -> Iterator[str]:

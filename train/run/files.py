@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whenever the process dies."""
+"""Files that are there as a whole or not at all, whenever the process dies; the user's cache."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def write(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write` of a value as JSON for people: indented, a line at the end, no NaN."""
     write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/lsce`, or `~/.cache/lsce`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsce"

@@ -1,0 +1,51 @@
+"""What is set before a command imports anything that takes time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+PROGRAM = """
+import sys
+from train import start
+start.begin("me")
+assert "jax" not in sys.modules
+import jax, jax.numpy as jnp
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.ones((3, 3))).block_until_ready()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize("given", ["nothing", "JAX's own", "off", "no folder"])
+def test_programs_are_kept_in_the_user_s_cache_unless_told_otherwise(given, tmp_path):
+    (tmp_path / "file").touch()
+    environment = {
+        name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name
+    }
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    environment |= {
+        "nothing": {},
+        "JAX's own": {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")},
+        "off": {"JAX_COMPILATION_CACHE_DIR": ""},
+        "no folder": {"XDG_CACHE_HOME": str(tmp_path / "file")},
+    }[given]
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+    )
+    kept = {"nothing": tmp_path / "lsce" / "programs", "JAX's own": tmp_path / "own"}.get(given)
+    assert process.stderr == ""
+    assert process.stdout.strip() == {"off": "", "no folder": "None"}.get(given, str(kept))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "file", *([kept.relative_to(tmp_path).parts[0]] if kept else [])
+    }  # fmt: skip
+    if kept:
+        assert list(kept.glob("jit_*"))
