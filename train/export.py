@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from train import start
+
+    start.begin("python -m train.export")  # the imports below take seconds
+
 import dataclasses
 import logging
 import os

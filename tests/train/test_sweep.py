@@ -231,7 +231,7 @@ def test_a_folder_or_a_result_that_is_none_is_named(stand_in, tmp_path, capfd):
     assert f"{tmp_path / 'file'} is a file: name a folder" in capfd.readouterr().err
     assert sweep.main([*flags, str(tmp_path)]) == 2
     assert f"{tmp_path} is not empty and is not a sweep's" in capfd.readouterr().err
-    (tmp_path / "bad.jsonl").write_text("5\n")
+    (tmp_path / "bad.jsonl").write_text("[]")
     bad = ["--data", str(tmp_path / "bad.jsonl")]
     assert sweep.main([*bad, *flags, str(tmp_path / "none")]) == 2
     assert "bad.jsonl holds no records" in capfd.readouterr().err

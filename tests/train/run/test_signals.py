@@ -88,6 +88,8 @@ runpy.run_module(program, run_name="__main__")
         ("tyro", signal.SIGTERM, "train", []),
         ("jax", signal.SIGINT, "train", ["--steps", "1"]),  # of what is imported after the flags
         ("tyro", signal.SIGINT, "train.sweep", []),
+        ("jax", signal.SIGINT, "train.generate", []),
+        ("jax", signal.SIGTERM, "train.export", []),
     ],
 )
 def test_a_signal_during_imports_is_one_line(module, signum, program, flags, tmp_path):
