@@ -201,9 +201,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"python -m train.generate: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
     return 0
 
 
