@@ -29,6 +29,11 @@ class Checkpointer:
         self._folder = (out / CHECKPOINTS).absolute()
         self._manager = ocp.CheckpointManager(
             self._folder,
+            # Of a whole state Orbax would hold a second copy while it writes.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(save_concurrent_gb=1),
+                "position": ocp.JsonCheckpointHandler(),
+            },
             # Not in the background: the next step reuses the memory of this one's state.
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
