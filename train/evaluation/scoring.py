@@ -184,6 +184,9 @@ def score_rows(model: Decoder, rows: Rows, how: ScoringOptions) -> TokenScores:
     Batches have `how.batch_size` rows, the last one filled up with rows of padding, so that one
     compilation serves every evaluation of a run.
     """
+    model = nnx.merge(*nnx.split(model))
+    # What is repeatable on a GPU is a loop, whatever the training step is.
+    model.config = dataclasses.replace(model.config, scan="on")
     graphdef, params = nnx.split(model)
     scored = []
     for start in range(0, len(rows), how.batch_size):

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+MOST_WRITTEN_OUT = 32
+"""Layers whose lines a GPU's program may hold: they compile in about a minute."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -85,10 +88,10 @@ class ModelConfig:
     remat: Literal["none", "block", "full"] = "none"
     """What the backward pass recomputes: what is elementwise, each block from its input, or groups
     of about √layers blocks from theirs, each block again within. Each step keeps less."""
-    scan: Literal["auto", "on", "off"] = "auto"
-    """Whether blocks are iterations of a loop in the compiled program, or its lines: those take
-    longer to compile, and a GPU runs them a quarter faster. auto: lines for up to 32 layers on a
-    GPU."""
+    scan: Literal["on", "off"] = "on"
+    """Whether blocks are iterations of a loop in the compiled program, or its lines: a GPU runs
+    those a fifth faster, but they take longer to compile, and with cuDNN's attention XLA (jax
+    0.11.2) fails to make them repeatable."""
     attention: Literal["auto", "xla"] = "auto"
     """auto: cuDNN's kernels where they can, as `attention.choose` says."""
 
@@ -103,7 +106,7 @@ class ModelConfig:
             raise ValueError(f"{self.window=} must be at least 1: some layers are sliding")
         for name, values in (
             ("remat", ("none", "block", "full")),
-            ("scan", ("auto", "on", "off")),
+            ("scan", ("on", "off")),
             ("attention", ("auto", "xla")),
         ):
             if getattr(self, name) not in values:

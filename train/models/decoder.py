@@ -18,9 +18,6 @@ from train.models.cache import Cache, LayerCache
 from train.models.config import LayerKind, ModelConfig
 from train.models.layers import Mlp, RMSNorm, embed, table_init
 
-MOST_WRITTEN_OUT = 32
-"""Layers that `ModelConfig.scan` "auto" writes out on a GPU: a minute of compiling."""
-
 
 class Decoder(nnx.Module):
     """Embedding, blocks of attention and MLP, a last norm.
@@ -138,7 +135,7 @@ class Decoder(nnx.Module):
         number.
         """
         config, pattern = self.config, self.config.pattern
-        scanned = self.scanned
+        scanned = config.scan == "on"
         remat = functools.partial(jax.checkpoint, prevent_cse=not scanned)
 
         def one(kind, stream, inputs):
@@ -176,13 +173,6 @@ class Decoder(nnx.Module):
             stream, after = several(stream, layers[start : start + size])
             kept.append(_stack(after))
         return stream, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
-
-    @property
-    def scanned(self) -> bool:
-        """Whether the compiled program loops over the blocks."""
-        if self.config.scan == "auto":
-            return jax.default_backend() != "gpu" or self.config.layers > MOST_WRITTEN_OUT
-        return self.config.scan == "on"
 
 
 class Block(nnx.Module):

@@ -24,7 +24,7 @@ from train.data import dataset, summary
 from train.evaluation import report
 from train.evaluation.scoring import REPORTED, Evaluation, ScoringOptions, evaluate
 from train.evaluation.tasks.held_out import Exam
-from train.models.config import ModelConfig
+from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.run import folder as run_folder
@@ -121,7 +121,8 @@ def prepare(config: TrainConfig) -> Run:
     if total_steps >= 2**31:
         raise ValueError(f"{total_steps:,} steps are more than the optimizer can count (2**31 - 1)")
     rate = learning_rate(config.optimizer, total_steps)
-    create = state_maker(model.shape, optimizer(config.optimizer), config.step.devices)
+    shape = written_out(model.shape) if config.step.autotune else model.shape
+    create = state_maker(shape, optimizer(config.optimizer), config.step.devices)
 
     first_step, state = 0, None
     if config.run.resume:
@@ -168,6 +169,15 @@ def prepare(config: TrainConfig) -> Run:
         logger.info("steps: all %d are done", total_steps)
     exam = Exam.of(data, config.run.seed)
     return Run(config, out, data, exam, rate, checkpointer, state, first_step, total_steps)
+
+
+def written_out(shape: ModelConfig) -> ModelConfig:
+    """The shape with its layers as lines of the program, on a GPU and where they are not too many.
+
+    A step of them is never repeatable, see `ModelConfig.scan`.
+    """
+    worth_it = jax.default_backend() == "gpu" and shape.layers <= MOST_WRITTEN_OUT
+    return dataclasses.replace(shape, scan="off") if worth_it else shape
 
 
 def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
