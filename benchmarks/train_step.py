@@ -117,7 +117,8 @@ def _elsewhere(model: str, options: TrainStepFlags) -> Iterator[StepRow]:
     command += ["--length", str(options.length), "--seconds", str(options.seconds), "--variant"]
     command += [text for text in options.variant if variants.read(text).framework == "torch"]
     path = pathlib.Path(f"{options.json or 'train-step'}.torch")
-    subprocess.run([*command, "--json", str(path)], stdout=sys.stderr, check=False)
+    command += ["--json", str(path), "--commit", options.commit or current_commit()]
+    subprocess.run(command, stdout=sys.stderr, check=False)
     if path.exists():
         yield from map(from_json, json.loads(path.read_text()))
         path.unlink()

@@ -9,6 +9,7 @@ from paths import ROOT
 from benchmarks.implementations.settings import Run, Settings
 from benchmarks.measure import report
 from benchmarks.measure.report import Row
+from benchmarks.train_step import from_json
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
@@ -56,7 +57,9 @@ def test_the_notes_name_files_that_exist():
 
 def test_every_report_can_be_read():
     for path in RESULTS.glob("h100-*.json"):
-        if not path.name.startswith("h100-tune"):
+        if path.name.startswith("h100-train-step"):
+            assert [from_json(row) for row in json.loads(path.read_text())], path.name
+        elif not path.name.startswith("h100-tune"):
             assert report.read(path).rows, path.name
 
 
