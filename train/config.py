@@ -39,7 +39,7 @@ FINE_TUNING: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "dropout": 0.0,
     "max_length": 512,
-    "remat": True,
+    "remat": "block",
 }
 """Flags not given, where `--model` is one that others trained."""
 

@@ -65,7 +65,7 @@ class SweepConfig(TrainConfig):
     """Train once for every combination of the given values, and compare accuracy and calibration.
 
     Any flag takes several values: --label-smoothing 0 0.1 --learning-rate 1e-3 3e-3 makes four
-    runs. Only the files of --data, and of --eval-data, go together to every run; --remat takes
+    runs. Only the files of --data, and of --eval-data, go together to every run; --autotune takes
     true and false.
 
     Each run has its folder in --out, next to the comparison: sweep.json and sweep.png. The same

@@ -83,7 +83,7 @@ def test_a_model_that_others_trained_has_the_defaults_of_fine_tuning():
     assert tuned.model.dropout == tuned.optimizer.weight_decay == 0
     given = parse(["--model", "smollm2-135m", "--learning-rate", "1e-3"])
     assert given.optimizer.learning_rate == 1e-3
-    assert given.model.remat
+    assert given.model.remat == "block"
 
 
 def test_every_flag_has_a_help_text_and_the_help_is_complete():
@@ -110,8 +110,8 @@ def test_flags_become_the_configuration(tmp_path):
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for file in files:
         file.touch()
-    config = parse(["--softcap", "30", "--remat", "--epochs", "2", "--data", *map(str, files)])
-    assert config == TrainConfig.of(softcap=30.0, remat=True, epochs=2.0, data=tuple(files))
+    config = parse(["--softcap", "30", "--autotune", "--epochs", "2", "--data", *map(str, files)])
+    assert config == TrainConfig.of(softcap=30.0, autotune=True, epochs=2.0, data=tuple(files))
 
 
 def test_warm_up_is_a_tenth_of_the_run_unless_given():
@@ -220,11 +220,11 @@ def test_a_run_of_another_version_is_named(tmp_path):
 
 def test_resume_takes_the_flags_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = run_folder.claim(TrainConfig.of(remat=True, softcap=5.0, steps=8))
-    for arguments in (["--resume"], ["--resume", "--out", str(out), "--remat"]):
+    out = run_folder.claim(TrainConfig.of(autotune=True, softcap=5.0, steps=8))
+    for arguments in (["--resume"], ["--resume", "--out", str(out), "--autotune"]):
         resumed = parse([*arguments, "--keep", "9"])
         assert resumed == TrainConfig.of(
-            remat=True, softcap=5.0, steps=8, out=out, resume=True, keep=9
+            autotune=True, softcap=5.0, steps=8, out=out, resume=True, keep=9
         )
 
 

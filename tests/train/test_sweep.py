@@ -75,7 +75,7 @@ def calls(out: Path) -> list[str]:
         ("--seed 0 --seed 1", "--seed is given twice"),
         ("--label-smoothing 0 0.0", "the same run is asked for twice: label_smoothing=0"),
         ("--out a b --seed 0 1", "--out takes one folder"),
-        ("--remat maybe true", "--remat takes true and false, not 'maybe'"),
+        ("--autotune maybe true", "--autotune takes true and false, not 'maybe'"),
         ("--resume --seed 0 1", "--resume is for single runs"),
         ("--data no.jsonl --seed 0 1", "--data: no file no.jsonl"),
         ("--held-out 0 0.1", "--held-out 0 leaves nothing to compare"),
@@ -128,11 +128,11 @@ def test_switches_and_files_in_a_grid(tmp_path):
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for file in files:
         file.touch()
-    off, on = sweep.grid(["--remat", "false", "true", "--data", *map(str, files)])
-    assert (off.config.model.remat, on.config.model.remat) == (False, True)
+    off, on = sweep.grid(["--autotune", "false", "true", "--data", *map(str, files)])
+    assert (off.config.step.autotune, on.config.step.autotune) == (False, True)
     assert off.config.data.data == on.config.data.data == tuple(files)
     assert off.arguments == ("--data", *map(str, files))
-    assert on.arguments == ("--remat", "--data", *map(str, files))
+    assert on.arguments == ("--autotune", "--data", *map(str, files))
 
 
 def test_runs_once_then_skips_and_compares(stand_in, tmp_path, capfd):

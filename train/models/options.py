@@ -22,8 +22,9 @@ class ModelOptions:
     """Probability of dropping a feature after the embedding and each attention and MLP."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmuls. Weights, optimizer and loss are float32 with either."""
-    remat: bool = False
-    """Recompute each block in the backward pass: less memory, a third more time."""
+    remat: Literal["none", "block", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing, each block from its input, or
+    groups of about √layers blocks from theirs. Up to a third more time."""
 
     def __post_init__(self) -> None:
         require_share("dropout", self.dropout)

@@ -62,7 +62,7 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
     computes = {
         "dropout": flags.dropout,
         "dtype": flags.dtype,
-        "remat": "block" if flags.remat else "none",
+        "remat": flags.remat,
     }
     if out is not None and (out / MODEL).is_dir() and flags.model not in SHAPES:
         config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
