@@ -33,7 +33,8 @@ class ExportOptions:
     folder: tyro.conf.Positional[Annotated[Path, shown("FOLDER")]]
     """Where to write: a new folder."""
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, shown("DTYPE", "as it was loaded")
+        Literal["float32", "bfloat16", "float16"] | None,
+        shown("{float32,bfloat16,float16}", "as it was loaded"),
     ] = None
     """Of the weights in the files."""
 

@@ -62,6 +62,7 @@ class GenerateOptions:
             f"--temperature must be finite and at least 0, not {self.temperature}",
         )
         require(0 < self.top_p <= 1, f"--top-p must be in (0, 1], not {self.top_p}")
+        require(0 <= self.seed < 2**32, f"--seed must be in [0, 2**32), not {self.seed}")
         require(self.dtype in ("float32", "bfloat16"), f"--dtype cannot be {self.dtype}")
 
 
@@ -181,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = run_model.read(options.model, dtype=options.dtype, template=options.template)
         text = sys.stdin.read() if options.prompt == "-" else options.prompt
         said = [Message("system", options.system)] if options.system else []
+        for words in (text, options.system or ""):
+            _check_characters(words)
         prompt = (
             loaded.tokenizer.encode_text(text)
             if options.raw
@@ -202,6 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m train.generate: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_characters(text: str) -> None:
+    """Raises ValueError for bytes that were not UTF-8, which Python keeps as halves of pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text[:60]!r} is not text in UTF-8") from None
 
 
 def _multiple(length: int) -> int:

@@ -155,7 +155,8 @@ def grid(arguments: Sequence[str]) -> list[Job]:
     jobs: dict[str, Job] = {}
     for combination in itertools.product(*choices.values()):
         flags = dict(zip(choices, combination, strict=True))
-        config = read([part for option in flags.values() for part in option])
+        _, model = flags.get("model", ("", SweepConfig().model.model))
+        config = read([part for option in flags.values() for part in option], model)
         if not config.data.held_out and not config.data.eval_data:
             raise ValueError(
                 "--held-out 0 leaves nothing to compare: runs are scored on held-out records"
@@ -232,8 +233,8 @@ def switch(name: str, value: str) -> tuple[str, ...]:
     return (name,) if value.lower() == "true" else ()
 
 
-def read(arguments: Sequence[str]) -> SweepConfig:
-    """The configuration of one run; a mistake is a ValueError of one line, not tyro's box."""
+def read(arguments: Sequence[str], model: str = SweepConfig().model.model) -> SweepConfig:
+    """The configuration of one run of that model; a mistake is a ValueError, not tyro's box."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -241,15 +242,21 @@ def read(arguments: Sequence[str]) -> SweepConfig:
                 SweepConfig,
                 prog="python -m train.sweep",
                 args=arguments,
-                default=SweepConfig(),
+                default=SweepConfig.defaults(model),
                 config=(*FLAT, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-    lines = [line.strip(" │") for line in said.getvalue().splitlines()[1:]]
-    message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
+    # The message stands below the box's title, and a rule where there are no characters for boxes.
+    lines = [line.strip(" │|") for line in said.getvalue().splitlines()[1:]]
+    below = itertools.dropwhile(_is_rule, lines)
+    message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below))
     raise ValueError(re.sub(r"^Error parsing \w+: (?=-)", "", message))
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─-+")
 
 
 def check_folders(jobs: Sequence[Job]) -> None:
@@ -272,7 +279,8 @@ def check_folder(job: Job) -> None:
         now = wanted[name]
         if name in ("data", "eval_data"):
             before, now = ([str(file.absolute()) for file in files] for files in (before, now))
-        if name not in FREE and before != now:
+        of_the_model = name == "softcap" and now is None  # not given: the run notes the model's own
+        if name not in FREE and before != now and not of_the_model:
             raise ValueError(
                 f"{job.folder} holds a run with {flag(name)} {before}, not {now}:"
                 " name another --out for this sweep"

@@ -49,6 +49,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--vocab-size", "100"], "--vocab-size must be at least 262"),
         (["--seed", "-1"], "--seed must be in [0, 2**32), not -1"),
         (["--model", "huge"], "--model must be one of nano, tiny, small, "),
+        (["--template", "chatml"], "--template chatml is for models that others trained: tiny "),
         (["--data", "nowhere.jsonl"], "--data: no file nowhere.jsonl"),
         (["--data", "."], "--data: . is a folder, name the files in it"),
         (["--data"], "--data needs a file, or several"),

@@ -18,7 +18,9 @@ from paths import ROOT
 from rich.console import Console
 
 from train import sweep
+from train.__main__ import parse
 from train.evaluation import comparison
+from train.run import folder as run_folder
 
 STAND_IN = '''
 """Claims its folder as `python -m train` does, and "trains" in no time."""
@@ -95,6 +97,22 @@ def test_a_mistake_is_one_clear_line_before_anything_is_made(
     assert said.err.count("\n") == 1
     assert said.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_one_line_where_no_box_can_be_drawn(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert sweep.main(["--label-smoothing", "0", "2"]) == 2
+    said = capsys.readouterr().err
+    assert said == "python -m train.sweep: --label-smoothing must be in [0, 1], not 2.0\n"
+
+
+@pytest.mark.parametrize("model", ["nano", "smollm2-135m"])
+def test_a_run_of_the_grid_is_what_the_trainer_makes_of_its_flags(model, tmp_path):
+    for job in sweep.grid(f"--model {model} --label-smoothing 0 0.1 --out {tmp_path}".split()):
+        config = parse([*job.arguments, "--out", str(job.folder)])
+        assert job.config.flags() == config.flags()
+        run_folder.claim(config.replace(softcap=30.0))  # as a model with one of its own does
+        sweep.check_folder(job)
 
 
 def test_help_lists_the_flags_and_how_to_give_several_values(capsys):

@@ -16,6 +16,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from train.config import TrainConfig
+from train.data.options import DataOptions
+from train.flags import require
 from train.models import families, resolve
 from train.models.config import SHAPES, ModelConfig
 from train.models.decoder import Decoder
@@ -55,8 +57,8 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
     """The model that the flags ask for, or in `out`, a run to go on with, the one that it has.
 
     Raises:
-      ValueError: what `resolve.find` raises, for tensors that do not fit, and for a template that
-        cannot be used. Nothing large is allocated then.
+      ValueError: what `resolve.find` raises, for tensors that do not fit, and for a template or a
+        size of the vocabulary that cannot be used. Nothing large is allocated then.
     """
     flags = config.model
     computes = {
@@ -71,7 +73,17 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
         return Chosen(dataclasses.replace(shape, **computes), None, tokenizer, config_json)
     found = resolve.find(flags.model)
     if isinstance(found, ModelConfig):
+        require(
+            flags.template == "auto",
+            f"--template {flags.template} is for models that others trained: {flags.model} learns"
+            " chats in a form of its own",
+        )
         return Chosen(dataclasses.replace(found, vocab_size=config.data.vocab_size, **computes))
+    require(
+        config.data.vocab_size == DataOptions().vocab_size,
+        f"--vocab-size {config.data.vocab_size} is for models from scratch: {flags.model} has a"
+        " tokenizer",
+    )
     found.check()
     shape = dataclasses.replace(found.config, **computes)
     config_json = {**found.config_json, "dtype": found.tensors.dtype}
@@ -142,11 +154,16 @@ def read(where: str, *, dtype: str = "float32", template: str = "auto") -> Loade
     """A run's model at its newest checkpoint, or whatever `--model` can be.
 
     Raises:
-      ValueError: for a run without a checkpoint or of another version, for what is trained from
-        scratch and so has no weights, and what `resolve.find` raises.
+      ValueError: for a run without a checkpoint or of another version, for another folder, for
+        what is trained from scratch and so has no weights, and what `resolve.find` raises.
     """
     out = Path(where)
     if not (out / RUN_FILE).is_file():
+        require(
+            not out.is_dir() or (out / resolve.CONFIG).is_file(),
+            f"{out} is neither a run ({RUN_FILE} is missing) nor a model ({resolve.CONFIG} is"
+            " missing)",
+        )
         found = resolve.find(where)
         if isinstance(found, ModelConfig):
             raise ValueError(f"{where} is trained from scratch: name the folder of a run of it")

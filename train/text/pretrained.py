@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 
 from train.data.records import Message, Record
+from train.flags import require
 from train.text import from_gguf
 from train.text.chat import BUILT_IN, MARKS, Rendered, Template
 from train.text.tokenizer import Example
@@ -85,20 +86,29 @@ class PretrainedTokenizer:
         except Exception as error:  # the library raises plain Exception for a damaged file
             raise ValueError(f"{file} is not a tokenizer: {error}") from None
         config = read_json(folder / CONFIG)
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
+        template, special = config.get("chat_template"), {}
+        try:
+            if isinstance(template, list):  # several by name
+                template = {t["name"]: t["template"] for t in template}.get("default")
+            for name in ("bos_token", "eos_token", "pad_token"):
+                token = config.get(name)
+                if token:
+                    special[name] = token if isinstance(token, str) else token["content"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG} is damaged: {error!r}") from None
+        for name, text in {"chat_template": template or "", **special}.items():
+            require(isinstance(text, str), f"{folder / CONFIG}: {name} must be text, not {text!r}")
         if (folder / TEMPLATE).is_file():
             template = (folder / TEMPLATE).read_text("utf-8")
-        special = {}
-        for name in ("bos_token", "eos_token", "pad_token"):
-            token = config.get(name)
-            if token:
-                special[name] = token if isinstance(token, str) else token["content"]
-        stops = set()
+        stops: set[int] = set()
         for source in ("config.json", GENERATION):
             ids = read_json(folder / source).get("eos_token_id")
-            stops |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            require(
+                all(isinstance(stop, int) for stop in ids),
+                f"{folder / source}: eos_token_id must be one id or several, not {ids}",
+            )
+            stops |= set(ids)
         return cls(
             tokenizer,
             special,

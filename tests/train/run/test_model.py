@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 from oracles.inputs import weights
+from paths import ROOT
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from train import export, generate
@@ -202,12 +203,29 @@ def test_a_character_of_several_tokens_is_shown_whole(checkpoint):
     [
         (generate, ["nano", "--prompt", "x"], "nano is trained from scratch"),
         (generate, ["nothing", "--prompt", "x"], "--model must be one of nano, tiny, small"),
+        (
+            generate,
+            [str(ROOT), "--prompt", "x"],
+            f"{ROOT} is neither a run (run.json is missing) nor a model",
+        ),
         (export, ["nothing", "out"], "a GGUF file, or hf:org/name, not nothing"),
     ],
 )
 def test_what_has_no_weights_is_named(command, arguments, message, capsys):
     assert command.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--prompt", "\udcff"], ["--prompt", "", "--system", "\udcff"]])
+def test_a_prompt_that_is_not_text_is_refused(checkpoint, words, capsys):
+    assert generate.main([str(checkpoint), *words]) == 2
+    assert r"'\udcff' is not text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_seed_is_one_that_training_takes(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        generate.main([str(checkpoint), "--prompt", "x", "--seed", str(2**32)])
+    assert "--seed must be in [0, 2**32)" in capsys.readouterr().err
 
 
 def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(checkpoint):
@@ -217,12 +235,16 @@ def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(checkpoint)
         small.tokenizer()
 
 
-def test_a_template_that_refuses_stops_before_anything_is_written(checkpoint, tmp_path):
+def test_a_template_or_a_vocabulary_that_does_not_fit_stops_before_anything_is_written(
+    checkpoint, tmp_path
+):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     flags = {"model": str(checkpoint), "data": (data,), "held_out": 0.0, "out": tmp_path / "run"}
     with pytest.raises(ValueError, match=re.escape("--template chatml needs <|im_start|>")):
         loop.prepare(TrainConfig.of(**flags, template="chatml"))
+    with pytest.raises(ValueError, match="--vocab-size 300 is for models from scratch"):
+        loop.prepare(TrainConfig.of(**flags, vocab_size=300))
     assert not (tmp_path / "run").exists()
 
 

@@ -140,6 +140,27 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
         PretrainedTokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"chat_template": 5}, r"tokenizer_config\.json: chat_template must be text, not 5"),
+        ({"chat_template": [{"a": 1}]}, r"tokenizer_config\.json is damaged: KeyError\('name'\)"),
+        ({"eos_token": 5}, r"tokenizer_config\.json is damaged: TypeError"),
+        ({"bos_token": {"content": 5}}, r"tokenizer_config\.json: bos_token must be text, not 5"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_file(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainedTokenizer.from_folder(folder(tmp_path, **config))
+
+
+def test_a_stop_that_is_no_id_is_named_with_its_file(tmp_path):
+    folder(tmp_path, chat_template=BUILT_IN["chatml"])
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be one id"):
+        PretrainedTokenizer.from_folder(tmp_path)
+
+
 def gguf_metadata(**changes):
     metadata = {
         "tokenizer.ggml.model": "llama",

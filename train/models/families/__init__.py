@@ -42,11 +42,7 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     """
     fields = Fields(config, where)
     try:
-        family = page(fields.text("model_type"))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    try:
-        return family.read(fields)
+        return page(fields.text("model_type")).read(fields)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(where) else f"{where}: {message}") from None
