@@ -43,7 +43,7 @@ SCRIPT = """
             batch = next(ready.data.train)
         memory = compiled.memory_analysis().temp_size_in_bytes
         return config, ready, state, losses, memory, evaluate(
-            state.model, ready.data, loop.scoring_options(config))
+            state.model, ready.exam, loop.scoring_options(config))
 
     *_, one, memory, evaluation = run(1)
     assert len({tuple(row) for row in one}) == 6
