@@ -1,4 +1,4 @@
-"""Training on two devices: what one device computes, in about half of its memory."""
+"""Training on two devices: what one device computes, with half of its activations."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ SCRIPT = """
 
     def run(count):
         config = TrainConfig.of(
-            data=(data,), devices=count, batch_size=4, accumulate=2, max_length=32, vocab_size=300,
+            data=(data,), devices=count, batch_size=16, accumulate=2, max_length=32, vocab_size=300,
             steps=6, held_out=0.2, label_smoothing=0.1, out=out / str(count),
         )
         ready = loop.prepare(config)
