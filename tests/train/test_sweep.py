@@ -79,7 +79,7 @@ def calls(out: Path) -> list[str]:
         ("--out a b --seed 0 1", "--out takes one folder"),
         ("--autotune maybe true", "--autotune takes true and false, not 'maybe'"),
         ("--resume --seed 0 1", "--resume is for single runs"),
-        ("--data no.jsonl --seed 0 1", "--data: no file no.jsonl"),
+        ("--data no.jsonl --seed 0 1", "there is no file no.jsonl"),
         ("--held-out 0 0.1", "--held-out 0 leaves nothing to compare"),
         ("--implementation auto hoper", "implementation='hoper'; must be one of"),
         ("--implementation auto hopper", "hopper"),

@@ -50,9 +50,9 @@ def read(path: str | Path, skipped: list[str] | None = None) -> list[Record]:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"--data: no file {path}")
+        raise ValueError(f"there is no file {path}")
     if path.is_dir():
-        raise ValueError(f"--data: {path} is a folder, name the files in it")
+        raise ValueError(f"{path} is a folder: name the files in it")
     records, bad = [], []
     with progress(f"reading {path.name}") as advance:
         for where, value in _values(path):

@@ -99,7 +99,9 @@ def prepare(config: TrainConfig) -> Run:
     config = check(config, model.shape)
     for path in config.data.files if config.run.resume else ():
         if not path.exists():
-            raise ValueError(f"the run's data {path} is gone: say with --data where it is now")
+            raise ValueError(
+                f"the run's data {path} is gone: say with --data or --eval-data where it is now"
+            )
     data = dataset.build(
         data=config.data.data,
         eval_data=config.data.eval_data,
