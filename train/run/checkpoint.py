@@ -54,7 +54,7 @@ class Checkpointer:
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
         )
         try:
-            with _said_once():
+            with said_once():
                 self._manager.save(step, args=items)
         except (OSError, ValueError) as error:  # TensorStore's of a full disk is a ValueError
             before = f"the checkpoint of step {kept} is kept" if kept else "there is none before"
@@ -77,7 +77,8 @@ class Checkpointer:
 
     def _read(self, step: int, item: str, how: Any) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+            with said_once():
+                return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as error:  # of any kind, whatever is damaged
             before = [other for other in self._manager.all_steps() if other < step]
             instead = f"step {max(before)}" if before else "the beginning"
@@ -94,9 +95,9 @@ class Checkpointer:
 
 
 @contextlib.contextmanager
-def _said_once() -> Iterator[None]:
+def said_once() -> Iterator[None]:
     """Keeps quiet what is raised here as well: Orbax's threads and asyncio log it with a traceback
-    each, and TensorStore prints one for every write that finds their event loop closed by it."""
+    each, and TensorStore prints one for each file whose end finds their event loop closed by it."""
     logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     before = [log.disabled for log in logs]
 

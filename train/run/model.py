@@ -24,7 +24,7 @@ from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.models.weights.load import abstract
 from train.run import files
-from train.run.checkpoint import Checkpointer
+from train.run.checkpoint import Checkpointer, said_once
 from train.run.folder import CHECKPOINTS, MODEL, RUN_FILE, load
 from train.text import pretrained
 from train.text.bpe import BPE
@@ -194,7 +194,7 @@ def _params(path: Path, shape: ModelConfig) -> nnx.State:
         )
     }
     try:
-        with ocp.PyTreeCheckpointer() as reader:
+        with said_once(), ocp.PyTreeCheckpointer() as reader:
             found = reader.restore(
                 path.absolute(),
                 args=ocp.args.PyTreeRestore(

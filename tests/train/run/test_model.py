@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -107,6 +111,17 @@ def test_the_weights_of_a_run_are_those_of_its_last_checkpoint(trained, checkpoi
         )
     ]
     assert min(moved) > 1e-5
+
+
+def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for file in run.glob("checkpoints/2/state/**/d/*"):
+        os.truncate(file, 10)
+    command = [sys.executable, "-m", "train.generate", str(run), "--prompt", "x"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "checkpoints/2/state cannot be read: " in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
 def test_a_run_goes_on_without_the_files_that_it_began_with(trained, checkpoint, tmp_path):
