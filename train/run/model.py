@@ -71,6 +71,11 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
         shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
         tokenizer = PretrainedTokenizer.from_folder(out / MODEL)
         return Chosen(dataclasses.replace(shape, **computes), None, tokenizer, config_json)
+    require(
+        not (Path(flags.model) / RUN_FILE).is_file(),
+        f"--model {flags.model} is a run: python -m train.export {flags.model} FOLDER makes a model"
+        " of it",
+    )
     found = resolve.find(flags.model)
     if isinstance(found, ModelConfig):
         require(

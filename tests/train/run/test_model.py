@@ -113,6 +113,11 @@ def test_the_weights_of_a_run_are_those_of_its_last_checkpoint(trained, checkpoi
     assert min(moved) > 1e-5
 
 
+def test_a_run_in_place_of_a_model_is_told_how_to_become_one(trained):
+    with pytest.raises(ValueError, match=r"run is a run: python -m train\.export .* makes a model"):
+        run_model.choose(TrainConfig.of(model=str(trained)), None)
+
+
 def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     for file in run.glob("checkpoints/2/state/**/d/*"):
