@@ -40,6 +40,9 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     target = jnp.where(saved.labels >= 0, found.position[saved.labels], -1)
     # What the last tile lacks is out of bounds, and dropped.
     order = jnp.pad(found.order, (0, -v % tiles.tile_c), constant_values=head_rows)
+    # The plan before dC is begun: what it is made from then lies where dC will, not beside it.
+    first_tile, poison = lax.optimization_barrier((work.first_tile, c.poison))
+    work, c = work._replace(first_tile=first_tile), c._replace(poison=poison)
     loop = Loop(call, saved, c, wanted, tiles, slots, work, target, gathered=True)
     bias = finite_bias(saved)
     shared: dict[str, Any] = {"ctas": call.ctas, "interpret": call.interpret}

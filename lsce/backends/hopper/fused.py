@@ -126,7 +126,8 @@ def with_gradients(
     w = jnp.where(rows.in_use, w, 0.0)
     target = target_logit(call, e, head, None, y)
     r = jnp.maximum(hot_sums(call, e, head, None, y, stats=False).lse, target) + SHIFT
-    center = jnp.mean(head, axis=0, dtype=jnp.float32)
+    # The mean before P is begun: what it is made from then does not lie beside P.
+    center, r = lax.optimization_barrier((jnp.mean(head, axis=0, dtype=jnp.float32), r))
     mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
     count, own = fused_layout(n, e.shape[1], p.v, tiles.tile_c)
