@@ -87,24 +87,22 @@ def _each_bwd(backend, call, saved, cotangents):
 _each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _in_one_piece(backend, call, arrays):
     """The forward pass as something of which `jax.checkpoint` saves all or nothing.
 
     Its policies may save the result of every matrix product, and here those are all of the logits.
-    Second derivatives, where the backend has them, make the forward pass again.
+    The rule below is what JAX would do itself, for second derivatives. It is no custom_vjp: under
+    `vmap` that counts the cotangent of a result that examples share, such as the head, once for
+    each of them.
     """
     return backend.forward(call, arrays, keep=True)
 
 
-def _in_one_piece_bwd(backend, call, arrays, cotangents):
+@_in_one_piece.defjvp
+def _in_one_piece_jvp(backend, call, primals, tangents):
     forward = functools.partial(backend.forward, call, keep=True)
-    return jax.vjp(forward, arrays)[1](cotangents)
-
-
-_in_one_piece.defvjp(
-    lambda backend, call, arrays: (_in_one_piece(backend, call, arrays), arrays), _in_one_piece_bwd
-)
+    return jax.jvp(forward, primals, tangents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -240,14 +238,8 @@ def _batch(flat, axes, *, function, backend, call, tree):
     folded = dataclasses.replace(problem, n=size * problem.n)
     shared = all(axis is None for axis in (of.head, of.bias, of.vocab_order))
     if not shared or backend.refuses(folded) is not None:
-        batched = [i for i, axis in enumerate(axes) if axis is not None]
-
-        def one(some):
-            changed = dict(zip(batched, some, strict=True))
-            args = [changed.get(i, x) for i, x in enumerate(flat)]
-            return _primitive.bind(*args, function=function, backend=backend, call=call, tree=tree)
-
-        out = lax.map(one, [jnp.moveaxis(flat[i], axes[i], 0) for i in batched])
+        params = {"function": function, "backend": backend, "call": call, "tree": tree}
+        out = _one_by_one(*flat, axes=tuple(axes), **params)
         return out, [0] * len(out)
 
     def fold(x, axis):
@@ -264,6 +256,17 @@ def _batch(flat, axes, *, function, backend, call, tree):
     if function is _fused:
         out = [out[0].sum(1)]
     return out, [0] * len(out)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "function", "backend", "call", "tree"))
+def _one_by_one(*flat, axes, **params):
+    batched = [i for i, axis in enumerate(axes) if axis is not None]
+
+    def one(some):
+        changed = dict(zip(batched, some, strict=True))
+        return _primitive.bind(*(changed.get(i, x) for i, x in enumerate(flat)), **params)
+
+    return lax.map(one, [jnp.moveaxis(flat[i], axes[i], 0) for i in batched])
 
 
 _primitive.def_impl(_flat)

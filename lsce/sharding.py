@@ -68,7 +68,8 @@ def of_one_device(problem: Problem, mesh: Any) -> Problem:
     """The part of a problem that each device of the mesh computes."""
     if mesh is None:
         return problem
-    return dataclasses.replace(problem, n=cdiv(problem.n, mesh.size))
+    # At least one token: XLA cannot split what is empty.
+    return dataclasses.replace(problem, n=max(1, cdiv(problem.n, mesh.size)))
 
 
 def _is_explicit(mesh: Any) -> bool:

@@ -45,11 +45,11 @@ class TestVmap:
         labels[0, :2] = -100
         return draw(self.B, self.N, self.D), draw(self.V, self.D), jnp.asarray(labels, jnp.int32)
 
-    def check(self, make, arrays, *, of=(0, 1)):
+    def check(self, make, arrays, *, of=(0, 1), atol=1e-6):
         """The gradients of `make(loss)` are those of the reference; returns them."""
         got, expected = (jax.jit(jax.grad(make(x), argnums=of))(*arrays) for x in (loss, truth))
         for a, b in zip(got, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
             assert np.any(b)
 
     def test_examples_with_one_head(self, arrays):
@@ -104,6 +104,23 @@ class TestVmap:
         assert got[1].shape == (self.B, self.V, self.D)
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("axes", [(0, None, 0), (None, None, 0), (None, 0, None)])
+    def test_second_derivatives_of_what_examples_share(self, arrays, axes):
+        """A batched custom_vjp would count the cotangent of a shared head once an example."""
+        hidden, head, labels = arrays
+        heads = jnp.stack([head, 2 * head, -head])
+        given = [
+            x if axis == 0 else one
+            for x, one, axis in zip(
+                (hidden, heads, labels), (hidden[0], head, labels[0]), axes, strict=True
+            )
+        ]
+
+        def penalty(f):
+            return lambda *a: sum(jnp.sum(g**2) for g in jax.grad(f, argnums=(0, 1))(*a))
+
+        self.check(lambda f: lambda *a: jax.vmap(penalty(f), axes)(*a).sum(), given, atol=1e-4)
 
     def test_weights_statistics_and_reductions(self, arrays):
         hidden, head, labels = arrays
@@ -163,15 +180,19 @@ def test_no_policy_of_checkpoint_saves_the_logits(policy):
     assert kept < 2048 * 65536 * 4 / 8
 
 
-def test_eager_gradients_are_compiled_once(caplog):
-    hidden, head = jnp.ones((6, 8)), jnp.ones((11, 8))
-    labels = jnp.arange(6)
+@pytest.mark.parametrize(
+    ("call", "heads"),
+    [(jax.grad(loss, argnums=(0, 1)), ()), (jax.vmap(loss, (None, 0, None)), (2,))],
+    ids=["gradients", "a head of each example"],
+)
+def test_eager_calls_are_compiled_once(caplog, call, heads):
+    hidden, head, labels = jnp.ones((6, 8)), jnp.ones((*heads, 11, 8)), jnp.arange(6)
 
     def compilations(n: int) -> int:
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
             for _ in range(n):
-                jax.grad(loss, argnums=(0, 1))(hidden, head, labels)
+                call(hidden, head, labels)
         return sum("Finished XLA compilation" in record.message for record in caplog.records)
 
     assert compilations(1) > 0

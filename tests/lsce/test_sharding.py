@@ -101,13 +101,13 @@ ON_A_MESH = """
     assert "all-gather" not in text
     assert "all-to-all" not in text
 
-    # Tokens that only one axis divides, and tokens that none does.
+    # Tokens that only one axis divides, tokens that none does, and none at all.
     run, all_cotangents = step(implementation="chunked"), cotangent
-    for rows, kind in itertools.product((2, 1), (AxisType.Auto, AxisType.Explicit)):
+    for rows, kind in itertools.product((2, 1, 0), (AxisType.Auto, AxisType.Explicit)):
         mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
         part = {k: x[:rows, :3] if k in ("hidden", "weights") else x for k, x in arrays.items()}
         cotangent = all_cotangents[:rows, :3]
-        given = part, labels[-rows:, :3]
+        given = part, labels[B - rows :, :3]
         check(jax.jit(run)(*jax.device_put(given, NamedSharding(mesh, P()))), jax.jit(run)(*given))
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     cotangent = all_cotangents
