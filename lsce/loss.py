@@ -101,6 +101,10 @@ def _in_one_piece(backend, call, arrays):
 
 @_in_one_piece.defjvp
 def _in_one_piece_jvp(backend, call, primals, tangents):
+    if not backend.twice_differentiable:
+        raise TypeError(
+            f"implementation={backend.name!r} has no second derivatives: take 'chunked'"
+        )
     forward = functools.partial(backend.forward, call, keep=True)
     return jax.jvp(forward, primals, tangents)
 

@@ -261,3 +261,17 @@ def test_the_mark_of_an_invalid_label_reaches_every_gradient(invalid):
 
     grads = jax.grad(total, argnums=(0, 1))(jnp.ones((4, 2)), jnp.ones((3, 2)))
     assert all(np.isnan(grad).all() == invalid for grad in grads)
+
+
+def test_second_derivatives_that_a_backend_lacks_are_refused():
+    problem = Problem(4, 2, 3, F32, F32, "cpu", "cpu")
+
+    def first(hidden):
+        def total(hidden):
+            arrays = Arrays(hidden, jnp.ones((3, 2)), jnp.zeros(4, jnp.int32))
+            return weighted(Counting(), problem, arrays, jnp.ones(4), summed=True)[0]
+
+        return jax.grad(total)(hidden).sum()
+
+    with pytest.raises(TypeError, match="implementation='counting' has no second derivatives"):
+        jax.grad(first)(jnp.ones((4, 2)))
