@@ -208,28 +208,47 @@ def train(run: Run) -> Evaluation:
     )
     scoring = scoring_options(config)
 
+    def measure(step: int, metrics: StepMetrics, rate: float) -> None:
+        metrics = jax.device_get(metrics)  # waits for the step
+        if not metrics.finite:
+            raise NotFiniteError(step, metrics, run.checkpointer.latest_step(), run.out)
+        monitor.step(step, as_row(metrics, rate))
+
+    def evaluates(step: int) -> bool:
+        every = config.run.eval_every
+        due = every and step and step % every == 0 and step != run.total_steps
+        return bool(due) and step not in monitor.evaluated
+
     def evaluate_during(step: int) -> None:
-        due = config.run.eval_every and step and step % config.run.eval_every == 0
-        if due and step != run.total_steps and step not in monitor.evaluated:
+        if evaluates(step):
             with monitor.paused(), stop.at_once():
                 monitor.evaluation(step, headline(evaluate(state.model, run.exam, scoring)))
 
+    def saves(step: int) -> bool:
+        return step % config.run.checkpoint_every == 0 or step == run.total_steps
+
     with stop_requests() as stop, monitor, run.checkpointer:
         evaluate_during(run.first_step)  # where a signal cut it off
+        unread = []  # the last step, where its metrics are not read yet
         for step in range(run.first_step + 1, run.total_steps + 1):
             rate = run.rate(step - 1)
-            state, metrics = take_step(state, next(data.train), rate, config.loss, config.step)
-            metrics = jax.device_get(metrics)
-            if not metrics.finite:
-                raise NotFiniteError(step, metrics, run.checkpointer.latest_step(), run.out)
-            monitor.step(step, as_row(metrics, rate))
-
-            evaluate_during(step)
-            if stop.signum or step % config.run.checkpoint_every == 0 or step == run.total_steps:
-                with monitor.paused():
-                    run.checkpointer.save(step, state, data.train.state())
-            if stop.signum:
-                raise Interrupted(stop.signum, step, run.out)
+            with monitor.waiting():
+                batch = next(data.train)
+            state, metrics = take_step(state, batch, rate, config.loss, config.step)
+            # Read while the device is at the next step, so that it need not wait for the host. But
+            # a state is evaluated or saved only once its own are read and known to be finite.
+            for before in unread:
+                measure(*before)
+            unread = [(step, metrics, rate)]
+            if stop.signum or evaluates(step) or saves(step):
+                measure(*unread.pop())
+                evaluate_during(step)
+                if stop.signum or saves(step):
+                    with monitor.paused():
+                        run.checkpointer.save(step, state, data.train.state())
+                if stop.signum:
+                    raise Interrupted(stop.signum, step, run.out)
+        monitor.say_waited()
 
         monitor.say("evaluating")
         with stop.at_once():

@@ -2,6 +2,8 @@
 
     with Monitor(out, total_steps, start_step=resumed_step) as monitor:
         for step in range(resumed_step + 1, total_steps + 1):
+            with monitor.waiting():         # time in which the host waits for a batch
+                batch = next(batches)
             ...
             monitor.step(step, {"loss": loss, "grad_norm": norm, "tokens": count, ...})
             with monitor.paused():          # time that is not training: evaluation, checkpoints
@@ -71,6 +73,8 @@ class Monitor:
         self._console = console or Console()
         self._tokens: list[Any] = []  # of the steps since the last row, perhaps still on the device
         self._paused = 0.0
+        self._waited = 0.0
+        self._all_seconds = self._all_waited = 0.0
         self.evaluated: set[int] = set()
         """The steps that have a row of held-out scores."""
 
@@ -98,7 +102,8 @@ class Monitor:
           values: scalars, arrays on a device allowed: they are read (and waited for) only at
             steps that get a row. `tokens`, the number of tokens in the step's loss, is where
             tokens_per_second comes from: the tokens of all steps since the last row over the
-            seconds since then, pauses left out.
+            seconds since then, pauses left out. `input_wait` is the share of these seconds that was
+            spent in `waiting`.
         """
         self._tokens.append(values.get("tokens", 0))
         if step % self._log_every and step != self.total_steps:
@@ -109,7 +114,10 @@ class Monitor:
         now = self._clock()
         seconds = now - self._last_row - self._paused
         row["tokens_per_second"] = tokens / seconds if seconds > 0 else None
-        self._tokens, self._last_row, self._paused = [], now, 0.0
+        row["input_wait"] = self._waited / seconds if seconds > 0 else None
+        self._all_seconds += seconds
+        self._all_waited += self._waited
+        self._tokens, self._last_row, self._paused, self._waited = [], now, 0.0, 0.0
         self._write("train", row)
         self._display.show(row)
 
@@ -134,6 +142,20 @@ class Monitor:
             yield
         finally:
             self._paused += self._clock() - began
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside is waiting for the input pipeline: it counts as training time."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._waited += self._clock() - began
+
+    def say_waited(self) -> None:
+        """Prints the share of all training time that was spent in `waiting`, if there was any."""
+        if self._all_seconds > 0:
+            self.say(f"waited for data in {self._all_waited / self._all_seconds:.2%} of the time")
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""

@@ -1,12 +1,19 @@
-"""What a run makes of its configuration before the first step."""
+"""What a run makes of its configuration before the first step, and in which order it goes on."""
 
 import dataclasses
+import signal
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 
+from train.config import TrainConfig
 from train.models.config import MOST_WRITTEN_OUT, PRESETS
+from train.run import loop
 from train.run.loop import written_out
+from train.run.step import StepMetrics
 
 
 @pytest.mark.parametrize(
@@ -18,3 +25,93 @@ def test_layers_are_written_out_where_that_pays(monkeypatch, backend, layers, sc
     shape = dataclasses.replace(PRESETS["nano"], layers=layers)
     assert shape.scan == "on"  # what is repeatable
     assert written_out(shape) == dataclasses.replace(shape, scan=scan)
+
+
+class OnDevice:
+    """A number that is known once the device is done with its step."""
+
+    def __init__(self, value, read):
+        self.value, self.read = value, read
+
+    def __array__(self, *_arguments, **_options):
+        self.read()
+        return np.asarray(self.value)
+
+
+class Batches:
+    def __next__(self):
+        return None
+
+    def state(self):
+        return {}
+
+
+@pytest.fixture
+def happened(tmp_path, monkeypatch):
+    """Trains with every part of the loop a stub; returns the order in which they were called."""
+
+    def train(total_steps, nan_at=None, signal_at=None, **flags):
+        order = []
+
+        def take_step(state, _batch, _rate, *_options):
+            step = state.step + 1
+            order.append(f"begin {step}")
+            if step == signal_at:
+                signal.raise_signal(signal.SIGTERM)
+            finite = OnDevice(step != nan_at, lambda: order.append(f"read {step}"))
+            return SimpleNamespace(step=step, model=step), StepMetrics(
+                1.0, 1.0, 10, 0.5, 0.1, finite
+            )
+
+        def evaluate(model, *_):
+            order.append(f"evaluate {model}")
+
+        def save(step, state, _position):
+            assert step == state.step
+            order.append(f"save {step}")
+
+        checkpointer = loop.Checkpointer(tmp_path, keep=9)
+        monkeypatch.setattr(checkpointer, "save", save)
+        monkeypatch.setattr(loop, "train_step", take_step)
+        monkeypatch.setattr(loop, "evaluate", evaluate)
+        monkeypatch.setattr(loop, "headline", lambda _: {"token_nll": 1.0})
+        monkeypatch.setattr(loop, "report", mock.Mock())
+        start = SimpleNamespace(step=0, model=0)
+        data = SimpleNamespace(train=Batches())
+        config = TrainConfig.of(checkpoint_every=4, **flags)
+        run = loop.Run(config, tmp_path, data, None, float, checkpointer, start, 0, total_steps)
+        try:
+            loop.train(run)
+        except (loop.NotFiniteError, loop.Interrupted) as error:
+            order.append(type(error).__name__)
+        return order
+
+    return train
+
+
+def test_the_next_step_begins_before_the_last_one_s_metrics_are_read(happened):
+    """And what is evaluated or saved is known to be finite."""
+    assert happened(5, eval_every=2) == [
+        *("begin 1", "begin 2", "read 1", "read 2", "evaluate 2"),
+        *("begin 3", "begin 4", "read 3", "read 4", "evaluate 4", "save 4"),
+        *("begin 5", "read 5", "save 5", "evaluate 5"),
+    ]
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_state_after_a_nan_is_never_saved(happened, step):
+    assert happened(9, nan_at=step) == [
+        *("begin 1", "begin 2", "read 1", "begin 3", "read 2", "begin 4", "read 3"),
+        *(["read 4"] if step == 4 else []),
+        "NotFiniteError",
+    ]
+
+
+def test_a_signal_saves_the_step_that_has_begun(happened):
+    assert happened(9, signal_at=2) == [
+        *("begin 1", "begin 2", "read 1", "read 2", "save 2", "Interrupted")
+    ]
+
+
+def test_a_nan_in_the_step_that_a_signal_waits_for_is_not_saved(happened):
+    assert happened(9, signal_at=2, nan_at=2)[-2:] == ["read 2", "NotFiniteError"]

@@ -72,6 +72,7 @@ def test_a_row_a_step_with_tokens_per_second(tmp_path):
         "loss": float(np.float32(5.1)),
         "tokens": 300,
         "tokens_per_second": 150.0,
+        "input_wait": 0.0,
     }
     assert last["tokens_per_second"] == 25.0
     assert scalars(tmp_path)["train/loss", 2] == np.float32(4.9)
@@ -109,6 +110,22 @@ def test_pauses_are_not_training_time(tmp_path):
             clock.now += 50.0
         monitor.step(1, {"loss": 1.0, "tokens": 40})
     assert rows(tmp_path)[0]["tokens_per_second"] == 40.0
+
+
+def test_the_share_of_the_time_that_waits_for_data(tmp_path):
+    clock = Clock()
+    console, text = text_console()
+    with Monitor(tmp_path, 3, log_every=2, console=console, clock=clock) as monitor:
+        for step in (1, 2, 3):
+            with monitor.waiting():
+                clock.now += 0.25
+            clock.now += 0.75 * step
+            with monitor.paused():
+                clock.now += 9.0
+            monitor.step(step, {"loss": 1.0, "tokens": 1})
+        monitor.say_waited()
+    assert [row["input_wait"] for row in rows(tmp_path)] == [0.5 / 2.75, 0.1]
+    assert "waited for data in 14.29% of the time" in text.getvalue()  # 0.75 of 5.25 s
 
 
 def test_evaluations_have_rows_and_tags_of_their_own(tmp_path):

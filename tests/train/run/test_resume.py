@@ -32,6 +32,7 @@ from train.run import loop
 from train.__main__ import main
 
 class Killer(loop.Monitor):
+    "Its step is recorded when the next one has begun already."
     def step(self, step, values):
         super().step(step, values)
         if step == int(sys.argv[2]):
@@ -94,7 +95,8 @@ def rows(out: Path) -> list[dict[str, float]]:
     """What each training step measured, but for the time it took."""
     written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in written if "loss" in row]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in steps]
+    timed = ("tokens_per_second", "input_wait")
+    return [{k: v for k, v in row.items() if k not in timed} for row in steps]
 
 
 def saved_steps(out: Path) -> list[int]:
@@ -143,11 +145,11 @@ def test_sigterm_saves_the_step_and_resume_is_the_uninterrupted_run(
     process = killed(signal.SIGTERM, 7, flags(out, records))
     assert process.returncode == 143
     assert process.stderr.splitlines()[-1] == (
-        "python -m train: SIGTERM: stopped after step 7, which is saved;"
+        "python -m train: SIGTERM: stopped after step 8, which is saved;"
         f" --resume --out {out} goes on from there"
     )
     assert "Traceback" not in process.stderr
-    assert saved_steps(out) == [5, 7]
+    assert saved_steps(out) == [5, 8]
     assert not (out / "eval.json").exists()
     assert main([*flags(out, records), "--resume"]) == 0
     assert_same_run(out, uninterrupted)
@@ -157,9 +159,9 @@ def test_sigint_saves_the_step_too(tmp_path, records):
     out = tmp_path / "run"
     process = killed(signal.SIGINT, 2, flags(out, records))
     assert process.returncode == 130
-    assert "SIGINT: stopped after step 2, which is saved" in process.stderr
+    assert "SIGINT: stopped after step 3, which is saved" in process.stderr
     assert "Traceback" not in process.stderr
-    assert saved_steps(out) == [2]
+    assert saved_steps(out) == [3]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, uninterrupted, records):
@@ -220,7 +222,10 @@ def test_a_run_that_cannot_start_changes_no_run_before_it(tmp_path, uninterrupte
         ([*flags(uninterrupted, bad), "--overwrite"], "bad.jsonl:61: invalid JSON"),
         (["--resume", *on, "--data", str(bad)], "bad.jsonl:61: invalid JSON"),
         (["--resume", *on, "--data", str(other)], "belongs to other data"),
-        (["--resume", *on, "--data", "gone.jsonl"], "gone.jsonl is gone: say with --data or --eval-data"),
+        (
+            ["--resume", *on, "--data", "gone.jsonl"],
+            "gone.jsonl is gone: say with --data or --eval-data",
+        ),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
