@@ -19,6 +19,9 @@ import tyro
 from train.config import FLAT, TrainConfig
 from train.run import folder as run_folder
 
+LISTS = {"--data": "file", "--eval-data": "file", "--freeze": "pattern"}
+"""Flags with several values, and what these are."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trainer.
@@ -79,7 +82,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 def _given(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags that say where the other flags' defaults come from; tyro reads and checks all.
 
-    But for files of which there are none, as after a pattern that matches nothing: tyro would take
+    But for lists of which there are none, as after a pattern that matches no file: tyro would take
     that for no flag at all, and of two flags it would take the last.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -88,16 +91,17 @@ def _given(arguments: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--overwrite", action="store_true")
     first.add_argument("--out", type=Path, nargs="?")
     first.add_argument("--model", nargs="?")
-    for name in ("--data", "--eval-data"):
+    for name in LISTS:
         first.add_argument(name, nargs="*", action="append", default=[])
     for name in ("--steps", "--epochs"):
         first.add_argument(name, nargs="*")
     given = first.parse_known_args(arguments)[0]
-    for name, files in (("--data", given.data), ("--eval-data", given.eval_data)):
-        if [] in files:
-            raise ValueError(f"{name} needs a file, or several")
-        if len(files) > 1:
-            raise ValueError(f"{name} is given twice: put all files behind one {name}")
+    for name, what in LISTS.items():
+        lists = getattr(given, name.removeprefix("--").replace("-", "_"))
+        if [] in lists:
+            raise ValueError(f"{name} needs a {what}, or several")
+        if len(lists) > 1:
+            raise ValueError(f"{name} is given twice: put all {what}s behind one {name}")
     return given
 
 

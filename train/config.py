@@ -22,6 +22,7 @@ from train.run.options import (
     OptimizerOptions,
     RunOptions,
     StepOptions,
+    TrainedOptions,
 )
 
 FREE = {"out", "resume", "overwrite", "eval_every", "checkpoint_every", "keep", "log_every"}
@@ -56,6 +57,7 @@ class TrainConfig:
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     loss: LossOptions = dataclasses.field(default_factory=LossOptions)
+    trained: TrainedOptions = dataclasses.field(default_factory=TrainedOptions)
     step: StepOptions = dataclasses.field(default_factory=StepOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)

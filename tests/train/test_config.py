@@ -54,6 +54,7 @@ def refused(capsys, *arguments: str) -> str:
         (["--data", "."], ". is a folder: name the files in it"),
         (["--data"], "--data needs a file, or several"),
         (["--eval-data"], "--eval-data needs a file, or several"),
+        (["--freeze"], "--freeze needs a pattern, or several"),
         (["--data", "a:2", "b"], "--data: b has no weight and other files have"),
         (["--data", "a", "--data=b"], "--data is given twice: put all files behind one --data"),
         (["--steps", "9", "--epochs", "1"], "--steps 9 and --epochs 1.0 contradict each other"),

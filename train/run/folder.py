@@ -83,7 +83,7 @@ def claim(config: TrainConfig, *, step: int = 0) -> Path:
     out = find(config)
     earlier: list[dict[str, Any]] = []
     if config.run.resume:
-        earlier = _read(out).get("earlier", [])
+        earlier = list(_read(out).get("earlier", ()))
         changed = config.changed_since(load(out))
         if changed:
             earlier.append(
@@ -153,6 +153,7 @@ def _read(out: Path) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_text("utf-8"))
         files = {name: tuple(map(Path, saved[name])) for name in ("data", "eval_data")}
-        return saved | files | {"out": out}
+        lists = {name: tuple(saved[name]) for name in saved if isinstance(saved[name], list)}
+        return saved | lists | files | {"out": out}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: it does not hold a run's flags ({error!r})") from None

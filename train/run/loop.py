@@ -28,6 +28,7 @@ from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.run import folder as run_folder
+from train.run import trained
 from train.run.checkpoint import Checkpointer
 from train.run.folder import METRICS, RELIABILITY
 from train.run.metrics import Monitor, cut_rows_after
@@ -124,7 +125,12 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError(f"{total_steps:,} steps are more than the optimizer can count (2**31 - 1)")
     rate = learning_rate(config.optimizer, total_steps)
     shape = written_out(model.shape) if config.step.autotune else model.shape
-    create = state_maker(shape, optimizer(config.optimizer), config.step.devices)
+    create = state_maker(
+        shape,
+        optimizer(config.optimizer),
+        config.step.devices,
+        trained.frozen(shape, config.trained.freeze),
+    )
 
     first_step, state = 0, None
     if config.run.resume:
@@ -156,8 +162,10 @@ def prepare(config: TrainConfig) -> Run:
     write_model(out, model, data.tokenizer)
     checkpointer = Checkpointer(out, keep=config.run.keep)
     logger.info("run: %s", out)
-    size = sum(weight.size for weight in jax.tree.leaves(state.params))
+    size, changes = map(_size, (state.params, trained.divide(state.params, state.frozen)[0]))
     logger.info("model: %s, %s parameters", config.model.model, f"{size:,}")
+    if state.frozen:
+        logger.info("       of which %s are trained (%.3g%%)", f"{changes:,}", 100 * changes / size)
     if (spare := model.shape.vocab_size - data.tokenizer.vocab_size) > 0:
         logger.info(
             "       %d of %d rows of the head are no token's; label smoothing is over all of them",
@@ -264,14 +272,18 @@ def train(run: Run) -> Evaluation:
 
 @functools.cache
 def state_maker(
-    shape: ModelConfig, optimizer: optax.GradientTransformation, devices_count: int
+    shape: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    devices_count: int,
+    frozen: tuple[str, ...] = (),
 ) -> Callable[[int], TrainState]:
     """The compiled function that makes a new run's state from its seed."""
 
     @functools.partial(jax.jit, out_shardings=devices.whole(devices_count))
     def create(seed: int) -> TrainState:
         weights, dropout = jax.random.split(jax.random.key(seed))
-        return TrainState.create(Decoder(shape, rngs=nnx.Rngs(params=weights)), optimizer, dropout)
+        model = Decoder(shape, rngs=nnx.Rngs(params=weights))
+        return TrainState.create(model, optimizer, dropout, frozen)
 
     return create
 
@@ -286,7 +298,8 @@ def first_state(
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.whole(devices_count))
     def complete(params: nnx.State, seed: int) -> TrainState:
         _, dropout = jax.random.split(jax.random.key(seed))
-        return TrainState.create(nnx.merge(like.graphdef, params), like.optimizer, dropout)
+        model = nnx.merge(like.graphdef, params)
+        return TrainState.create(model, like.optimizer, dropout, like.frozen)
 
     return complete(params, seed)
 
@@ -321,6 +334,10 @@ def as_row(metrics: StepMetrics, rate: float) -> dict[str, Any]:
     row = metrics._asdict() | {"learning_rate": rate}
     del row["finite"]
     return row
+
+
+def _size(params: nnx.State) -> int:
+    return sum(weight.size for weight in jax.tree.leaves(params))
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:

@@ -72,6 +72,15 @@ class StepOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedOptions:
+    """Which weights are trained."""
+
+    freeze: Annotated[tuple[str, ...], shown("PATTERN ...", "none")] = ()
+    """Weights that stay as they are, by name or by the first parts of it: embedding, blocks.mlp,
+    "blocks.*.bias". They take no gradients and no moments. The layers of a kind are one weight."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """AdamW and its learning rate."""
 
@@ -88,7 +97,7 @@ class OptimizerOptions:
     beta2: Annotated[float, shown("B")] = 0.95
     """Decay of the mean of their squares."""
     clip_norm: Annotated[float | None, shown("NORM")] = 1.0
-    """Longest gradient, all parameters together; None leaves gradients as they are."""
+    """Longest gradient, all that is trained together; None leaves gradients as they are."""
 
     def __post_init__(self) -> None:
         require_positive("learning_rate", self.learning_rate)

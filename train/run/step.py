@@ -19,6 +19,7 @@ from train import mesh as devices
 from train.data.packing import IGNORE
 from train.models.decoder import Decoder
 from train.run.options import LossOptions, StepOptions
+from train.run.trained import divide
 
 Batch = Mapping[str, Int[Array, "B _"]]
 
@@ -33,18 +34,26 @@ class TrainState:
     params: nnx.State
     """The model's weights, float32."""
     opt_state: optax.OptState
+    """Of the weights that are trained."""
     key: PRNGKeyArray
     """Of dropout. It never changes: a step's masks come from the key and the step's number."""
     graphdef: nnx.GraphDef[Decoder] = dataclasses.field(metadata={"static": True})
     optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
     """Its updates are multiplied by the learning rate and taken from the weights."""
+    frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    """The names of the weights that stay as they are: they get no gradient and no moments."""
 
     @classmethod
     def create(
-        cls, model: Decoder, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+        cls,
+        model: Decoder,
+        optimizer: optax.GradientTransformation,
+        key: PRNGKeyArray,
+        frozen: tuple[str, ...] = (),
     ) -> TrainState:
         graphdef, params = nnx.split(model)
-        return cls(jnp.int32(0), params, optimizer.init(params), key, graphdef, optimizer)
+        opt_state = optimizer.init(divide(params, frozen)[0])
+        return cls(jnp.int32(0), params, opt_state, key, graphdef, optimizer, frozen)
 
     @property
     def model(self) -> Decoder:
@@ -81,7 +90,7 @@ class StepMetrics(NamedTuple):
     loss: Float[Array, ""]
     """Σ L / count before the update: nats per labelled token, smoothing and z-loss included."""
     grad_norm: Float[Array, ""]
-    """Euclidean norm of the gradient before clipping, over all parameters."""
+    """Euclidean norm of the gradient before clipping, over all that is trained."""
     tokens: Int[Array, ""]
     """Tokens that have a label."""
     token_accuracy: Float[Array, ""]
@@ -129,27 +138,29 @@ def _step(
     tokens for reduction="mean" (no gradient when there are none), by 1 for "sum". So the update is
     that of one large batch, however unevenly the labels fall.
     """
+    weights, frozen = divide(state.params, state.frozen)
     micro = jax.tree.map(lambda rows: rows.reshape(how.accumulate, -1, *rows.shape[1:]), batch)
     micro = devices.split(micro, how.devices, axis=1)
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), how.accumulate)
 
-    def objective(params: nnx.State, batch: Batch, key: PRNGKeyArray):
-        sums = loss_sum(nnx.merge(state.graphdef, params), batch, loss, key)
+    def objective(weights: nnx.State, batch: Batch, key: PRNGKeyArray):
+        sums = loss_sum(nnx.merge(state.graphdef, weights, frozen), batch, loss, key)
         return sums.total, sums
 
     def add(carry: tuple[nnx.State, LossSum], inputs: tuple[Batch, PRNGKeyArray]):
         gradient, sums = carry
-        more_gradient, more_sums = jax.grad(objective, has_aux=True)(state.params, *inputs)
+        more_gradient, more_sums = jax.grad(objective, has_aux=True)(weights, *inputs)
         return (jax.tree.map(jnp.add, gradient, more_gradient), sums + more_sums), None
 
-    zero = jax.tree.map(jnp.zeros_like, state.params), LossSum.zero()
+    zero = jax.tree.map(jnp.zeros_like, weights), LossSum.zero()
     (gradient, sums), _ = jax.lax.scan(add, zero, (micro, keys), unroll=how.accumulate == 1)
 
     count = jnp.maximum(sums.count, 1).astype(jnp.float32)
     if loss.reduction == "mean":
         gradient = jax.tree.map(lambda g: g / count, gradient)
-    updates, opt_state = state.optimizer.update(gradient, state.opt_state, state.params)
-    params = jax.tree.map(lambda weight, update: weight - rate * update, state.params, updates)
+    updates, opt_state = state.optimizer.update(gradient, state.opt_state, weights)
+    weights = jax.tree.map(lambda weight, update: weight - rate * update, weights, updates)
+    params = nnx.merge_state(weights, frozen)
 
     mean, grad_norm = sums.total / count, optax.tree.norm(gradient)
     seen = sums.calibration.compute()
@@ -159,7 +170,7 @@ def _step(
         tokens=sums.count,
         token_accuracy=seen.accuracy,
         token_ece=seen.ece,
-        finite=jnp.isfinite(mean) & jnp.isfinite(grad_norm) & _all_finite(params),
+        finite=jnp.isfinite(mean) & jnp.isfinite(grad_norm) & _all_finite(weights),
     )
     return (
         dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state),

@@ -19,9 +19,10 @@ from train.data.packing import IGNORE
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder
 from train.run import loop
-from train.run.optimizer import learning_rate, optimizer
+from train.run.optimizer import adamw, learning_rate, optimizer
 from train.run.options import LossOptions, StepOptions
 from train.run.step import TrainState, train_step, train_step_autotuned
+from train.run.trained import divide, frozen
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -47,17 +48,21 @@ def make_batch(labelled: float = 0.6) -> dict[str, np.ndarray]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def create(shape: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def create(
+    shape: ModelConfig, optimizer: optax.GradientTransformation, frozen: tuple[str, ...] = ()
+) -> TrainState:
     model = Decoder(shape, rngs=nnx.Rngs(params=0))
     # Larger embeddings, so that the model is sure of something.
     model.embedding.embedding[...] = 30 * model.embedding.embedding[...]
-    return TrainState.create(model, optimizer, jax.random.key(5))
+    return TrainState.create(model, optimizer, jax.random.key(5), frozen)
 
 
-def make_state(optimizer: optax.GradientTransformation | None = None, **shape) -> TrainState:
+def make_state(
+    optimizer: optax.GradientTransformation | None = None, frozen: tuple[str, ...] = (), **shape
+) -> TrainState:
     optimizer = optimizer or SGD
-    return create(dataclasses.replace(SHAPE, **shape), optimizer)
+    return create(dataclasses.replace(SHAPE, **shape), optimizer, frozen)
 
 
 def gradient(batch: dict[str, np.ndarray], *, accumulate=1, loss=LOSS, **shape):
@@ -167,6 +172,38 @@ def test_bfloat16_accumulates_in_float32_and_is_near_float32():
     assert metrics.loss.dtype == jnp.float32
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0 < error < 0.05
+
+
+def test_frozen_weights_stay_and_the_others_learn_as_they_would_with_them():
+    batch, adam = make_batch(), adamw(beta1=0.9, beta2=0.9, weight_decay=0.5, clip_norm=1.0)
+    names = frozen(SHAPE, ["embedding", "norm"])
+    before, how = make_state(frozen=names), StepOptions(accumulate=2)
+    after, metrics = train_step(make_state(frozen=names), batch, 1.0, LOSS, how)
+    unfrozen, _ = train_step(make_state(), batch, 1.0, LOSS, how)
+
+    learnt, stayed = divide(after.params, names)
+    jax.tree.map(np.testing.assert_array_equal, stayed, divide(before.params, names)[1])
+    expected, others = divide(unfrozen.params, names)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), learnt, expected)
+    gradient = jax.tree.map(jnp.subtract, divide(before.params, names)[0], learnt)
+    assert metrics.grad_norm == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-3)
+    assert metrics.grad_norm > 0.01
+    for one, other in zip(jax.tree.leaves(stayed), jax.tree.leaves(others), strict=True):
+        assert np.abs(one - other).max() > 1e-4
+
+    moments = make_state(adam, names).opt_state[1]
+    kept = sum(map(np.size, jax.tree.leaves(learnt)))
+    assert sum(map(np.size, jax.tree.leaves((moments.mu, moments.nu)))) == 2 * kept
+
+
+def test_a_frozen_tied_table_costs_no_product():
+    def flops(*patterns: str) -> float:
+        state = jax.eval_shape(lambda: make_state(frozen=frozen(SHAPE, patterns)))
+        step = train_step.lower(state, make_batch(), 1.0, LOSS, StepOptions())
+        return step.cost_analysis()["flops"]
+
+    one_product = 2 * ROWS * LENGTH * SHAPE.hidden_size * SHAPE.vocab_size
+    assert flops() - flops("embedding") > one_product
 
 
 def test_an_autotuned_step_is_the_same_step():
