@@ -32,6 +32,8 @@ class ExportOptions:
     """A run's folder, or what --model can be in training."""
     folder: tyro.conf.Positional[Annotated[Path, shown("FOLDER")]]
     """Where to write: a new folder."""
+    checkpoint: Annotated[str, shown("best|last|STEP")] = "last"
+    """Of a run: the one with the least held-out NLL, the newest, or that of a step."""
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         shown("{float32,bfloat16,float16}", "as it was loaded"),
@@ -39,7 +41,7 @@ class ExportOptions:
     """Of the weights in the files."""
 
 
-def export(where: str, folder: Path, *, dtype: str | None = None) -> None:
+def export(where: str, folder: Path, *, dtype: str | None = None, checkpoint: str = "last") -> None:
     """Writes the folder, whole or not at all.
 
     A model that was not trained is given back to the bit, as every dtype it can have had is in
@@ -50,7 +52,7 @@ def export(where: str, folder: Path, *, dtype: str | None = None) -> None:
     """
     if folder.exists():
         raise ValueError(f"{folder} is there already: name a new folder")
-    loaded = run_model.read(where)
+    loaded = run_model.read(where, checkpoint=checkpoint)
     dtype = str(dtype or loaded.config_json.get("dtype", "float32"))
     part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)
@@ -71,9 +73,10 @@ def export(where: str, folder: Path, *, dtype: str | None = None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a file could not be written, or 2 for a user's mistake."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("train").setLevel(logging.INFO)
     options = tyro.cli(ExportOptions, prog="python -m train.export", args=arguments)
     try:
-        export(options.model, options.folder, dtype=options.dtype)
+        export(options.model, options.folder, dtype=options.dtype, checkpoint=options.checkpoint)
     except (ValueError, OSError) as error:
         print(f"python -m train.export: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -38,6 +38,8 @@ class GenerateOptions:
     """A run's folder, or what --model can be in training."""
     prompt: Annotated[str, shown("TEXT")]
     """What the user says; - reads it from the standard input."""
+    checkpoint: Annotated[str, shown("best|last|STEP")] = "last"
+    """Of a run: the one with the least held-out NLL, the newest, or that of a step."""
     system: Annotated[str | None, shown("TEXT", "none")] = None
     """What the system says before."""
     raw: bool = False
@@ -175,11 +177,17 @@ def pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterato
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("train").setLevel(logging.INFO)
     try:
         options = tyro.cli(GenerateOptions, prog="python -m train.generate", args=arguments)
         from train.run import model as run_model
 
-        loaded = run_model.read(options.model, dtype=options.dtype, template=options.template)
+        loaded = run_model.read(
+            options.model,
+            dtype=options.dtype,
+            template=options.template,
+            checkpoint=options.checkpoint,
+        )
         text = sys.stdin.read() if options.prompt == "-" else options.prompt
         said = [Message("system", options.system)] if options.system else []
         for words in (text, options.system or ""):

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from train.run.folder import CHECKPOINTS
+from train.run import files
+from train.run.folder import BEST, CHECKPOINTS
 from train.run.step import TrainState
 
 
 class Checkpointer:
-    """The newest checkpoints of the run in `out`, one folder a step.
+    """The newest checkpoints of the run in `out` and the best, one folder a step.
 
     A checkpoint is written under another name and renamed when it is whole; only then is one
-    beyond the newest `keep` removed. Whenever the process dies, the folders with a step for a name
-    are complete.
+    removed that is neither among the newest `keep` nor the best. Whenever the process dies, the
+    folders with a step for a name are complete.
     """
 
     def __init__(self, out: Path, *, keep: int) -> None:
         self._folder = (out / CHECKPOINTS).absolute()
+        self._keep = keep
+        self._note = out / BEST
+        self._best = _Best()
         self._manager = ocp.CheckpointManager(
             self._folder,
             # Of a whole state Orbax would hold a second copy while it writes.
@@ -36,13 +43,72 @@ class Checkpointer:
             },
             # Not in the background: the next step reuses the memory of this one's state.
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,
             ),
         )
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def mark_best(self, scores: Mapping[int, float | None]) -> None:
+        """Notes in best.json which checkpoint is the best, and keeps that one besides the newest.
+
+        Args:
+            scores: the held-out NLL after each step that has one; the least is best, and of equal
+                ones the first. Where no checkpoint has one, there is no best.
+        """
+        found = [(nll, step) for step in self.steps() if (nll := scores.get(step)) is not None]
+        if not found:
+            self._best.step = None
+            self._note.unlink(missing_ok=True)
+            return
+        nll, self._best.step = min(found)
+        files.write_json(self._note, {"step": self._best.step, "token_nll": nll})
+        for step in self.steps()[: -self._keep]:
+            if step != self._best.step:
+                self._manager.delete(step)
+
+    def choose(self, which: str) -> int:
+        """The step that `last`, `best` or a number names.
+
+        Raises:
+            ValueError: for another name, for a step without a checkpoint, and where none is noted
+                as the best.
+        """
+        steps = self.steps()
+        if not steps:
+            raise ValueError(f"{self._folder.parent} has no checkpoint yet")
+        if which == "last":
+            return steps[-1]
+        if which == "best":
+            return self._noted()
+        if not which.isdecimal() or int(which) not in steps:
+            raise ValueError(
+                f"--checkpoint must be best, last or one of {', '.join(map(str, steps))}, the steps"
+                f" that {self._folder.parent} has, not {which}"
+            )
+        return int(which)
+
+    def _noted(self) -> int:
+        if not self._note.is_file():
+            raise ValueError(
+                f"{self._folder.parent} has no best checkpoint, since none was evaluated on"
+                " held-out records: --eval-every does that"
+            )
+        try:
+            step = json.loads(self._note.read_text("utf-8"))["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._note} is damaged ({error!r})") from None
+        if step not in self.steps():
+            raise ValueError(f"{self._note} names step {step}, whose checkpoint is gone")
+        return step
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Writes the state after `step` steps, and the data loader's `position`, as JSON.
@@ -92,6 +158,17 @@ class Checkpointer:
 
     def __exit__(self, *_exception: object) -> None:
         self._manager.close()
+
+
+@dataclasses.dataclass
+class _Best:
+    """A policy of Orbax's. Its own `BestN` wants the score when it saves; ours may come later, as
+    at the end of a run, which is saved before it is evaluated."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 @contextlib.contextmanager

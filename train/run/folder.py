@@ -18,13 +18,15 @@ RUNS = Path("runs")
 RUN_FILE = "run.json"
 """The run's flags. A folder that holds it is a run's."""
 CHECKPOINTS = "checkpoints"
+BEST = "best.json"
+"""Which checkpoint has the least held-out NLL."""
 MODEL = "model"
 """What the weights mean: a Hugging Face folder but for the weights."""
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 EVALUATION = "eval.json"
 RELIABILITY = "reliability.png"
-WRITTEN = (RUN_FILE, CHECKPOINTS, MODEL, METRICS, TENSORBOARD, EVALUATION, RELIABILITY)
+WRITTEN = (RUN_FILE, CHECKPOINTS, BEST, MODEL, METRICS, TENSORBOARD, EVALUATION, RELIABILITY)
 """All that a run writes into its folder, and so all that --overwrite removes there."""
 
 

@@ -232,11 +232,17 @@ def train(run: Run) -> Evaluation:
             with monitor.paused(), stop.at_once():
                 monitor.evaluation(step, headline(evaluate(state.model, run.exam, scoring)))
 
+    def improves(step: int) -> bool:
+        scores, saved = monitor.evaluated, run.checkpointer.steps()
+        nll, before = scores.get(step), (scores.get(s) for s in saved)
+        return nll is not None and all(other is None or nll < other for other in before)
+
     def saves(step: int) -> bool:
         return step % config.run.checkpoint_every == 0 or step == run.total_steps
 
     with stop_requests() as stop, monitor, run.checkpointer:
         evaluate_during(run.first_step)  # where a signal cut it off
+        run.checkpointer.mark_best(monitor.evaluated)
         unread = []  # the last step, where its metrics are not read yet
         for step in range(run.first_step + 1, run.total_steps + 1):
             rate = run.rate(step - 1)
@@ -251,9 +257,10 @@ def train(run: Run) -> Evaluation:
             if stop.signum or evaluates(step) or saves(step):
                 measure(*unread.pop())
                 evaluate_during(step)
-                if stop.signum or saves(step):
+                if stop.signum or saves(step) or improves(step):
                     with monitor.paused():
                         run.checkpointer.save(step, state, data.train.state())
+                        run.checkpointer.mark_best(monitor.evaluated)
                 if stop.signum:
                     raise Interrupted(stop.signum, step, run.out)
         monitor.say_waited()
@@ -263,6 +270,7 @@ def train(run: Run) -> Evaluation:
             evaluation = evaluate(state.model, run.exam, scoring)
             monitor.evaluation(run.total_steps, headline(evaluation))
             report.write(run.out, evaluation, config.flags(), step=run.total_steps)
+        run.checkpointer.mark_best(monitor.evaluated)
         if stop.signum:
             raise Interrupted(stop.signum, run.total_steps, run.out)
     report.print_table(evaluation)

@@ -37,6 +37,7 @@ from train.run.folder import METRICS, TENSORBOARD
 from train.run.progress import Console, PlainLines, ProgressBar
 
 HELD_OUT = "held_out_"
+TOKEN_NLL = f"{HELD_OUT}token_nll"
 
 
 class Monitor:
@@ -75,8 +76,8 @@ class Monitor:
         self._paused = 0.0
         self._waited = 0.0
         self._all_seconds = self._all_waited = 0.0
-        self.evaluated: set[int] = set()
-        """The steps that have a row of held-out scores."""
+        self.evaluated: dict[int, float | None] = {}
+        """The steps that have a row of held-out scores, with the NLL of a token, if it has one."""
 
     def __enter__(self) -> Self:
         self._out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,7 @@ class Monitor:
         if scores and step not in self.evaluated:
             row = {f"{HELD_OUT}{name}": value for name, value in scores.items()}
             self._write("held_out", {"step": step, **row})
-            self.evaluated.add(step)
+            self.evaluated[step] = row.get(TOKEN_NLL)
         listed = "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None)
         self.say(f"step {step}: held-out {listed or 'records: none'}")
 
@@ -181,13 +182,15 @@ def as_number(value: Any) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def cut_rows_after(metrics: Path, step: int) -> set[int]:
-    """Keeps the rows up to `step`, in one atomic replacement; returns those with held-out scores.
+def cut_rows_after(metrics: Path, step: int) -> dict[int, float | None]:
+    """Keeps the rows up to `step`, in one atomic replacement.
+
+    Returns the steps that have a row of held-out scores, with the NLL of a token, if it has one.
 
     Also dropped is a last line that the kill left without its end. Any other line that is not a
     row raises ValueError with its number: this file was not written by a run.
     """
-    kept, evaluated = [], set()
+    kept, evaluated = [], {}
     if not metrics.exists():
         return evaluated
     for number, line in enumerate(metrics.read_text("utf-8").splitlines(keepends=True), start=1):
@@ -204,7 +207,7 @@ def cut_rows_after(metrics: Path, step: int) -> set[int]:
             ) from error
         kept.append(line)
         if any(name.startswith(HELD_OUT) for name in row):
-            evaluated.add(row["step"])
+            evaluated[row["step"]] = row.get(TOKEN_NLL)
     files.write(metrics, "".join(kept))
     return evaluated
 

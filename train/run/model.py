@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from train.text import pretrained
 from train.text.bpe import BPE
 from train.text.pretrained import PretrainedTokenizer
 from train.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +158,16 @@ class Loaded:
         return nnx.merge(nnx.graphdef(abstract(self.shape)), self.params)
 
 
-def read(where: str, *, dtype: str = "float32", template: str = "auto") -> Loaded:
-    """A run's model at its newest checkpoint, or whatever `--model` can be.
+def read(
+    where: str, *, dtype: str = "float32", template: str = "auto", checkpoint: str = "last"
+) -> Loaded:
+    """A run's model at one of its checkpoints, or whatever `--model` can be.
+
+    Args:
+      checkpoint: of a run: best, last, or a step.
 
     Raises:
-      ValueError: for a run without a checkpoint or of another version, for another folder, for
+      ValueError: for a run without that checkpoint or of another version, for another folder, for
         what is trained from scratch and so has no weights, and what `resolve.find` raises.
     """
     out = Path(where)
@@ -169,6 +177,7 @@ def read(where: str, *, dtype: str = "float32", template: str = "auto") -> Loade
             f"{out} is neither a run ({RUN_FILE} is missing) nor a model ({resolve.CONFIG} is"
             " missing)",
         )
+        require(checkpoint == "last", f"--checkpoint {checkpoint} is for runs: {where} is a model")
         found = resolve.find(where)
         if isinstance(found, ModelConfig):
             raise ValueError(f"{where} is trained from scratch: name the folder of a run of it")
@@ -181,10 +190,10 @@ def read(where: str, *, dtype: str = "float32", template: str = "auto") -> Loade
     config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
     shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
     with Checkpointer(out, keep=keep) as checkpoints:
-        step = checkpoints.latest_step()
-    if step is None:
-        raise ValueError(f"{out} has no checkpoint yet")
+        step = checkpoints.choose(checkpoint)
     params = _params(out / CHECKPOINTS / str(step) / "state", shape)
+    why = f" ({checkpoint})" if checkpoint in ("best", "last") else ""
+    logger.info("weights: step %d of %s%s", step, out, why)
     tokenizer = PretrainedTokenizer.from_folder(out / MODEL, template)
     return Loaded(dataclasses.replace(shape, dtype=dtype), params, tokenizer, config_json)
 

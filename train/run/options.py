@@ -136,11 +136,11 @@ class RunOptions:
     overwrite: bool = False
     """Remove what the run in --out wrote there first."""
     eval_every: Annotated[int | None, shown("STEPS", "at the end only")] = None
-    """Evaluate on the held-out records during training too."""
+    """Evaluate on the held-out records during training too, and save what is best so far."""
     checkpoint_every: Annotated[int, shown("STEPS")] = 100
     """Steps from one checkpoint to the next; there is always one at the end."""
     keep: Annotated[int, shown("N")] = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep, besides the one with the least held-out NLL."""
     log_every: Annotated[int, shown("STEPS")] = 1
     """Steps from one row of metrics.jsonl to the next."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from flax import nnx
 from paths import ROOT
 
 from train.run.checkpoint import Checkpointer
-from train.run.folder import CHECKPOINTS
+from train.run.folder import BEST, CHECKPOINTS
 from train.run.optimizer import adamw
 from train.run.step import TrainState
 
@@ -64,6 +65,53 @@ def test_the_newest_are_kept(tmp_path):
         for step in (1, 2, 10):
             checkpointer.save(step, create(step), POSITION)
     assert {path.name for path in (tmp_path / CHECKPOINTS).iterdir()} == {"2", "10"}
+
+
+def saved(out: Path) -> set[int]:
+    return {int(path.name) for path in (out / CHECKPOINTS).iterdir()}
+
+
+def test_the_best_is_kept_besides_the_newest_and_noted(tmp_path):
+    def note() -> dict:
+        return json.loads((tmp_path / BEST).read_text())
+
+    scores: dict[int, float | None] = {1: 3.0, 2: 2.0, 4: 2.0}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        for step in (1, 2, 3, 4):
+            checkpointer.save(step, create(step), POSITION)
+            checkpointer.mark_best({s: nll for s, nll in scores.items() if s <= step})
+        assert saved(tmp_path) == {2, 4}  # of equal ones the first
+        assert note() == {"step": 2, "token_nll": 2.0}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.mark_best(scores)
+        checkpointer.save(5, create(5), POSITION)
+        assert saved(tmp_path) == {2, 5}
+        assert checkpointer.choose("best") == 2
+        checkpointer.mark_best(scores | {5: 1.5, 6: 1.0})  # evaluated after it was saved
+        assert saved(tmp_path) == {5}
+        assert note() == {"step": 5, "token_nll": 1.5}
+        checkpointer.mark_best({5: None})
+        assert not (tmp_path / BEST).exists()
+
+
+def test_a_checkpoint_is_named_by_its_step_or_its_rank(tmp_path):
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        with pytest.raises(ValueError, match="has no checkpoint yet"):
+            checkpointer.choose("last")
+        for step in (2, 10):
+            checkpointer.save(step, create(step), POSITION)
+        assert [checkpointer.choose(which) for which in ("last", "2", "10")] == [10, 2, 10]
+        with pytest.raises(ValueError, match=r"must be best, last or one of 2, 10, .*, not 3$"):
+            checkpointer.choose("3")
+        with pytest.raises(ValueError, match=r"has no best checkpoint, .* --eval-every does that$"):
+            checkpointer.choose("best")
+        for damaged in ("[2]", "{}", "{"):
+            (tmp_path / BEST).write_text(damaged)
+            with pytest.raises(ValueError, match=r"best\.json is damaged"):
+                checkpointer.choose("best")
+        (tmp_path / BEST).write_text('{"step": 7}')
+        with pytest.raises(ValueError, match="names step 7, whose checkpoint is gone"):
+            checkpointer.choose("best")
 
 
 @pytest.mark.parametrize("damage", ["state", "position"])

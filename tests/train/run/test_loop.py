@@ -1,6 +1,7 @@
 """What a run makes of its configuration before the first step, and in which order it goes on."""
 
 import dataclasses
+import json
 import signal
 from types import SimpleNamespace
 from unittest import mock
@@ -50,7 +51,7 @@ class Batches:
 def happened(tmp_path, monkeypatch):
     """Trains with every part of the loop a stub; returns the order in which they were called."""
 
-    def train(total_steps, nan_at=None, signal_at=None, **flags):
+    def train(total_steps, first_step=0, nan_at=None, signal_at=None, nll=float, **flags):
         order = []
 
         def take_step(state, _batch, _rate, *_options):
@@ -65,21 +66,26 @@ def happened(tmp_path, monkeypatch):
 
         def evaluate(model, *_):
             order.append(f"evaluate {model}")
+            return model
 
-        def save(step, state, _position):
+        checkpointer = loop.Checkpointer(tmp_path, keep=1)
+        really_save = checkpointer.save
+
+        def save(step, state, position):
             assert step == state.step
             order.append(f"save {step}")
+            really_save(step, {"step": np.int32(step)}, position)
 
-        checkpointer = loop.Checkpointer(tmp_path, keep=9)
         monkeypatch.setattr(checkpointer, "save", save)
         monkeypatch.setattr(loop, "train_step", take_step)
         monkeypatch.setattr(loop, "evaluate", evaluate)
-        monkeypatch.setattr(loop, "headline", lambda _: {"token_nll": 1.0})
+        monkeypatch.setattr(loop, "headline", lambda step: {"token_nll": nll(step)})
         monkeypatch.setattr(loop, "report", mock.Mock())
-        start = SimpleNamespace(step=0, model=0)
+        start = SimpleNamespace(step=first_step, model=first_step)
         data = SimpleNamespace(train=Batches())
         config = TrainConfig.of(checkpoint_every=4, **flags)
-        run = loop.Run(config, tmp_path, data, None, float, checkpointer, start, 0, total_steps)
+        places = (tmp_path, data, None, float, checkpointer, start)
+        run = loop.Run(config, *places, first_step, total_steps)
         try:
             loop.train(run)
         except (loop.NotFiniteError, loop.Interrupted) as error:
@@ -92,7 +98,7 @@ def happened(tmp_path, monkeypatch):
 def test_the_next_step_begins_before_the_last_one_s_metrics_are_read(happened):
     """And what is evaluated or saved is known to be finite."""
     assert happened(5, eval_every=2) == [
-        *("begin 1", "begin 2", "read 1", "read 2", "evaluate 2"),
+        *("begin 1", "begin 2", "read 1", "read 2", "evaluate 2", "save 2"),
         *("begin 3", "begin 4", "read 3", "read 4", "evaluate 4", "save 4"),
         *("begin 5", "read 5", "save 5", "evaluate 5"),
     ]
@@ -115,3 +121,20 @@ def test_a_signal_saves_the_step_that_has_begun(happened):
 
 def test_a_nan_in_the_step_that_a_signal_waits_for_is_not_saved(happened):
     assert happened(9, signal_at=2, nan_at=2)[-2:] == ["read 2", "NotFiniteError"]
+
+
+def test_what_is_best_so_far_is_saved_and_kept_over_a_resumed_run(happened, tmp_path):
+    nll = {2: 3.0, 4: 1.0, 5: 2.0, 6: 1.5, 8: 1.5, 9: 1.0}.get
+    assert [what for what in happened(5, nll=nll, eval_every=2) if "save" in what] == [
+        *("save 2", "save 4", "save 5")
+    ]
+    more = happened(9, first_step=5, nll=nll, eval_every=2)
+    assert [what for what in more if "save" in what] == ["save 8", "save 9"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "9"}
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 4, "token_nll": 1.0}
+
+
+def test_a_run_that_is_best_at_its_end_says_so(happened, tmp_path):
+    happened(6, nll=lambda step: -step, eval_every=4)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"6"}
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 6, "token_nll": -6}

@@ -171,14 +171,14 @@ def test_a_step_is_evaluated_once_however_often_a_run_ends_there(tmp_path):
     console, _ = text_console()
     for start in (0, 2, 2):
         with Monitor(tmp_path, 2, start_step=start, console=console) as monitor:
-            assert monitor.evaluated == ({1, 2} if start else set())
+            assert monitor.evaluated == ({1: 3.0, 2: 2.0} if start else {})
             if not start:
                 monitor.step(1, {"loss": 1.0, "tokens": 1})
-                monitor.evaluation(1, {"nll": 3.0})
+                monitor.evaluation(1, {"token_nll": 3.0})
                 monitor.step(2, {"loss": 1.0, "tokens": 1})
-            monitor.evaluation(2, {"nll": 2.0})
-    held_out = [row for row in rows(tmp_path) if "held_out_nll" in row]
-    assert held_out == [{"step": 1, "held_out_nll": 3.0}, {"step": 2, "held_out_nll": 2.0}]
+            monitor.evaluation(2, {"token_nll": 2.0})
+    held_out = [row for row in rows(tmp_path) if "held_out_token_nll" in row]
+    assert [(row["step"], row["held_out_token_nll"]) for row in held_out] == [(1, 3.0), (2, 2.0)]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):

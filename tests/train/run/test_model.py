@@ -81,7 +81,7 @@ def trained(checkpoint, tmp_path_factory) -> Path:
     config = TrainConfig.of(
         **{"model": str(checkpoint), "data": (data,), "out": folder / "run", "steps": 2},
         **{"max_length": 96, "held_out": 0.0, "batch_size": 2, "dropout": 0.0},
-        learning_rate=1e-2,
+        **{"learning_rate": 1e-2, "checkpoint_every": 1},
     )
     prepared = loop.prepare(config)
     loaded = jax.tree.map(np.asarray, prepared.state.params)  # before the first step takes them
@@ -111,6 +111,34 @@ def test_the_weights_of_a_run_are_those_of_its_last_checkpoint(trained, checkpoi
         )
     ]
     assert min(moved) > 1e-5
+
+
+def test_any_checkpoint_can_be_taken_and_it_is_said_which(
+    trained, checkpoint, tmp_path, capsys, caplog
+):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert export.main([str(run), str(tmp_path / "last")]) == 0
+    assert caplog.messages == [f"weights: step 2 of {run} (last)"]
+    caplog.clear()
+    best = [str(run), str(tmp_path / "best"), "--checkpoint", "best", "--dtype", "float32"]
+    assert export.main(best) == 2
+    assert "has no best checkpoint" in capsys.readouterr().err
+    (run / "best.json").write_text('{"step": 1}')
+    assert export.main(best) == 0
+    assert caplog.messages == [f"weights: step 1 of {run} (best)"]
+    caplog.clear()
+    prompt = ["--prompt", "x", "--max-tokens", "1"]
+    assert generate.main([str(run), *prompt, "--checkpoint", "1"]) == 0
+    assert caplog.messages == [f"weights: step 1 of {run}"]
+    assert generate.main([str(checkpoint), *prompt, "--checkpoint", "1"]) == 2
+    assert "--checkpoint 1 is for runs" in capsys.readouterr().err
+    exported, first, last = (
+        jax.tree.leaves(run_model.read(str(where), checkpoint=checkpoint).params)
+        for where, checkpoint in ((tmp_path / "best", "last"), (run, "1"), (run, "last"))
+    )
+    for one, other, later in zip(exported, first, last, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.abs(np.asarray(later) - np.asarray(one)).max() > 1e-5
 
 
 def test_a_run_in_place_of_a_model_is_told_how_to_become_one(trained):
