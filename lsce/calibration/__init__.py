@@ -4,7 +4,8 @@ Four ways in, by what is at hand:
 
 * confidences and correctness of predictions (`lsce.TokenStats` has both):
   `expected_calibration_error` and its relatives in `binned`, `smooth_calibration_error`,
-  `debiased_l2`, `top_label_brier_score`;
+  `debiased_l2`, `top_label_brier_score`; whether it tells right from wrong at all: `auroc`,
+  `risk_coverage` and its area `aurc`;
 * probabilities of all classes, with labels: `brier_score` and its decomposition,
   `negative_log_likelihood`, and the errors over classes in `multiclass`;
 * logits with labels: `fit_temperature`;
@@ -39,6 +40,7 @@ from lsce.calibration.scores import (
     negative_log_likelihood,
     top_label_brier_score,
 )
+from lsce.calibration.selective import RiskCoverage, auroc, aurc, risk_coverage
 from lsce.calibration.smooth import smooth_calibration_error
 from lsce.calibration.state import CalibrationResult, CalibrationState
 from lsce.calibration.temperature import fit_temperature
@@ -48,7 +50,10 @@ __all__ = [
     "CalibrationResult",
     "CalibrationState",
     "Interval",
+    "RiskCoverage",
     "adaptive_calibration_error",
+    "auroc",
+    "aurc",
     "bootstrap_interval",
     "brier_decomposition",
     "brier_score",
@@ -62,6 +67,7 @@ __all__ = [
     "maximum_calibration_error",
     "negative_log_likelihood",
     "reliability_diagram",
+    "risk_coverage",
     "rms_calibration_error",
     "smooth_calibration_error",
     "static_calibration_error",

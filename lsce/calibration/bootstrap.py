@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,14 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(
-    metric: Callable[..., Float[Array, ""]],
+    metric: Callable[..., Any],
     *arrays: ArrayLike,
     key: Key[Array, ""],
     weights: Real[ArrayLike, " N"] | None = None,
     samples: int = 1000,
     level: float = 0.95,
     method: Literal["percentile", "basic"] = "percentile",
-) -> Interval:
+) -> Any:
     """The bootstrap interval of `metric(*arrays)`, from resampling the leading axis.
 
     Each resample draws N of the N samples with replacement. With q the quantiles of the metric over
@@ -45,7 +45,8 @@ def bootstrap_interval(
     metric is not defined for, though it is for the data, are left out.
 
     Args:
-      metric: any jit-able function of the arrays to a scalar; other options go in with
+      metric: any jit-able function of the arrays to a scalar, or to a tree of scalars: several
+        metrics then share the resamples and one program. Other options go in with
         `functools.partial`. A new function object compiles anew.
       *arrays: arrays of one length N, resampled together.
       key: a key of `jax.random`; the same key gives the same interval.
@@ -54,6 +55,9 @@ def bootstrap_interval(
       samples: number of resamples.
       level: share of the distribution inside, in (0, 1).
       method: see above.
+
+    Returns:
+      An `Interval`, or a tree of them like the metric's.
 
     Raises ValueError for arrays of different lengths or none, a metric that is not scalar, samples
     below 1, a level outside (0, 1), an unknown method, and whatever the metric itself raises.
@@ -83,23 +87,29 @@ def bootstrap_interval(
         if shape != lengths[0]:
             raise ValueError(f"weights has shape {shape}, but there are {lengths[0][0]} samples")
         weights = validate.weight_array(weights)
-    estimate = jnp.asarray(_value(metric, arrays, weights))
-    if estimate.shape != ():
-        raise ValueError(f"metric must return a scalar, got shape {estimate.shape}")
+    estimates = jax.tree.map(jnp.asarray, _value(metric, arrays, weights))
+    for estimate in jax.tree.leaves(estimates):
+        if estimate.shape != ():
+            raise ValueError(f"metric must return a scalar, got shape {estimate.shape}")
     resampled = _resample(metric, data, weights, key, samples)
-    low, high = jnp.nanquantile(resampled, jnp.array([tail, 1 - tail], resampled.dtype))
-    low, high = (jnp.where(jnp.isnan(estimate), jnp.nan, end) for end in (low, high))
-    if method == "basic":
-        low, high = 2 * estimate - high, 2 * estimate - low
-    return Interval(low, estimate, high)
+
+    def interval(estimate: Array, drawn: Float[Array, " samples"]) -> Interval:
+        low, high = jnp.nanquantile(drawn, jnp.array([tail, 1 - tail], drawn.dtype))
+        low, high = (jnp.where(jnp.isnan(estimate), jnp.nan, end) for end in (low, high))
+        if method == "basic":
+            low, high = 2 * estimate - high, 2 * estimate - low
+        return Interval(low, estimate, high)
+
+    return jax.tree.map(interval, estimates, resampled)
 
 
-def _value(metric, arrays, weights) -> ArrayLike:
+def _value(metric, arrays, weights) -> Any:
     return metric(*arrays) if weights is None else metric(*arrays, weights=weights)
 
 
 @functools.partial(jax.jit, static_argnames=("metric", "samples"))
-def _resample(metric, arrays, weights, key, samples: int) -> Float[Array, " samples"]:
+def _resample(metric, arrays, weights, key, samples: int) -> Any:
+    """The metric's tree with a value for each resample in its leaves."""
     n = arrays[0].shape[0]
     drawn = n
     if weights is not None:  # the samples that count come first, and only they are drawn
@@ -115,4 +125,5 @@ def _resample(metric, arrays, weights, key, samples: int) -> Float[Array, " samp
     # Whole batches only: a remainder would be compiled a second time.
     batches = min(samples, math.ceil(samples * n / VALUES_AT_ONCE))
     keys = jax.random.split(key, (batches, math.ceil(samples / batches)))
-    return jax.lax.map(jax.vmap(once), keys).ravel()[:samples]
+    drawn_values = jax.lax.map(jax.vmap(once), keys)
+    return jax.tree.map(lambda x: x.ravel()[:samples], drawn_values)

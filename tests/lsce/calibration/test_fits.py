@@ -149,6 +149,17 @@ def test_error_bars_of_the_debiased_error():
     assert again == (low, estimate, high)
 
 
+def test_metrics_in_a_tree_have_the_intervals_that_each_has_alone():
+    x = np.random.default_rng(0).normal(3, 2, 90).astype(np.float32)
+    interval = functools.partial(calibration.bootstrap_interval, key=jax.random.key(0), samples=50)
+    both = interval(lambda x: {"mean": jnp.mean(x), "top": jnp.max(x)}, x)
+    assert both["mean"] == interval(mean, x)
+    assert both["top"] == interval(jnp.max, x)
+    assert both["mean"].low < both["mean"].high
+    with pytest.raises(ValueError, match=r"scalar, got shape \(90,\)"):
+        interval(lambda x: {"mean": jnp.mean(x), "all": x}, x)
+
+
 def test_interval_mistakes_are_named():
     x, key = np.ones(5, np.float32), jax.random.key(0)
     interval = functools.partial(calibration.bootstrap_interval, key=key)

@@ -515,7 +515,7 @@ def test_low_precision_is_summed_in_float32(dtype):
         assert float(got) == float(metric(low_probs.astype(jnp.float32), labels)), name
 
 
-@pytest.mark.parametrize("name", ["binned", "bootstrap", "intervals", "state"])
+@pytest.mark.parametrize("name", ["binned", "bootstrap", "intervals", "selective", "state"])
 def test_examples_of_the_documentation(name):
     module = importlib.import_module(f"lsce.calibration.{name}")
     result = doctest.testmod(module, extraglobs={"np": np})
