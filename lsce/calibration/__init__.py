@@ -40,7 +40,7 @@ from lsce.calibration.scores import (
     negative_log_likelihood,
     top_label_brier_score,
 )
-from lsce.calibration.selective import RiskCoverage, auroc, aurc, risk_coverage
+from lsce.calibration.selective import RiskCoverage, aurc, auroc, risk_coverage
 from lsce.calibration.smooth import smooth_calibration_error
 from lsce.calibration.state import CalibrationResult, CalibrationState
 from lsce.calibration.temperature import fit_temperature
@@ -52,8 +52,8 @@ __all__ = [
     "Interval",
     "RiskCoverage",
     "adaptive_calibration_error",
-    "auroc",
     "aurc",
+    "auroc",
     "bootstrap_interval",
     "brier_decomposition",
     "brier_score",
