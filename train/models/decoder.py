@@ -11,12 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.models.attention import Attention, View, view
 from train.models.cache import Cache, LayerCache
 from train.models.config import LayerKind, ModelConfig
 from train.models.layers import Mlp, RMSNorm, embed, table_init
+
+INPUT = "a block's input"
+"""What the backward pass finds by this name, under `remat="block"`."""
 
 
 class Decoder(nnx.Module):
@@ -136,7 +140,6 @@ class Decoder(nnx.Module):
         """
         config, pattern = self.config, self.config.pattern
         scanned = config.scan == "on"
-        remat = functools.partial(jax.checkpoint, prevent_cse=not scanned)
 
         def one(kind, stream, inputs):
             block, key, before = inputs
@@ -144,34 +147,37 @@ class Decoder(nnx.Module):
 
         def several(stream, layers):
             kept = []
-            for layer, kind in zip(layers, itertools.cycle(pattern)):
+            for layer, kind in zip(_unstack(layers), itertools.cycle(pattern)):
+                stream = checkpoint_name(stream, INPUT) if kept else stream  # else the group's own
                 stream, after = one(kind, stream, layer)
                 kept.append(after)
-            return stream, kept
+            return stream, _stack(kept)
 
         size = len(pattern)
         if config.remat != "none":
-            one = remat(one, static_argnums=0)
-        if config.remat == "full":
-            size *= max(1, round(config.layers**0.5 / size))
-            several = remat(several)
+            # Groups too, so that of their weights no slices are kept: those are another model.
+            policy = jax.checkpoint_policies.save_only_these_names(INPUT)
+            if config.remat == "full":
+                size *= max(1, round(config.layers**0.5 / size))
+                policy = None
+            one = jax.checkpoint(one, static_argnums=0, prevent_cse=not scanned or size > 1)
+            several = jax.checkpoint(several, policy=policy, prevent_cse=not scanned)
 
         looped = config.layers // size * size if scanned else 0
-        in_loop, written_out = _split((self.blocks, keys, cache), (looped, config.layers - looped))
+        left = config.layers - looped
+        in_loop, written_out = _split((self.blocks, keys, cache), (looped, left))
         kept = []
-        if looped:
-
-            def group(stream, layers):
-                stream, after = several(stream, _unstack(layers, size))
-                return stream, _stack(after)
-
+        if looped and size == 1:
+            stream, after = jax.lax.scan(functools.partial(one, pattern[0]), stream, in_loop)
+            kept.append(after)
+        elif looped:
             groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), in_loop)
-            stream, after = jax.lax.scan(group, stream, groups)
+            stream, after = jax.lax.scan(several, stream, groups)
             kept.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after))
-        layers = _unstack(written_out, config.layers - looped)
-        for start in range(0, len(layers), size):
-            stream, after = several(stream, layers[start : start + size])
-            kept.append(_stack(after))
+        sizes = [size] * (left // size) + [left % size] * (left % size > 0)
+        for layers in _split(written_out, sizes):
+            stream, after = several(stream, layers)
+            kept.append(after)
         return stream, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
 
 
@@ -223,8 +229,9 @@ def _split(stacked: Any, sizes: Sequence[int]) -> list[Any]:
     return [jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(len(sizes))]
 
 
-def _unstack(stacked: Any, size: int) -> list[Any]:
-    """The `size` trees whose leaves are stacked."""
+def _unstack(stacked: Any) -> list[Any]:
+    """The trees whose leaves are stacked."""
+    size = len(jax.tree.leaves(stacked)[0])
     return [jax.tree.map(lambda x: x[0], part) for part in _split(stacked, [1] * size)]
 
 

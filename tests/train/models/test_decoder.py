@@ -278,6 +278,23 @@ def random_model(config: ModelConfig) -> Decoder:
     )
 
 
+@pytest.mark.parametrize("config", [SHAPE, GEMMA], ids=["one kind", "two kinds"])
+@pytest.mark.parametrize("remat", ["block", "full"])
+def test_with_remat_the_forward_pass_keeps_no_copy_of_the_weights(config, remat):
+    sliding = config.sliding and config.sliding[:2] * 2
+    changes = {"layers": 4, "mlp_size": 4000, "sliding": sliding, "remat": remat}
+    graphdef, params = nnx.split(abstract(dataclasses.replace(config, **changes)))
+    batch = packed([[20]], length=20)
+
+    def forward(params: nnx.State):
+        return jax.vjp(lambda params: nnx.merge(graphdef, params)(**batch), params)
+
+    (loop,) = (e for e in jax.make_jaxpr(forward)(params).eqns if e.primitive.name == "scan")
+    kept = sum(out.aval.size for out in loop.outvars)
+    stream = 20 * config.hidden_size
+    assert 2 * stream < kept < 0.1 * size(params)
+
+
 @pytest.mark.parametrize("config", [SHAPE, GEMMA], ids=["llama", "all options"])
 def test_tokens_added_to_a_cache_give_what_the_whole_row_gives(config):
     model = random_model(config)
