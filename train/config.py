@@ -25,7 +25,10 @@ from train.run.options import (
     TrainedOptions,
 )
 
-FREE = {"out", "resume", "overwrite", "eval_every", "checkpoint_every", "keep", "log_every"}
+FREE = {
+    *("out", "resume", "overwrite", "eval_every", "samples", "checkpoint_every", "keep"),
+    "log_every",
+}
 """Flags that leave the weights at the end of a run as they are."""
 TOLD = {
     *("learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "clip_norm"),
@@ -65,10 +68,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.epochs is None:
             self.optimizer.steps_of_warmup(self.run.steps or DEFAULT_STEPS)
-        require(
-            not (self.run.eval_every and not self.data.held_out and not self.data.eval_data),
-            f"--eval-every {self.run.eval_every} needs held-out records, but --held-out is 0",
-        )
+        if not self.data.held_out and not self.data.eval_data:
+            for name in ("eval_every", "samples"):
+                asked = getattr(self.run, name)
+                require(
+                    not asked, f"{flag(name)} {asked} needs held-out records, but --held-out is 0"
+                )
+
+    @property
+    def samples(self) -> int:
+        """Held-out prompts that are answered at each evaluation."""
+        if self.run.samples is not None:
+            return self.run.samples
+        return 2 if self.run.eval_every and self.model.model not in SHAPES else 0
 
     @classmethod
     def defaults(cls, model: str) -> Self:

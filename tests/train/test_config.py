@@ -61,6 +61,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--steps", "9", "--warmup-steps", "10"], "--warmup-steps 10 is more than all 9 steps"),
         (["--warmup-steps", "-1"], "--warmup-steps must be at least 0, not -1"),
         (["--held-out", "0", "--eval-every", "5"], "--eval-every 5 needs held-out records"),
+        (["--held-out", "0", "--samples", "2"], "--samples 2 needs held-out records"),
+        (["--samples", "-1"], "--samples must be at least 0, not -1"),
         (["--resume", "--overwrite"], "--resume and --overwrite contradict each other"),
         (["--resume", "--out", "nowhere"], "there is no run in nowhere"),
         (["--implementation", "magic"], "implementation='magic'; must be one of 'auto', "),
@@ -86,6 +88,14 @@ def test_a_model_that_others_trained_has_the_defaults_of_fine_tuning():
     given = parse(["--model", "smollm2-135m", "--learning-rate", "1e-3"])
     assert given.optimizer.learning_rate == 1e-3
     assert given.model.remat == "block"
+    evaluated = ["--eval-every", "5"]
+    assert [
+        parse(["--model", *words]).samples
+        for words in (
+            ("nano", *evaluated), ("smollm2-135m", *evaluated), ("smollm2-135m",),
+            ("smollm2-135m", *evaluated, "--samples", "0"), ("nano", "--samples", "3"),
+        )
+    ] == [0, 2, 0, 0, 3]  # fmt: skip
 
 
 def test_every_flag_has_a_help_text_and_the_help_is_complete():

@@ -24,7 +24,7 @@ from train.data.encode import encode_records
 from train.data.packing import IGNORE, Rows, pack
 from train.data.records import Message, Record
 from train.evaluation.tasks.held_out import Question
-from train.models.decoder import Decoder
+from train.models.decoder import Decoder, looped
 from train.text.tokenizer import Example, Tokenizer
 
 BINS = 15
@@ -184,10 +184,7 @@ def score_rows(model: Decoder, rows: Rows, how: ScoringOptions) -> TokenScores:
     Batches have `how.batch_size` rows, the last one filled up with rows of padding, so that one
     compilation serves every evaluation of a run.
     """
-    model = nnx.merge(*nnx.split(model))
-    # What is repeatable on a GPU is a loop, whatever the training step is.
-    model.config = dataclasses.replace(model.config, scan="on")
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(looped(model))  # whatever the training step is
     scored = []
     for start in range(0, len(rows), how.batch_size):
         batch = rows[start : start + how.batch_size]

@@ -181,6 +181,13 @@ class Decoder(nnx.Module):
         return stream, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
 
 
+def looped(model: Decoder) -> Decoder:
+    """The model with its layers as a loop of the program: soon compiled, repeatable on a GPU."""
+    model = nnx.merge(*nnx.split(model))
+    model.config = dataclasses.replace(model.config, scan="on")
+    return model
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); Gemma also norms what is added."""
 

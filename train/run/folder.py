@@ -23,10 +23,21 @@ BEST = "best.json"
 MODEL = "model"
 """What the weights mean: a Hugging Face folder but for the weights."""
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
 EVALUATION = "eval.json"
 RELIABILITY = "reliability.png"
-WRITTEN = (RUN_FILE, CHECKPOINTS, BEST, MODEL, METRICS, TENSORBOARD, EVALUATION, RELIABILITY)
+WRITTEN = (
+    RUN_FILE,
+    CHECKPOINTS,
+    BEST,
+    MODEL,
+    METRICS,
+    SAMPLES,
+    TENSORBOARD,
+    EVALUATION,
+    RELIABILITY,
+)
 """All that a run writes into its folder, and so all that --overwrite removes there."""
 
 

@@ -28,7 +28,7 @@ from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.run import folder as run_folder
-from train.run import trained
+from train.run import samples, trained
 from train.run.checkpoint import Checkpointer
 from train.run.folder import METRICS, RELIABILITY
 from train.run.metrics import Monitor, cut_rows_after
@@ -36,6 +36,7 @@ from train.run.model import choose
 from train.run.model import write as write_model
 from train.run.optimizer import Schedule, learning_rate, optimizer
 from train.run.options import DEFAULT_STEPS
+from train.run.samples import Prompts
 from train.run.signals import stop_requests
 from train.run.step import StepMetrics, TrainState, arguments, train_step, train_step_autotuned
 
@@ -75,6 +76,8 @@ class Run:
     out: Path
     data: dataset.Data
     exam: Exam
+    prompts: Prompts
+    """To be answered at each evaluation."""
     rate: Schedule
     checkpointer: Checkpointer
     state: TrainState
@@ -153,6 +156,7 @@ def prepare(config: TrainConfig) -> Run:
                 run_folder.RUN_FILE,
             )
         cut_rows_after(out / METRICS, first_step)
+        samples.write(out, first_step + 1, [])
     if state is None and model.source is not None:
         state = first_state(model.source, create, config.run.seed, config.step.devices)
     elif state is None:
@@ -178,7 +182,9 @@ def prepare(config: TrainConfig) -> Run:
     else:
         logger.info("steps: all %d are done", total_steps)
     exam = Exam.of(data, config.run.seed)
-    return Run(config, out, data, exam, rate, checkpointer, state, first_step, total_steps)
+    records, length = data.held_out_records, config.data.max_length
+    prompts = Prompts.of(records, config.samples, data.tokenizer, length)
+    return Run(config, out, data, exam, prompts, rate, checkpointer, state, first_step, total_steps)
 
 
 def written_out(shape: ModelConfig) -> ModelConfig:
@@ -222,6 +228,15 @@ def train(run: Run) -> Evaluation:
             raise NotFiniteError(step, metrics, run.checkpointer.latest_step(), run.out)
         monitor.step(step, as_row(metrics, rate))
 
+    def evaluate_at(step: int) -> Evaluation:
+        answers = run.prompts.answered(state.model, step)
+        samples.write(run.out, step, answers)
+        for answer in answers:
+            monitor.say(str(answer))
+        evaluation = evaluate(state.model, run.exam, scoring)
+        monitor.evaluation(step, headline(evaluation))
+        return evaluation
+
     def evaluates(step: int) -> bool:
         every = config.run.eval_every
         due = every and step and step % every == 0 and step != run.total_steps
@@ -230,7 +245,7 @@ def train(run: Run) -> Evaluation:
     def evaluate_during(step: int) -> None:
         if evaluates(step):
             with monitor.paused(), stop.at_once():
-                monitor.evaluation(step, headline(evaluate(state.model, run.exam, scoring)))
+                evaluate_at(step)
 
     def improves(step: int) -> bool:
         scores, saved = monitor.evaluated, run.checkpointer.steps()
@@ -267,8 +282,7 @@ def train(run: Run) -> Evaluation:
 
         monitor.say("evaluating")
         with stop.at_once():
-            evaluation = evaluate(state.model, run.exam, scoring)
-            monitor.evaluation(run.total_steps, headline(evaluation))
+            evaluation = evaluate_at(run.total_steps)
             report.write(run.out, evaluation, config.flags(), step=run.total_steps)
         run.checkpointer.mark_best(monitor.evaluated)
         if stop.signum:

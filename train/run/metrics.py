@@ -146,7 +146,10 @@ class Monitor:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside is waiting for the input pipeline: it counts as training time."""
+        """Time spent inside is waiting for the input pipeline: it counts as training time.
+
+        A device may be at a step meanwhile, so that it waits for no more than this, and often less.
+        """
         began = self._clock()
         try:
             yield

@@ -137,6 +137,9 @@ class RunOptions:
     """Remove what the run in --out wrote there first."""
     eval_every: Annotated[int | None, shown("STEPS", "at the end only")] = None
     """Evaluate on the held-out records during training too, and save what is best so far."""
+    samples: Annotated[int | None, shown("N", "2 with --eval-every and a model of others")] = None
+    """Held-out prompts that the model answers at each evaluation, shown and kept in
+    samples.jsonl."""
     checkpoint_every: Annotated[int, shown("STEPS")] = 100
     """Steps from one checkpoint to the next; there is always one at the end."""
     keep: Annotated[int, shown("N")] = 2
@@ -147,6 +150,10 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "checkpoint_every", "keep", "log_every"):
             require_count(name, getattr(self, name))
+        require(
+            self.samples is None or self.samples >= 0,
+            f"--samples must be at least 0, not {self.samples}",
+        )
         require_positive("epochs", self.epochs)
         require(0 <= self.seed < 2**32, f"{flag('seed')} must be in [0, 2**32), not {self.seed}")
         require(

@@ -14,6 +14,7 @@ from train.config import TrainConfig
 from train.models.config import MOST_WRITTEN_OUT, PRESETS
 from train.run import loop
 from train.run.loop import written_out
+from train.run.samples import Prompts
 from train.run.step import StepMetrics
 
 
@@ -84,8 +85,9 @@ def happened(tmp_path, monkeypatch):
         start = SimpleNamespace(step=first_step, model=first_step)
         data = SimpleNamespace(train=Batches())
         config = TrainConfig.of(checkpoint_every=4, **flags)
-        places = (tmp_path, data, None, float, checkpointer, start)
-        run = loop.Run(config, *places, first_step, total_steps)
+        prompts = Prompts([], [], mock.Mock())
+        parts = (tmp_path, data, None, prompts, float, checkpointer, start)
+        run = loop.Run(config, *parts, first_step, total_steps)
         try:
             loop.train(run)
         except (loop.NotFiniteError, loop.Interrupted) as error:

@@ -200,52 +200,6 @@ def test_shards_are_written_one_by_one(tmp_path):
         np.testing.assert_array_equal(found.read(name), tensor)
 
 
-def test_generation_takes_the_likeliest_tokens_of_whole_rows_and_stops(checkpoint):
-    loaded = run_model.read(str(checkpoint))
-    prompt = loaded.tokenizer.encode_text("Say something")
-    found = list(generate.generate(loaded.model, prompt, stops=frozenset(), max_tokens=12))
-
-    @jax.jit
-    def logits(model, tokens, index):
-        row = np.arange(32)
-        hidden = model(tokens[None], (row <= index)[None].astype(np.int32), row[None])
-        return hidden[0, index] @ model.head.T  # the final softcap changes no order
-
-    tokens = list(prompt)
-    for _ in range(12):
-        row = np.zeros(32, np.int32)
-        row[: len(tokens)] = tokens
-        tokens.append(int(np.argmax(logits(loaded.model, row, len(tokens) - 1))))
-    assert found == tokens[len(prompt) :]
-    stop = found[5]
-    until = found[: found.index(stop)]
-    options = {"stops": frozenset({stop}), "max_tokens": 12}
-    assert list(generate.generate(loaded.model, prompt, **options)) == until
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        list(generate.generate(loaded.model, [], **options))
-
-
-def test_draws_depend_on_the_seed_and_keep_to_the_likeliest(checkpoint):
-    loaded = run_model.read(str(checkpoint))
-    options = {"stops": frozenset(), "max_tokens": 12}
-
-    def drawn(**changes) -> list[int]:
-        return list(generate.generate(loaded.model, [256, 5], **options, **changes))
-
-    one = drawn(temperature=1.0, seed=1)
-    assert one == drawn(temperature=1.0, seed=1)
-    assert one != drawn(temperature=1.0, seed=2)
-    assert drawn(temperature=1.0, top_p=1e-6, seed=1) == drawn()
-
-
-def test_a_character_of_several_tokens_is_shown_whole(checkpoint):
-    tokenizer = run_model.read(str(checkpoint)).tokenizer
-    tokens = tokenizer.encode_text("né 你")
-    found = list(generate.pieces(iter(tokens), tokenizer.decode))
-    assert "".join(found) == "né 你"
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(found)
-
-
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [

@@ -77,7 +77,7 @@ class Interrupt:
 module, signum, program = sys.argv[1:4]
 del sys.argv[1:4]
 sys.meta_path.insert(0, Interrupt())
-runpy.run_module(program, run_name="__main__")
+runpy.run_module(program, run_name="__main__", alter_sys=True)
 """
 
 
@@ -88,7 +88,7 @@ runpy.run_module(program, run_name="__main__")
         ("tyro", signal.SIGTERM, "train", []),
         ("jax", signal.SIGINT, "train", ["--steps", "1"]),  # of what is imported after the flags
         ("tyro", signal.SIGINT, "train.sweep", []),
-        ("jax", signal.SIGINT, "train.generate", []),
+        ("jax", signal.SIGINT, "train.generate", ["run", "--prompt", "x"]),
         ("jax", signal.SIGTERM, "train.export", []),
     ],
 )
