@@ -80,6 +80,8 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     tied_head: bool = True
     """The head is the embedding table; otherwise it has weights of its own."""
+    known_tokens: int | None = None
+    """The first rows of the head, over which training's loss is; None: all of them."""
 
     dropout: float = 0.0
     """On the embeddings and on what each attention and MLP adds to the residual stream."""

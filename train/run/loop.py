@@ -172,9 +172,12 @@ def prepare(config: TrainConfig) -> Run:
         logger.info("       of which %s are trained (%.3g%%)", f"{changes:,}", 100 * changes / size)
     if (spare := model.shape.vocab_size - data.tokenizer.vocab_size) > 0:
         logger.info(
-            "       %d of %d rows of the head are no token's; label smoothing is over all of them",
+            "       %d of %d rows of the head are no token's; %s",
             spare,
             model.shape.vocab_size,
+            "they are left out of the loss"
+            if config.loss.smooth_known_tokens
+            else "label smoothing is over all of them (--smooth-known-tokens leaves them out)",
         )
     if first_step < total_steps:
         epochs = f"{data.train.epochs(total_steps):.4g}"
@@ -341,7 +344,9 @@ def check_loss(config: TrainConfig, shape: ModelConfig) -> None:
     tokens = (config.step.batch_size, config.data.max_length)
     choice = lsce.explain(
         jax.ShapeDtypeStruct((*tokens, shape.hidden_size), shape.dtype),
-        jax.ShapeDtypeStruct((shape.vocab_size, shape.hidden_size), shape.dtype),
+        jax.ShapeDtypeStruct(
+            (shape.known_tokens or shape.vocab_size, shape.hidden_size), shape.dtype
+        ),
         jax.ShapeDtypeStruct(tokens, jnp.int32),
         **arguments(config.loss),
     )

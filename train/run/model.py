@@ -73,7 +73,8 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
         config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
         shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
         tokenizer = PretrainedTokenizer.from_folder(out / MODEL)
-        return Chosen(dataclasses.replace(shape, **computes), None, tokenizer, config_json)
+        chosen = Chosen(dataclasses.replace(shape, **computes), None, tokenizer, config_json)
+        return _of_known_tokens(chosen) if config.loss.smooth_known_tokens else chosen
     require(
         not (Path(flags.model) / RUN_FILE).is_file(),
         f"--model {flags.model} is a run: python -m train.export {flags.model} FOLDER makes a model"
@@ -86,6 +87,11 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
             f"--template {flags.template} is for models that others trained: {flags.model} learns"
             " chats in a form of its own",
         )
+        require(
+            not config.loss.smooth_known_tokens,
+            f"--smooth-known-tokens is for models that others trained: each row of {flags.model}'s"
+            " head is a token's",
+        )
         return Chosen(dataclasses.replace(found, vocab_size=config.data.vocab_size, **computes))
     require(
         config.data.vocab_size == DataOptions().vocab_size,
@@ -95,7 +101,18 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
     found.check()
     shape = dataclasses.replace(found.config, **computes)
     config_json = {**found.config_json, "dtype": found.tensors.dtype}
-    return Chosen(shape, found, found.tokenizer(flags.template), config_json)
+    chosen = Chosen(shape, found, found.tokenizer(flags.template), config_json)
+    return _of_known_tokens(chosen) if config.loss.smooth_known_tokens else chosen
+
+
+def _of_known_tokens(model: Chosen) -> Chosen:
+    assert model.tokenizer is not None
+    known, rows = model.tokenizer.vocab_size, model.shape.vocab_size
+    require(
+        known < rows,
+        f"--smooth-known-tokens would change nothing: each of the head's {rows} rows is a token's",
+    )
+    return dataclasses.replace(model, shape=dataclasses.replace(model.shape, known_tokens=known))
 
 
 def write(out: Path, model: Chosen, tokenizer: Tokenizer) -> None:

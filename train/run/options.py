@@ -25,6 +25,9 @@ class LossOptions:
 
     label_smoothing: Annotated[float, shown("BETA")] = 0.1
     """Probability β that the training target spreads evenly over the whole vocabulary."""
+    smooth_known_tokens: bool = False
+    """Where the head has more rows than the tokenizer has tokens, as Qwen's, leave the spare rows
+    out of the loss: probability, and β, is spread over the tokens. They get no gradient."""
     z_loss: Annotated[float, shown("LAMBDA")] = 0.0
     """Weight of the penalty λ·lse², which keeps the logits near 0."""
     softcap: Annotated[float | None, shown("CAP", "off")] = None

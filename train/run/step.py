@@ -116,10 +116,14 @@ def arguments(loss: LossOptions) -> dict[str, Any]:
 def loss_sum(
     model: Decoder, batch: Batch, loss: LossOptions, dropout_key: PRNGKeyArray | None
 ) -> LossSum:
-    """The loss of a batch of rows. The one place where training calls `lsce`."""
+    """The loss of a batch of rows. The one place where training calls `lsce`.
+
+    Rows of the head behind `known_tokens` are no part of it, so that V is that number.
+    """
     where = (batch["segments"], batch["positions"], batch.get("starts"))
     hidden = model(batch["tokens"], *where, dropout_key=dropout_key)
-    total, stats = lsce.linear_cross_entropy(hidden, model.head, batch["labels"], **arguments(loss))
+    head = model.head[: model.config.known_tokens]
+    total, stats = lsce.linear_cross_entropy(hidden, head, batch["labels"], **arguments(loss))
     labelled = batch["labels"] != IGNORE
     calibration = CalibrationState.create().update(stats.confidence, stats.correct, labelled)
     return LossSum(total, jnp.sum(labelled, dtype=jnp.int32), calibration)

@@ -146,6 +146,22 @@ def test_a_run_in_place_of_a_model_is_told_how_to_become_one(trained):
         run_model.choose(TrainConfig.of(model=str(trained)), None)
 
 
+def test_the_loss_can_be_over_the_tokenizer_s_tokens_only(trained, checkpoint, tmp_path):
+    resumed = loop.run_folder.load(trained).replace(smooth_known_tokens=True, resume=True)
+    new = TrainConfig.of(model=str(checkpoint), smooth_known_tokens=True)
+    for config, out in ((new, None), (resumed, trained)):
+        shape = run_model.choose(config, out).shape
+        assert (shape.known_tokens, shape.vocab_size) == (260, 272)
+    with pytest.raises(ValueError, match="each row of nano's head is a token's"):
+        run_model.choose(TrainConfig.of(model="nano", smooth_known_tokens=True), None)
+    full = shutil.copytree(checkpoint, tmp_path / "full")
+    tokenizer = tokenizers.Tokenizer.from_file(str(full / "tokenizer.json"))
+    tokenizer.add_tokens([f"<{i}>" for i in range(12)])
+    tokenizer.save(str(full / "tokenizer.json"))
+    with pytest.raises(ValueError, match="would change nothing: each of the head's 272 rows"):
+        run_model.choose(TrainConfig.of(model=str(full), smooth_known_tokens=True), None)
+
+
 def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     for file in run.glob("checkpoints/2/state/**/d/*"):

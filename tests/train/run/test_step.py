@@ -21,7 +21,7 @@ from train.models.decoder import Decoder
 from train.run import loop
 from train.run.optimizer import adamw, learning_rate, optimizer
 from train.run.options import LossOptions, StepOptions
-from train.run.step import TrainState, train_step, train_step_autotuned
+from train.run.step import TrainState, loss_sum, train_step, train_step_autotuned
 from train.run.trained import divide, frozen
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -82,7 +82,7 @@ def naive_loss(model: Decoder, batch: dict[str, np.ndarray]) -> tuple[jax.Array,
     z = model(batch["tokens"], batch["segments"], batch["positions"]) @ model.head.T
     z = LOSS.softcap * jnp.tanh(z / LOSS.softcap)
     targets = optax.smooth_labels(
-        jax.nn.one_hot(batch["labels"], SHAPE.vocab_size), LOSS.label_smoothing
+        jax.nn.one_hot(batch["labels"], z.shape[-1]), LOSS.label_smoothing
     )
     lse = jax.nn.logsumexp(z, axis=-1)
     loss = lse - jnp.sum(targets * z, axis=-1) + LOSS.z_loss * lse**2
@@ -113,6 +113,23 @@ def test_the_gradient_is_that_of_the_whole_batch_however_it_is_divided(reduction
     assert metrics.loss == pytest.approx(float(total) / count, rel=1e-5)
     assert metrics.grad_norm == pytest.approx(np.linalg.norm(expected), rel=1e-4)
     assert metrics.tokens == count
+
+
+def test_rows_of_the_head_that_are_no_token_s_can_be_left_out():
+    known = 90
+    batch = {name: np.where(x >= known, x - known, x) for name, x in make_batch().items()}
+    whole = make_state(known_tokens=known).model
+    cut = make_state().model
+    cut.embedding.embedding = nnx.Param(cut.embedding.embedding[:known])
+    found, gradient = jax.value_and_grad(lambda model: loss_sum(model, batch, LOSS, None).total)(
+        whole
+    )
+    expected, of_cut = jax.value_and_grad(lambda model: naive_loss(model, batch)[0])(cut)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    table, table_of_cut = (np.asarray(g.embedding.embedding[...]) for g in (gradient, of_cut))
+    assert np.abs(table_of_cut).max() > 0.01
+    np.testing.assert_allclose(table[:known], table_of_cut, rtol=1e-3, atol=1e-4)
+    assert not np.any(table[known:])
 
 
 def test_a_mean_of_means_would_be_seen():
