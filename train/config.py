@@ -27,7 +27,7 @@ from train.run.options import (
 
 FREE = {
     *("out", "resume", "overwrite", "eval_every", "samples", "checkpoint_every", "keep"),
-    "log_every",
+    *("log_every", "wandb"),
 }
 """Flags that leave the weights at the end of a run as they are."""
 TOLD = {

@@ -25,18 +25,15 @@ MODEL = "model"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
+WANDB_RUN = "wandb.json"
+"""The run's id at Weights & Biases."""
+WANDB = "wandb"
+"""What its package writes."""
 EVALUATION = "eval.json"
 RELIABILITY = "reliability.png"
 WRITTEN = (
-    RUN_FILE,
-    CHECKPOINTS,
-    BEST,
-    MODEL,
-    METRICS,
-    SAMPLES,
-    TENSORBOARD,
-    EVALUATION,
-    RELIABILITY,
+    *(RUN_FILE, CHECKPOINTS, BEST, MODEL, METRICS, SAMPLES, TENSORBOARD, EVALUATION, RELIABILITY),
+    *(WANDB_RUN, WANDB),
 )
 """All that a run writes into its folder, and so all that --overwrite removes there."""
 

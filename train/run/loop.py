@@ -28,7 +28,7 @@ from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.run import folder as run_folder
-from train.run import samples, trained
+from train.run import samples, tracker, trained
 from train.run.checkpoint import Checkpointer
 from train.run.folder import METRICS, RELIABILITY
 from train.run.metrics import Monitor, cut_rows_after
@@ -39,6 +39,7 @@ from train.run.options import DEFAULT_STEPS
 from train.run.samples import Prompts
 from train.run.signals import stop_requests
 from train.run.step import StepMetrics, TrainState, arguments, train_step, train_step_autotuned
+from train.run.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,7 @@ def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
     """
     if config.loss.softcap is None and shape.final_softcap is not None:
         config = config.replace(softcap=shape.final_softcap)
+    tracker.check(config.run.wandb)
     check_loss(config, shape)
     devices.check(config.step.devices)
     return config
@@ -221,7 +223,11 @@ def train(run: Run) -> Evaluation:
     config, data, state = run.config, run.data, run.state
     take_step = train_step_autotuned if config.step.autotune else train_step
     monitor = Monitor(
-        run.out, run.total_steps, start_step=run.first_step, log_every=config.run.log_every
+        run.out,
+        run.total_steps,
+        start_step=run.first_step,
+        log_every=config.run.log_every,
+        tracker=Tracker.start(config.run.wandb, run.out, report.plain(config.flags())),
     )
     scoring = scoring_options(config)
 

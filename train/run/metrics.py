@@ -35,6 +35,7 @@ from tensorboardX.summary import scalar
 from train.run import files
 from train.run.folder import METRICS, TENSORBOARD
 from train.run.progress import Console, PlainLines, ProgressBar
+from train.run.tracker import Tracker
 
 HELD_OUT = "held_out_"
 TOKEN_NLL = f"{HELD_OUT}token_nll"
@@ -49,6 +50,7 @@ class Monitor:
       log_every: steps from one row to the next; the last step always has a row.
       start_step: the step of the checkpoint that the run continues from, 0 for a new run. Rows of
         later steps, left by the run that was cut off, are removed.
+      tracker: gets a copy of every row, for Weights & Biases.
       console: where the bar is drawn; plain lines, at most one every few seconds, if it is not a
         terminal.
       clock: seconds, for tests.
@@ -61,6 +63,7 @@ class Monitor:
         *,
         log_every: int = 1,
         start_step: int = 0,
+        tracker: Tracker | None = None,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -70,6 +73,7 @@ class Monitor:
         self._start_step = start_step
         self._log_every = log_every
         self._out = out
+        self._tracker = tracker or Tracker(None)
         self._clock = clock
         self._console = console or Console()
         self._tokens: list[Any] = []  # of the steps since the last row, perhaps still on the device
@@ -90,8 +94,9 @@ class Monitor:
         self._last_row = self._clock()
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, exception: type[BaseException] | None, *_more: object) -> None:
         self._display.close()
+        self._tracker.close(failed=exception is not None)
         self._events.close()
         self._metrics.close()
 
@@ -169,14 +174,13 @@ class Monitor:
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
         step = int(row["step"] or 0)
-        self._events.write(
-            step,
-            {
-                f"{group}/{name.removeprefix(HELD_OUT)}": value
-                for name, value in row.items()
-                if name != "step" and value is not None
-            },
-        )
+        scalars = {
+            f"{group}/{name.removeprefix(HELD_OUT)}": value
+            for name, value in row.items()
+            if name != "step" and value is not None
+        }
+        self._events.write(step, scalars)
+        self._tracker.write(step, scalars)
 
 
 def as_number(value: Any) -> int | float | None:

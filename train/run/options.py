@@ -149,6 +149,8 @@ class RunOptions:
     """Newest checkpoints to keep, besides the one with the least held-out NLL."""
     log_every: Annotated[int, shown("STEPS")] = 1
     """Steps from one row of metrics.jsonl to the next."""
+    wandb: Annotated[str | None, shown("PROJECT", "off")] = None
+    """Copy what is measured to this project at Weights & Biases."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "checkpoint_every", "keep", "log_every"):
@@ -157,6 +159,7 @@ class RunOptions:
             self.samples is None or self.samples >= 0,
             f"--samples must be at least 0, not {self.samples}",
         )
+        require(self.wandb != "", "--wandb needs the name of a project")
         require_positive("epochs", self.epochs)
         require(0 <= self.seed < 2**32, f"{flag('seed')} must be in [0, 2**32), not {self.seed}")
         require(
