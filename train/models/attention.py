@@ -225,10 +225,9 @@ def view(
     positions: Int[Array, "B T"],
     *,
     starts: Int[Array, "B M"] | None = None,
-    past: Int[Array, "B S"] | None = None,
-    start: Int[Array, ""] | int = 0,
+    past: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None = None,
 ) -> View:
-    """The view of tokens [start, start + T) of each row, in layers of that kind.
+    """The view of T tokens of each row, in layers of that kind.
 
     Args:
         config: the model.
@@ -237,8 +236,8 @@ def view(
         positions: the index of each of them within its segment.
         starts: where the segments of a row begin, in order, and T where there are no more; None
             where nobody says. Padding belongs to the segment before it, which does not see it.
-        past: the segments of all S tokens of the row, these included; None if there are no others.
-        start: the place of the first of the T in the row.
+        past: the segments and positions of all S tokens of a cache, these included; None if there
+            is none.
     """
     way, _ = choose(
         config,
@@ -250,27 +249,47 @@ def view(
     return View(
         rope_rotation(positions, config.head_size, kind.rope),
         way,
-        attention_mask(segments, kind.window, past, start),
+        (
+            attention_mask(segments, kind.window)
+            if past is None
+            else cached_mask(segments, positions, *past, kind.window)
+        ),
         starts,
         kind.window,
     )
 
 
 def attention_mask(
-    segments: Int[Array, "B T"],
-    window: int | None = None,
-    past: Int[Array, "B S"] | None = None,
-    start: Int[Array, ""] | int = 0,
-) -> Bool[Array, "B 1 T S"]:
+    segments: Int[Array, "B T"], window: int | None = None
+) -> Bool[Array, "B 1 T T"]:
     """True where token t may see token s: s ≤ t and t − s < window, in the same segment.
 
     Padding sees the padding before it, so that no row of the softmax is empty.
     """
-    past = segments if past is None else past
-    same = segments[:, :, None] == past[:, None, :]
-    distance = start + jnp.arange(segments.shape[1])[:, None] - jnp.arange(past.shape[1])[None]
+    same = segments[:, :, None] == segments[:, None, :]
+    index = jnp.arange(segments.shape[1])
+    distance = index[:, None] - index[None]
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return (same & seen[None])[:, None]
+
+
+def cached_mask(
+    segments: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    past_segments: Int[Array, "B S"],
+    past_positions: Int[Array, "B S"],
+    window: int | None = None,
+) -> Bool[Array, "B 1 T S"]:
+    """True where token t may see token s of a cache: in its own segment or in segment 1, the trunk,
+    at no later position, and less than `window` before it.
+
+    Positions count, as padding may lie between tokens that follow each other. It sees padding.
+    """
+    t, s = segments[:, :, None], past_segments[:, None, :]
+    related = (t == s) | ((t > 1) & (s == 1))
+    distance = positions[:, :, None] - past_positions[:, None, :]
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return (related & seen)[:, None]
 
 
 def frequencies(rope: Rope, head_size: int) -> Float[Array, " H/2"]:

@@ -40,11 +40,17 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Of a batch of rows, with room for S tokens each."""
+    """Of a batch of rows, with room for S tokens each.
+
+    Segment 1 is the trunk of a row: 2, 3, … are branches, which go on from it side by side, see it
+    and do not see each other.
+    """
 
     layers: LayerCache
     segments: Int[Array, "B S"]
-    """The segment of each token; −1 where there is none yet."""
+    """The segment of each token; 0 for padding, −1 where there is none yet."""
+    positions: Int[Array, "B S"]
+    """Of each token: what a window counts, wherever padding lies."""
     length: Int[Array, ""]
 
     @classmethod
@@ -52,6 +58,25 @@ class Cache:
         shape = (config.layers, rows, size, config.kv_heads, config.head_size)
         keys, values = (jnp.zeros(shape, config.dtype) for _ in range(2))
         lengths = jnp.zeros(config.layers, jnp.int32)
-        return cls(
-            LayerCache(keys, values, lengths), jnp.full((rows, size), -1, jnp.int32), jnp.int32(0)
+        nothing, start = jnp.full((rows, size), -1, jnp.int32), jnp.zeros((rows, size), jnp.int32)
+        return cls(LayerCache(keys, values, lengths), nothing, start, jnp.int32(0))
+
+    def shared(self, rows: int, room: int) -> Self:
+        """The one row of this cache in as many rows, each with room for so many tokens more."""
+
+        def widened(x: Array, axis: int, empty: int = 0) -> Array:
+            padding = [(0, room if i == axis + 1 else 0) for i in range(x.ndim)]
+            x = jnp.pad(x, padding, constant_values=empty)
+            return jnp.broadcast_to(x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
+
+        layers = dataclasses.replace(
+            self.layers,
+            keys=widened(self.layers.keys, 1),
+            values=widened(self.layers.values, 1),
+        )
+        return dataclasses.replace(
+            self,
+            layers=layers,
+            segments=widened(self.segments, 0, -1),
+            positions=widened(self.positions, 0),
         )

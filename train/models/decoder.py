@@ -93,17 +93,22 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         cache: Cache,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """What `__call__` gives for T tokens that follow those in the cache, and the cache then."""
+        """What `__call__` gives for T tokens that follow those in the cache, and the cache then.
+
+        Segment 1 may have branches: see `Cache`.
+        """
         start = cache.length
-        past = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, start, axis=1)
+
+        def put(old: Int[Array, "B S"], new: Int[Array, "B T"]) -> Int[Array, "B S"]:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+
+        past = put(cache.segments, segments), put(cache.positions, positions)
         views = {
-            kind: view(self.config, kind, segments, positions, past=past, start=start)
+            kind: view(self.config, kind, segments, positions, past=past)
             for kind in self.config.pattern
         }
         stream, layers = self._through_blocks(self._embed(tokens), views, cache=cache.layers)
-        cache = dataclasses.replace(
-            cache, layers=layers, segments=past, length=start + tokens.shape[1]
-        )
+        cache = Cache(layers, *past, start + tokens.shape[1])
         return self.norm(stream), cache
 
     @property
