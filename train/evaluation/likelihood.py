@@ -128,7 +128,7 @@ def plan(trees: Sequence[Tree], groups: Sequence[Any], batch_tokens: int) -> Ite
 
 def common_beginning(contexts: Sequence[Sequence[int]]) -> Sequence[int]:
     """The longest beginning of all of them that leaves each at least one token."""
-    first, last = min(contexts), max(contexts)
+    first, last = min(map(list, contexts)), max(map(list, contexts))
     most = min(map(len, contexts)) - 1
     same = next((n for n in range(most) if first[n] != last[n]), most)
     return first[:same]

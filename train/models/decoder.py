@@ -108,7 +108,13 @@ class Decoder(nnx.Module):
             for kind in self.config.pattern
         }
         stream, layers = self._through_blocks(self._embed(tokens), views, cache=cache.layers)
-        cache = Cache(layers, *past, start + tokens.shape[1])
+        cache = dataclasses.replace(
+            cache,
+            layers=layers,
+            segments=past[0],
+            positions=past[1],
+            length=start + tokens.shape[1],
+        )
         return self.norm(stream), cache
 
     @property
