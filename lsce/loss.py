@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import batching
 from jaxtyping import Array, Float
 
 from lsce import formula
 from lsce.backends import Arrays, Differentiated, Fused
+from lsce.primitive import one_by_one, primitive
 from lsce.problem import Problem
 from lsce.stats import TokenStats
 from lsce.wanted import Wanted
@@ -48,8 +48,8 @@ def weighted(
     call = backend.call(problem) if call is None else call
     fusing = problem.gradient_filter == "fused" and summed
     if fusing and isinstance(backend, Fused) and backend.unfused(problem) is None:
-        return _bind(_fused, backend, call, arrays, weights)
-    each, stats = _bind(_each, backend, call, arrays, weights)
+        return _whole(arrays, weights, function=_fused, backend=backend, call=call)
+    each, stats = _whole(arrays, weights, function=_each, backend=backend, call=call)
     return (jnp.sum(each) if summed else each), stats
 
 
@@ -66,8 +66,7 @@ def _each_fwd(backend, call, arrays, weights):
     arrays, weights = _values((arrays, weights))
     if not wanted.weights:
         arrays = _with_a_say(backend, call, arrays, weights)
-    passed: Any = _in_one_piece(backend, call, arrays)
-    (losses, stats), kept = passed
+    (losses, stats), kept = backend.forward(call, _differentiable(backend, arrays), keep=True)
     out = varying((formula.weighted(weights, losses), stats), like=weights)
     return out, (wanted.as_residuals(), weights, losses, kept)
 
@@ -79,41 +78,35 @@ def _each_bwd(backend, call, saved, cotangents):
     wanted, weights, losses, kept = saved
     wanted = Wanted.from_residuals(wanted)
     d_weights = g * formula.finite_where_removed(weights, losses)
-    g = g * weights
-    grads = backend.backward(call, kept, wanted, g, _mark(g))
-    return varying((grads, d_weights), like=weights)
+    g: Any = _differentiable(backend, g * weights)
+    marks = _marks(call.problem, g)
+    grads = backend.backward(call, kept, wanted, g, marks.sum())
+    return varying((_marked(grads, marks), d_weights), like=weights)
 
 
 _each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _in_one_piece(backend, call, arrays):
-    """The forward pass as something of which `jax.checkpoint` saves all or nothing.
-
-    Its policies may save the result of every matrix product, and here those are all of the logits.
-    The rule below is what JAX would do itself, for second derivatives. It is no custom_vjp: under
-    `vmap` that counts the cotangent of a result that examples share, such as the head, once for
-    each of them.
-    """
-    return backend.forward(call, arrays, keep=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(backend, x) -> Any:
+    """What goes into a derivative, itself: once more only if the backend can."""
+    return x
 
 
-@_in_one_piece.defjvp
-def _in_one_piece_jvp(backend, call, primals, tangents):
+@_differentiable.defjvp
+def _differentiable_jvp(backend, primals, tangents):
     if not backend.twice_differentiable:
         raise TypeError(
             f"implementation={backend.name!r} has no second derivatives: take 'chunked'"
         )
-    forward = functools.partial(backend.forward, call, keep=True)
-    return jax.jvp(forward, primals, tangents)
+    return primals[0], tangents[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused(backend, call, arrays, weights):
     """Σ_n w_n·L_n, whose gradients are made in the forward pass."""
     each: Any = _each(backend, call, arrays, weights)
-    return (jnp.sum(each[0]),)
+    return jnp.sum(each[0]), None
 
 
 def _fused_fwd(backend, call, arrays, weights):
@@ -123,19 +116,21 @@ def _fused_fwd(backend, call, arrays, weights):
     d_hidden, d_head, losses = arrays.hidden[:1], arrays.head[:1], None
     some = _with_a_say(backend, call, arrays, weights)
     if wanted.hidden or wanted.head:
-        losses, grads = backend.fused(call, some, weights, wanted, _mark(weights))
-        d_hidden = grads.hidden if wanted.hidden else d_hidden
+        into: Any = _differentiable(backend, (some, weights))
+        marks = _marks(call.problem, weights)
+        losses, grads = backend.fused(call, *into, wanted, marks.sum())
+        d_hidden = _marked(grads, marks).hidden if wanted.hidden else d_hidden
         d_head = grads.head if wanted.head else d_head
     if wanted.weights or losses is None:  # those of tokens of weight 0, too
-        (losses, _), _ = backend.forward(call, arrays, keep=False)
+        (losses, _), _ = backend.forward(call, _differentiable(backend, arrays), keep=False)
     d_weights = formula.finite_where_removed(weights, losses) if wanted.weights else losses[:1]
     total = jnp.sum(formula.weighted(weights, losses))
-    out, saved = varying(((total,), (d_hidden, d_head, d_weights)), like=weights)
+    out, saved = varying(((total, None), (d_hidden, d_head, d_weights)), like=weights)
     return out, (wanted.as_residuals(), saved)
 
 
 def _fused_bwd(backend, call, saved, cotangents):
-    (g,) = cotangents
+    g, _ = cotangents
     if isinstance(g, SymbolicZero):
         return None, None
     wanted, made = saved
@@ -162,12 +157,20 @@ def _with_a_say(backend: Any, call: Any, arrays: Arrays, weights: Float[Array, "
     return arrays._replace(labels=jnp.where(weights == 0.0, -1, arrays.labels))
 
 
-def _mark(g: Float[Array, " N"]) -> Float[Array, ""]:
-    """0, or NaN where a token, be it without a loss, has a cotangent of NaN: an invalid label.
+def _marks(problem: Problem, g: Float[Array, " N"]) -> Float[Array, " examples"]:
+    """0, or NaN where a token of the example, be it without a loss, has a cotangent of NaN: an
+    invalid label.
 
-    A backend adds it to every gradient.
+    A backend adds their sum to the gradients that examples share, and `_marked` each to its own.
     """
-    return jnp.sum(0.0 * g)
+    return jnp.sum(0.0 * g.reshape(problem.examples, -1), axis=1)
+
+
+def _marked(grads: Arrays, marks: Float[Array, " examples"]) -> Arrays:
+    if grads.hidden is None:
+        return grads
+    of_token = jnp.repeat(marks, grads.hidden.shape[0] // marks.shape[0])[:, None]
+    return grads._replace(hidden=grads.hidden + of_token.astype(grads.hidden.dtype))
 
 
 def _values(primals: Any) -> Any:
@@ -192,59 +195,20 @@ def varying(arrays: Any, *, like: Any) -> Any:
     return jax.tree.map(cast, arrays)
 
 
-# `_each` and `_fused` as a primitive, for the sake of `vmap`: a batched custom_vjp makes the head's
-# gradient of every example before it sums them, where the tokens of several examples with one head
-# are simply more tokens. `custom_vmap` around it cannot be differentiated in reverse, and inside it
-# cannot tell vmap(grad), which asks for the examples' own gradients, from grad(vmap).
-_primitive = Primitive("linear_cross_entropy")
-_primitive.multiple_results = True
-
-
-def _bind(function, backend, call, arrays: Arrays, weights) -> Any:
-    flat, tree = jax.tree.flatten((arrays, weights))
-    out = _primitive.bind(*flat, function=function, backend=backend, call=call, tree=tree)
-    if function is _fused:
-        return out[0], None
-    each, *stats = out
-    return each, TokenStats(*stats) if stats else None
-
-
-@functools.partial(jax.jit, static_argnames=("function", "backend", "call", "tree"))
-def _flat(*flat, function, backend, call, tree):
-    arrays, weights = jax.tree.unflatten(tree, flat)
-    return jax.tree.leaves(function(backend, call, arrays, weights))
-
-
-def _abstract(*avals, **params):
-    jaxpr = _flat.trace(*avals, **params).jaxpr
-    return jaxpr.out_avals, jaxpr.effects
-
-
-def _jvp(primals, tangents, **params):
-    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
-
-    def of(*some):
-        changed = dict(zip(moving, some, strict=True))
-        return _flat(*(changed.get(i, x) for i, x in enumerate(primals)), **params)
-
-    x, dx = ([xs[i] for i in moving] for xs in (primals, tangents))
-    out, (d_first, *_) = jax.jvp(of, x, dx)
-    none = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out[1:]]
-    return out, [d_first, *none]
-
-
-def _batch(flat, axes, *, function, backend, call, tree):
+def _batch(whole, args, axes, *, function, backend, call):
     """One call of all tokens where the examples share their head; else one call an example."""
-    size = next(x.shape[axis] for x, axis in zip(flat, axes, strict=True) if axis is not None)
-    arrays, weights = jax.tree.unflatten(tree, flat)
-    of, of_weights = jax.tree.unflatten(tree, axes)
+    (arrays, weights), (of, of_weights) = args, axes
+    static = {"function": function, "backend": backend, "call": call}
+    size = next(
+        x.shape[axis]
+        for x, axis in zip((*arrays, weights), (*of, of_weights), strict=True)
+        if axis is not None
+    )
     problem = call.problem
-    folded = dataclasses.replace(problem, n=size * problem.n)
+    folded = dataclasses.replace(problem, n=size * problem.n, examples=size * problem.examples)
     shared = all(axis is None for axis in (of.head, of.bias, of.vocab_order))
     if not shared or backend.refuses(folded) is not None:
-        params = {"function": function, "backend": backend, "call": call, "tree": tree}
-        out = _one_by_one(*flat, axes=tuple(axes), **params)
-        return out, [0] * len(out)
+        return one_by_one(whole, args, axes, **static)
 
     def fold(x, axis):
         x = batching.bdim_at_front(x, axis, size)
@@ -253,28 +217,19 @@ def _batch(flat, axes, *, function, backend, call, tree):
     arrays = arrays._replace(
         hidden=fold(arrays.hidden, of.hidden), labels=fold(arrays.labels, of.labels)
     )
-    weights = fold(weights, of_weights)
     # The sum of each example needs a cotangent of its own, which fused gradients would not know.
-    each, stats = _bind(_each, backend, backend.call(folded), arrays, weights)
-    out = [x.reshape(size, problem.n) for x in jax.tree.leaves((each, stats))]
-    if function is _fused:
-        out = [out[0].sum(1)]
-    return out, [0] * len(out)
+    static |= {"function": _each, "call": backend.call(folded)}
+    out = whole(arrays, fold(weights, of_weights), **static)
+    each, stats = jax.tree.map(lambda x: x.reshape(size, problem.n), out)
+    return (each.sum(1), None) if function is _fused else (each, stats)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "function", "backend", "call", "tree"))
-def _one_by_one(*flat, axes, **params):
-    batched = [i for i, axis in enumerate(axes) if axis is not None]
-
-    def one(some):
-        changed = dict(zip(batched, some, strict=True))
-        return _primitive.bind(*(changed.get(i, x) for i, x in enumerate(flat)), **params)
-
-    return lax.map(one, [jnp.moveaxis(flat[i], axes[i], 0) for i in batched])
-
-
-_primitive.def_impl(_flat)
-_primitive.def_effectful_abstract_eval(_abstract)
-mlir.register_lowering(_primitive, mlir.lower_fun(_flat, multiple_results=True))
-ad.primitive_jvps[_primitive] = _jvp
-batching.primitive_batchers[_primitive] = _batch
+# For the sake of `vmap`: a batched custom_vjp makes the head's gradient of every example before it
+# sums them, where the tokens of several examples with one head are simply more tokens. A rule
+# inside the derivative could not tell vmap(grad), which asks for the examples' own gradients, from
+# grad(vmap).
+_whole = primitive(
+    "linear_cross_entropy",
+    lambda arrays, weights, *, function, backend, call: function(backend, call, arrays, weights),
+    _batch,
+)

@@ -49,6 +49,8 @@ class Problem:
     z_loss: float = 0.0
     gradient_filter: GradientFilter = "auto"
     return_stats: bool = False
+    examples: int = 1
+    """Of how many calls, equally long, `vmap` has made this one; the tokens of one lie together."""
 
     def __post_init__(self):
         if self.v < 1 or self.d < 1:

@@ -96,9 +96,9 @@ class Differentiated(Backend, Protocol):
     def backward(
         self, call: Any, kept: Any, wanted: Wanted, g: Float[Array, " N"], mark: Float[Array, ""]
     ) -> Arrays:
-        """The gradients of Σ_n g_n·L_n + mark·(everything), None for what is not wanted.
+        """The gradients of Σ_n g_n·L_n + mark·(head and bias), None for what is not wanted.
 
-        g counts at tokens with a loss only; the mark is 0, or NaN so that all gradients are.
+        g counts at tokens with a loss only; the mark is 0, or NaN so that these gradients are.
         """
         ...
 
@@ -119,7 +119,7 @@ class Fused(Differentiated, Protocol):
         wanted: Wanted,
         mark: Float[Array, ""],
     ) -> tuple[Float[Array, " N"], Arrays]:
-        """The losses, and the gradients of Σ_n w_n·L_n + mark·(everything) as `backward`'s."""
+        """The losses, and the gradients of Σ_n w_n·L_n + mark·head as `backward`'s."""
         ...
 
 

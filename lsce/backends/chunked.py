@@ -7,6 +7,7 @@ all tokens in float32 and rounded once, before the next strip begins; dE is summ
 Nothing is scattered, so equal inputs give equal bits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float
 
 from lsce import formula
 from lsce.backends import Arrays, Outputs
+from lsce.primitive import primitive
 from lsce.problem import Problem, cdiv
 from lsce.sums import LogitSums
 from lsce.wanted import Wanted
@@ -34,7 +36,7 @@ class Chunked:
         return Call(problem, tile_size(problem))
 
     def forward(self, call: "Call", arrays: Arrays, *, keep: bool) -> tuple[Outputs, Any]:
-        sums = _sums(call, arrays)
+        sums = _sums(arrays, call=call)
         loss, stats = sums.finish(call.problem, arrays.labels)
         return (loss, stats), Kept(arrays, sums.maximum, sums.exp) if keep else None
 
@@ -46,7 +48,7 @@ class Chunked:
         g: Float[Array, " N"],
         mark: Float[Array, ""],
     ) -> Arrays:
-        return _gradients(call, kept, wanted, g, mark)
+        return _gradients(kept, g, mark, call=call, wanted=wanted)
 
 
 BACKEND = Chunked()
@@ -95,7 +97,13 @@ def _even_step(size: int, at_most: int, multiple: int) -> int:
     return min(size, cdiv(step, multiple) * multiple) if steps > 1 else size
 
 
-def _sums(call: Call, arrays: Arrays) -> LogitSums:
+# Both passes are primitives: under `vmap` the examples come one after the other, since a tile of
+# one is as large as memory should be, and no policy of `jax.checkpoint` sees matrix products inside
+# whose results, all of the logits, it would save.
+
+
+@functools.partial(primitive, "chunked_sums")
+def _sums(arrays: Arrays, *, call: Call) -> LogitSums:
     """The sums over all classes of every token."""
     problem, tile = call
     hidden, head, labels, bias, _ = arrays
@@ -113,14 +121,11 @@ def _sums(call: Call, arrays: Arrays) -> LogitSums:
     return _loop(problem.n, tile.n, tokens, LogitSums.empty(problem.n))
 
 
+@functools.partial(primitive, "chunked_gradients")
 def _gradients(
-    call: Call,
-    kept: Kept,
-    wanted: Wanted,
-    g: Float[Array, " N"],
-    mark: Float[Array, ""],
+    kept: Kept, g: Float[Array, " N"], mark: Float[Array, ""], *, call: Call, wanted: Wanted
 ) -> Arrays:
-    """The gradients of Σ_n g_n·L_n; all sums start at the mark, which is 0 or NaN.
+    """The gradients of Σ_n g_n·L_n; those of head and bias start at the mark, which is 0 or NaN.
 
     With u the logits before the cap and slope = dz/du:
         du = g·((1 + 2λ·lse)·p − (1−β)·onehot(y) − β/V)·slope
@@ -187,7 +192,7 @@ def _gradients(
         return d_hidden, head_sum, d_head, d_bias
 
     carry = (
-        jnp.full((problem.n, problem.d), mark) if wanted.hidden else None,
+        jnp.zeros((problem.n, problem.d), jnp.float32) if wanted.hidden else None,
         jnp.zeros(problem.d, jnp.float32),
         jnp.zeros_like(head) if wanted.head else None,
         jnp.zeros_like(bias) if bias is not None and wanted.bias else None,

@@ -25,10 +25,15 @@ truth = functools.partial(loss, implementation="reference")
 
 def temporary_bytes(function, *shapes) -> int:
     """Scratch memory of the compiled value and gradients of hidden and head."""
+    return temporary_bytes_of(jax.value_and_grad(function, argnums=(0, 1)), *shapes)
+
+
+def temporary_bytes_of(function, *shapes) -> int:
+    """The same of a function as it is."""
     dtypes = jnp.float32, jnp.float32, jnp.int32
     given = [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
-    step = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
-    return step.lower(*given).compile().memory_analysis().temp_size_in_bytes
+    compiled = jax.jit(function).lower(*given).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 class TestVmap:
@@ -146,6 +151,27 @@ class TestVmap:
         batched = temporary_bytes(shared, (64, 32, 64), (65536, 64), (64, 32))
         assert batched < 1.5 * flat
 
+    def test_memory_of_the_gradients_of_each_example(self):
+        """Under a head that examples share and nobody differentiates."""
+        flat = temporary_bytes_of(jax.grad(loss), (2048, 64), (65536, 64), (2048,))
+        each = jax.vmap(jax.grad(loss), (0, None, 0))
+        assert temporary_bytes_of(each, (64, 32, 64), (65536, 64), (64, 32)) < 2 * flat
+
+    @pytest.mark.parametrize("implementation", ["chunked", "reference"])
+    def test_an_invalid_label_marks_its_own_example_and_the_head(self, arrays, implementation):
+        hidden, head, labels = arrays
+        labels = labels.at[1, 2].set(self.V)
+
+        def total(hidden, head):
+            one = functools.partial(loss, implementation=implementation)
+            return jax.vmap(one, (0, None, 0))(hidden, head, labels).sum()
+
+        d_hidden, d_head = jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, head)
+        np.testing.assert_array_equal(np.isnan(d_hidden).all((1, 2)), [False, True, False])
+        assert np.isfinite(d_hidden[::2]).all()
+        assert np.abs(d_hidden[::2]).max((1, 2)).min() > 1e-3
+        assert np.isnan(d_head).all()
+
 
 def test_examples_with_one_head_are_more_tokens_to_hopper_too():
     """Lowered only: its kernels see 4 × 2,048 tokens at once, and no gradient of a head is made
@@ -225,7 +251,7 @@ class Counting:
         return (jnp.where(live, jnp.sum(live, dtype=jnp.float32), 0.0), stats), arrays
 
     def backward(self, call, kept, wanted, g, mark):
-        return Arrays(jnp.ones_like(kept.hidden) * mark, jnp.ones_like(kept.head) * mark)
+        return Arrays(jnp.zeros_like(kept.hidden), jnp.ones_like(kept.head) * mark)
 
 
 @pytest.mark.parametrize("backend", [Counting(), Counting(twice_differentiable=True)])
@@ -263,15 +289,17 @@ def test_the_mark_of_an_invalid_label_reaches_every_gradient(invalid):
     assert all(np.isnan(grad).all() == invalid for grad in grads)
 
 
-def test_second_derivatives_that_a_backend_lacks_are_refused():
+@pytest.mark.parametrize("of", ["hidden", "factor"])
+def test_second_derivatives_that_a_backend_lacks_are_refused(of):
+    """Among them that of a gradient by a factor of the loss."""
     problem = Problem(4, 2, 3, F32, F32, "cpu", "cpu")
 
-    def first(hidden):
+    def first(hidden, factor):
         def total(hidden):
             arrays = Arrays(hidden, jnp.ones((3, 2)), jnp.zeros(4, jnp.int32))
-            return weighted(Counting(), problem, arrays, jnp.ones(4), summed=True)[0]
+            return factor * weighted(Counting(), problem, arrays, jnp.ones(4), summed=True)[0]
 
         return jax.grad(total)(hidden).sum()
 
     with pytest.raises(TypeError, match="implementation='counting' has no second derivatives"):
-        jax.grad(first)(jnp.ones((4, 2)))
+        jax.grad(first, argnums=("hidden", "factor").index(of))(jnp.ones((4, 2)), 2.0)

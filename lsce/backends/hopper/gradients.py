@@ -41,7 +41,7 @@ def gradients(
     products = (filtered if sparse else exact).products(call, saved, c, wanted)
     dhidden = dbias = None
     if wanted.hidden:
-        dhidden = _with_rank_one(call, saved, c, products.hidden, products.kept) + c.poison
+        dhidden = _with_rank_one(call, saved, c, products.hidden, products.kept)
         dhidden = dhidden[saved.row_of_token].astype(saved.hidden.dtype)
     if wanted.bias and saved.bias is not None:
         dbias = (products.bias - (c.s * c.kappa).sum()) / p.logit_scale + c.poison
