@@ -30,6 +30,7 @@ from benchmarks.inputs import arrays, real
 from benchmarks.measure import report, runner
 from benchmarks.measure.errors import relative_error
 from lsce.backends.hopper.tiles import Tiles
+from lsce.problem import cdiv
 from lsce.sparse import columns
 from lsce.sparse import filter as filtering
 from lsce.sparse.bound import most_frequent
@@ -152,7 +153,7 @@ def measure(
 
     blocks = n // BLOCK
     lse, kept = np.zeros(n, np.float32), np.zeros(blocks)
-    bits = np.zeros((-(-blocks // 32), v), np.uint32)
+    bits = np.zeros((cdiv(blocks, 32), v), np.uint32)
     for block in range(blocks):
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
         lse[rows], marked, kept[block] = marks(hidden[rows], head, bound[rows], log_epsilon)

@@ -38,7 +38,7 @@ from lsce.backends import Arrays, hopper
 from lsce.backends.hopper import choose
 from lsce.backends.hopper.tiles import BackwardTiles, ForwardTiles, Tiles
 from lsce.loss import weighted
-from lsce.problem import Problem
+from lsce.problem import Problem, cdiv
 
 Stage = Literal["forward", "sparse", "exact"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -109,7 +109,7 @@ def candidates[T: (ForwardTiles, BackwardTiles)](base: T, axes: Iterable[Axis]) 
 
 def _covering(d: int) -> list[int]:
     """The three widest tiles over the hidden size that stay within a fifth of it."""
-    fitting = [width for width in range(64, 257, 64) if -(-d // width) * width <= 1.2 * d]
+    fitting = [width for width in range(64, 257, 64) if cdiv(d, width) * width <= 1.2 * d]
     return (fitting or [choose.even_tile(d, 256)])[-3:]
 
 

@@ -48,8 +48,8 @@ def weighted(
     call = backend.call(problem) if call is None else call
     fusing = problem.gradient_filter == "fused" and summed
     if fusing and isinstance(backend, Fused) and backend.unfused(problem) is None:
-        return _whole(arrays, weights, function=_fused, backend=backend, call=call)
-    each, stats = _whole(arrays, weights, function=_each, backend=backend, call=call)
+        return _call(arrays, weights, function=_fused, backend=backend, call=call)
+    each, stats = _call(arrays, weights, function=_each, backend=backend, call=call)
     return (jnp.sum(each) if summed else each), stats
 
 
@@ -195,7 +195,7 @@ def varying(arrays: Any, *, like: Any) -> Any:
     return jax.tree.map(cast, arrays)
 
 
-def _batch(whole, args, axes, *, function, backend, call):
+def _batch(itself, args, axes, *, function, backend, call):
     """One call of all tokens where the examples share their head; else one call an example."""
     (arrays, weights), (of, of_weights) = args, axes
     static = {"function": function, "backend": backend, "call": call}
@@ -208,7 +208,7 @@ def _batch(whole, args, axes, *, function, backend, call):
     folded = dataclasses.replace(problem, n=size * problem.n, examples=size * problem.examples)
     shared = all(axis is None for axis in (of.head, of.bias, of.vocab_order))
     if not shared or backend.refuses(folded) is not None:
-        return one_by_one(whole, args, axes, **static)
+        return one_by_one(itself, args, axes, **static)
 
     def fold(x, axis):
         x = batching.bdim_at_front(x, axis, size)
@@ -219,7 +219,7 @@ def _batch(whole, args, axes, *, function, backend, call):
     )
     # The sum of each example needs a cotangent of its own, which fused gradients would not know.
     static |= {"function": _each, "call": backend.call(folded)}
-    out = whole(arrays, fold(weights, of_weights), **static)
+    out = itself(arrays, fold(weights, of_weights), **static)
     each, stats = jax.tree.map(lambda x: x.reshape(size, problem.n), out)
     return (each.sum(1), None) if function is _fused else (each, stats)
 
@@ -228,7 +228,7 @@ def _batch(whole, args, axes, *, function, backend, call):
 # sums them, where the tokens of several examples with one head are simply more tokens. A rule
 # inside the derivative could not tell vmap(grad), which asks for the examples' own gradients, from
 # grad(vmap).
-_whole = primitive(
+_call = primitive(
     "linear_cross_entropy",
     lambda arrays, weights, *, function, backend, call: function(backend, call, arrays, weights),
     _batch,

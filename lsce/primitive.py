@@ -41,31 +41,31 @@ def primitive(name: str, function: Any, batch: Callable[..., Any] = one_by_one) 
     made.multiple_results = True
 
     @functools.partial(jax.jit, static_argnames=("tree", "static"))
-    def whole(*leaves, tree, static):
+    def jitted(*leaves, tree, static):
         return function(*jax.tree.unflatten(tree, leaves), **dict(static))
 
     def flat(*leaves, **params):
-        return jax.tree.leaves(whole(*leaves, **params))
+        return jax.tree.leaves(jitted(*leaves, **params))
 
     def call(*args, **static):
         leaves, tree = jax.tree.flatten(args)
         params = {"tree": tree, "static": tuple(static.items())}
-        traced = whole.trace(*map(jax.typeof, leaves), **params)
+        traced = jitted.trace(*map(jax.typeof, leaves), **params)
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), made.bind(*leaves, **params))
 
     def abstract(*avals, **params):
-        jaxpr = whole.trace(*avals, **params).jaxpr
+        jaxpr = jitted.trace(*avals, **params).jaxpr
         return jaxpr.out_avals, jaxpr.effects
 
     def jvp(primals, tangents, **params):
         moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
 
-        def of(*some):
+        def moved(*some):
             changed = dict(zip(moving, some, strict=True))
             return flat(*(changed.get(i, x) for i, x in enumerate(primals)), **params)
 
         x, dx = ([xs[i] for i in moving] for xs in (primals, tangents))
-        out, d_out = jax.jvp(of, x, dx)
+        out, d_out = jax.jvp(moved, x, dx)
         return out, [
             ad.Zero(jax.typeof(x).to_tangent_aval()) if d.dtype == jax.dtypes.float0 else d
             for x, d in zip(out, d_out, strict=True)

@@ -19,8 +19,8 @@ LARGEST = 1e30
 """Of an option: its inverse, too, is a float32 that nothing flushes to 0."""
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+def cdiv(a: Any, b: Any) -> Any:
+    """a / b of integers or arrays of them, rounded up."""
     return -(-a // b)
 
 

@@ -120,8 +120,8 @@ def _on_devices(backend: Any, problem: Problem, mesh: Any, summed: bool) -> Any:
     local = of_one_device(problem, mesh)
     missing = local.n * mesh.size - problem.n
     names = tuple(mesh.axis_names)
-    by_token, whole = PartitionSpec(names), PartitionSpec()
-    split = Arrays(by_token, whole, by_token, whole, whole), by_token
+    by_token, replicated = PartitionSpec(names), PartitionSpec()
+    split = Arrays(by_token, replicated, by_token, replicated, replicated), by_token
 
     def on_one(arrays: Arrays, weights: Any) -> Any:
         out, stats = loss.weighted(backend, local, arrays, weights, summed=summed)
@@ -148,8 +148,8 @@ def _on_devices(backend: Any, problem: Problem, mesh: Any, summed: bool) -> Any:
         return out if summed else everywhere(out)[: problem.n], stats
 
     def everywhere(x: Any) -> Any:
-        """The same arrays, on an explicit mesh whole on every device."""
-        return jax.reshard(x, NamedSharding(mesh, whole)) if _is_explicit(mesh) else x
+        """The same arrays, replicated on an explicit mesh."""
+        return jax.reshard(x, NamedSharding(mesh, replicated)) if _is_explicit(mesh) else x
 
     def pad(x: Any, value: Any) -> Any:
         return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=value)

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from benchmarks.inputs.arrays import Arrays, Inputs
 from benchmarks.inputs.cases import Case
+from lsce.problem import cdiv
 
 LATENT = 256
 PATCHES = 128
@@ -115,7 +116,7 @@ def _generate(s: Statistics, n: int, d: int, v: int, dtype, key: Array) -> Array
     popularity = s.popularity / math.sqrt(moment) * jnp.sign(x) * jnp.abs(x) ** TAIL
     meaning = normal(next(keys), (v, latent)) * scale
 
-    topics = normal(next(keys), (-(-n // s.topic_length), latent))
+    topics = normal(next(keys), (cdiv(n, s.topic_length), latent))
     topic = topics[jnp.arange(n) // s.topic_length]
     own = normal(next(keys), (n, latent))
     strength = s.context * jnp.exp(s.context_spread * normal(next(keys), (n, 1)))
@@ -155,7 +156,7 @@ def _sample(key: Array, hidden: Float[Array, "N D"], head: Float[Array, "V D"]) 
 
     n = hidden.shape[0]
     start = jnp.full(n, -jnp.inf), jnp.zeros(n, jnp.int32)
-    (_, labels), _ = jax.lax.scan(step, start, jnp.arange(-(-v // width)))
+    (_, labels), _ = jax.lax.scan(step, start, jnp.arange(cdiv(v, width)))
     return labels
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, UInt
 
+from lsce.problem import cdiv
 from lsce.sparse.tokens import BLOCK
 
 
@@ -28,8 +29,8 @@ def with_labels(
     """Adds each token's label (−1: none) to its block, and every column to some blocks."""
     groups = bits.shape[0]
     keep_all = jnp.pad(keep_all, (0, groups * 32 - keep_all.shape[0])).reshape(groups, 32)
-    place = jnp.arange(32, dtype=jnp.uint32)
-    bits |= jnp.where(keep_all, jnp.uint32(1) << place[None, :], 0).sum(1, dtype=jnp.uint32)[
+    shift = jnp.arange(32, dtype=jnp.uint32)
+    bits |= jnp.where(keep_all, jnp.uint32(1) << shift[None, :], 0).sum(1, dtype=jnp.uint32)[
         :, None
     ]
     # A label counts once a block, and not where the forward marked it: then adding is or-ing.
@@ -68,7 +69,7 @@ def order_columns(
         key = jnp.where(count == 0, jnp.uint32(0xFFFFFFFF), key)
     order = lax.sort((key, jnp.arange(v, dtype=jnp.int32)), num_keys=1)[1]
     position = jnp.zeros(v, jnp.int32).at[order].set(jnp.arange(v, dtype=jnp.int32))
-    tiles = -(-v // tile_c)
+    tiles = cdiv(v, tile_c)
     sorted_bits = jnp.pad(bits[:, order], ((0, 0), (0, tiles * tile_c - v)))
     tile_bits = lax.reduce(
         sorted_bits.reshape(groups, tiles, tile_c), jnp.uint32(0), lax.bitwise_or, (2,)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from lsce.problem import cdiv
+
 
 class Work(NamedTuple):
     """The active (column tile, token block) pairs of all chunks; T column tiles, B blocks.
@@ -60,7 +62,7 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
     chunk = (jnp.cumsum(cost) - cost) // (spare * most)
     used = (count > 0).sum(dtype=jnp.int32)
     chunks = jnp.where(used > 0, chunk[jnp.maximum(used - 1, 0)] + 1, 0)
-    ids = jnp.arange(-(-t // most) + -(-(t * b) // spare) + 3)
+    ids = jnp.arange(cdiv(t, most) + cdiv(t * b, spare) + 3)
     before = (chunk[None, :] < ids[:, None]).sum(1, dtype=jnp.int32)
     first_tile = jnp.minimum(before, used)
     ends = jnp.pad(jnp.cumsum(groups), (1, 0))
@@ -113,12 +115,12 @@ def dense_work(
     """
     live = (live + group - 1) // group * group
     per_chunk = slots // blocks
-    chunks = -(-tiles // per_chunk)
+    chunks = cdiv(tiles, per_chunk)
     first_tile = jnp.minimum(jnp.arange(chunks + 1) * per_chunk, tiles).astype(jnp.int32)
     t, b = jnp.arange(tiles, dtype=jnp.int32), jnp.arange(blocks, dtype=jnp.int32)
     tile_slot = t % per_chunk * blocks
     groups = jnp.maximum(live // group, 1)
-    at_a_time = -(-groups // -(-groups // together))
+    at_a_time = cdiv(groups, cdiv(groups, together))
     i = jnp.arange(tiles * (blocks // group), dtype=jnp.int32)
     first = i // (per_chunk * groups) * per_chunk
     i = i - first * groups

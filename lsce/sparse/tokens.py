@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from lsce.problem import cdiv
+
 BLOCK = 128
 """Tokens a block: the rows of one tile of the backward."""
 
@@ -55,7 +57,7 @@ def arrange(
 ) -> Rows:
     """The tokens in their rows, which are a multiple of `unit`."""
     n = labels.shape[0]
-    rows = -(-n // unit) * unit
+    rows = cdiv(n, unit) * unit
     live = (labels >= 0).sum(dtype=jnp.int32)
     index = jnp.arange(n, dtype=jnp.int32)
     at = jnp.full(rows, n, jnp.int32).at[row_of_token].set(index, unique_indices=True)

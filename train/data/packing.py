@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -50,7 +51,7 @@ class Rows:
         """
         first = (self.segments > 0) & (self.positions == 0)
         most = int(first.sum(axis=1).max(initial=1))
-        most = 1 << (most - 1).bit_length() if most <= 8 else -(-most // 8) * 8
+        most = 1 << (most - 1).bit_length() if most <= 8 else math.ceil(most / 8) * 8
         length = self.tokens.shape[1]
         starts = np.full((len(self), max(most, length)), length, np.int32)
         starts[:, :length] = np.where(first, np.arange(length), length)

@@ -141,7 +141,7 @@ def figure(results: Sequence[Result]) -> Figure:
         # A letter takes about 0.075 inches, the line before it and the gap 0.6.
         fitting = int(drawn.get_figwidth() / (0.075 * max(map(len, labels)) + 0.6))
         columns = min(max(fitting, 1), 4)
-        lines = -(-len(labels) // columns)
+        lines = math.ceil(len(labels) / columns)
         drawn.set_figheight(drawn.get_figheight() + 0.2 * (lines - 1))
         drawn.legend(
             handles,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -116,7 +117,7 @@ def score(
     lp, y = np.asarray(log_probs, np.float32), np.asarray(labels, np.int32)
     measured = {}
     for function, method, share in GROUPS:
-        count = -(-resamples // share)
+        count = math.ceil(resamples / share)
         measured |= _intervals(function, (lp, y), count, seed, method)
     measured |= {name: _not_below_zero(measured[name]) for name in NAMES if name not in SIGNED}
     if np.allclose(np.exp(lp).sum(axis=1), 1, atol=1e-4):
@@ -145,7 +146,7 @@ def difference(
     arrays = np.asarray(log_probs, np.float32), np.asarray(others, np.float32)
     measured = {}
     for function, method, share in GROUPS:
-        count = -(-resamples // share)
+        count = math.ceil(resamples / share)
         apart = _difference(function)
         measured |= _intervals(apart, (*arrays, np.asarray(labels, np.int32)), count, seed, method)
     return {name: measured[name] for name in NAMES if name in measured}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -125,4 +126,4 @@ def pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterato
 
 
 def _multiple(length: int) -> int:
-    return -(-length // FULL_CACHE) * FULL_CACHE
+    return math.ceil(length / FULL_CACHE) * FULL_CACHE

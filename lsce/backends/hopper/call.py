@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from lsce.backends import Arrays
 from lsce.backends.hopper import choose, interpret
 from lsce.backends.hopper.tiles import Tiles
-from lsce.problem import Problem
+from lsce.problem import Problem, cdiv
 from lsce.sparse import filter as filtering
 
 
@@ -75,7 +75,7 @@ def copies(problem: Problem) -> str | None:
         why.append(f"D={problem.d:,} is no multiple of 64")
     if not why:
         return None
-    rows, columns = max(-(-problem.v // 8) * 8, 16), -(-problem.d // 64) * 64
+    rows, columns = max(cdiv(problem.v, 8) * 8, 16), cdiv(problem.d, 64) * 64
     size = 2 * rows * columns / 2**20
     return f"copies the head ({size:,.0f} MB), and its gradient too: {', '.join(why)}"
 

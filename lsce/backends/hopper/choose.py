@@ -12,7 +12,7 @@ import math
 
 from lsce.backends.hopper.tiles import BLOCK, BackwardTiles, Tiles, fused_layout
 from lsce.backends.hopper.tuned import TUNED
-from lsce.problem import Problem
+from lsce.problem import Problem, cdiv
 
 FAMILIES = ("H100", "H200", "H800", "H20", "GH200")
 """The chips with compute capability 9.0, by the word that their device kind holds."""
@@ -42,14 +42,14 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     """
     wide = even_tile(d, 256)
     tile_c = Tiles().exact.tile_c
-    column_tiles = -(-v // tile_c)
+    column_tiles = cdiv(v, tile_c)
     most = max(2, min(60, column_tiles // 8))
-    group = -(-n // fused_layout(n, d, v, tile_c).groups)
+    group = cdiv(n, fused_layout(n, d, v, tile_c).groups)
     at_once = range(column_tiles, column_tiles + 1)
     # Gathered rows of the head: about 38 MB, but never more than a fifth of it.
     width = max(min(19_000_000 // d, v // 5, 32_768) // 512, 4) * 512
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
-    splits = min(max(ctas // (-(-n // BLOCK) * -(-d // wide) or 1), 1), 4)
+    splits = min(max(ctas // (cdiv(n, BLOCK) * cdiv(d, wide) or 1), 1), 4)
     width, slots = within_a_quarter(n, d, v, width, BackwardTiles().slots_per_block)
     return Tiles(
         sparse=BackwardTiles(
@@ -73,12 +73,12 @@ def within_a_quarter(n: int, d: int, v: int, width: int, slots: int) -> tuple[in
     the float32 sums of dE and the gradients leave something of it, P and the gathered rows must fit
     there, at the price of more chunks; where they leave nothing, nothing is to be won.
     """
-    blocks, slot = -(-n // BLOCK), 2 * BLOCK * BLOCK
+    blocks, p_tile_bytes = cdiv(n, BLOCK), 2 * BLOCK * BLOCK
     left = n * v - 4 * n * d - 3 * (n + v) * d // 2 - 20_000_000
-    if left <= 0 or 2 * width * d + slots * blocks * slot <= left:
+    if left <= 0 or 2 * width * d + slots * blocks * p_tile_bytes <= left:
         return width, slots
     width = max(width // 1024, 4) * 512
-    return width, min(max((left - 2 * width * d) // (blocks * slot), 4), slots)
+    return width, min(max((left - 2 * width * d) // (blocks * p_tile_bytes), 4), slots)
 
 
 WIDTHS = {256: 1.0, 192: 1.04, 128: 1.15, 64: 1.5}
@@ -102,24 +102,24 @@ def filling(
     With `dividing` no tile of dC reaches beyond D (rounded up to 64): what it wrote there could be
     the P of others, where P lies in dC.
     """
-    pairs, units = max(-(-n // (2 * BLOCK)), 1), max(ctas // base.cluster, 1)
-    widths = [width for width in WIDTHS if -(-d // width) * width <= 1.2 * d] or [64]
-    of_head = [width for width in widths if not dividing or -(-d // 64) * 64 % width == 0] or [64]
+    pairs, units = max(cdiv(n, 2 * BLOCK), 1), max(ctas // base.cluster, 1)
+    widths = [width for width in WIDTHS if cdiv(d, width) * width <= 1.2 * d] or [64]
+    of_head = [width for width in widths if not dividing or cdiv(d, 64) * 64 % width == 0] or [64]
 
     # Times of a chunk's kernels in products of 256 × 256 × 64 by a pair of CTAs, 0.8 µs on an H100.
     def waves(tiles: int, inner: float, width: int, epilogue: float) -> float:
-        return -(-tiles // units) * (inner / 64 * width / 256 * WIDTHS[width] + epilogue)
+        return cdiv(tiles, units) * (inner / 64 * width / 256 * WIDTHS[width] + epilogue)
 
     def probabilities(tiles: int) -> float:
         return 20.0 + waves(tiles * pairs, float(d), 256, 5.0)
 
     def head(tiles: int, width: int) -> float:
-        return waves(tiles * -(-d // width), 2.0 * BLOCK * pairs, width, 3.0)
+        return waves(tiles * cdiv(d, width), 2.0 * BLOCK * pairs, width, 3.0)
 
     def hidden(tiles: int, width: int, splits: int) -> float:
         # A sum more is memory more, and two shorter sums are not quite as fast as one.
         inner = tiles * base.tile_c / splits * (1 + 0.05 * (splits - 1))
-        return waves(pairs * -(-d // width) * splits, inner, width, 3.0)
+        return waves(pairs * cdiv(d, width) * splits, inner, width, 3.0)
 
     choices = []
     for tiles in most:
@@ -147,4 +147,4 @@ def filling(
 
 def even_tile(d: int, most: int) -> int:
     """The multiple of 64 up to `most` that covers d with the least excess; the widest of equals."""
-    return min(range(64, most + 1, 64), key=lambda tile: (-(-d // tile) * tile, -tile))
+    return min(range(64, most + 1, 64), key=lambda tile: (cdiv(d, tile) * tile, -tile))

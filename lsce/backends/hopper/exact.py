@@ -9,6 +9,7 @@ from jax import lax
 from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.chunks import Loop, Products, finite_bias, live_blocks
 from lsce.backends.hopper.forward import Saved
+from lsce.problem import cdiv
 from lsce.sparse.coefficients import Coefficients
 from lsce.sparse.plan import dense_work
 from lsce.sparse.tokens import BLOCK
@@ -19,7 +20,7 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     """The sums over P; no probability is left out."""
     v, tiles = call.problem.v, call.tiles.exact
     blocks = saved.hidden.shape[0] // BLOCK
-    column_tiles = -(-v // tiles.tile_c)
+    column_tiles = cdiv(v, tiles.tile_c)
     slots = tiles.slots_for(blocks, column_tiles)
     work = dense_work(
         blocks,

@@ -38,6 +38,7 @@ from lsce.backends.hopper.kernels.lse_forward import LOG2E
 from lsce.backends.hopper.kernels.probabilities import Vectors, probabilities
 from lsce.backends.hopper.tiles import fused_layout
 from lsce.loss import varying
+from lsce.problem import cdiv
 from lsce.sparse import plan
 from lsce.sparse.tokens import BLOCK, arrange, order_tokens
 from lsce.wanted import Wanted
@@ -56,7 +57,7 @@ def refuses(call: Call) -> str | None:
         return "there is a bias"
     if call.dense_smoothing:
         return "smoothing under a softcap is not of rank 1"
-    if p.v % tiles.tile_c or -(-p.d // 64) * 64 % tiles.head_d:
+    if p.v % tiles.tile_c or cdiv(p.d, 64) * 64 % tiles.head_d:
         return f"V and D are no multiples of the tiles {tiles.tile_c} and {tiles.head_d}"
     return None
 
@@ -131,7 +132,7 @@ def with_gradients(
     mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
     count, own = fused_layout(n, e.shape[1], p.v, tiles.tile_c)
-    most = -(-n // (2 * BLOCK) // count) * 2 * BLOCK
+    most = cdiv(n, 2 * BLOCK * count) * 2 * BLOCK
     sizes = {most, n - (count - 1) * most}
     storage = _storage(call, wanted, head, own, sizes, carried=count > 1 and wanted.head)
     tokens = Tokens(e, y, w, r, target, rows.in_use)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from lsce.problem import cdiv
 from lsce.sparse.tokens import BLOCK
 
 SHARED_MEMORY = 230_000
@@ -121,7 +122,7 @@ class BackwardTiles:
 
     def padded_d(self, d: int) -> int:
         """Hidden entries in whole tiles of dE and of dC."""
-        return max(-(-d // tile) * tile for tile in (self.hidden_d, self.head_d))
+        return max(cdiv(d, tile) * tile for tile in (self.hidden_d, self.head_d))
 
     def together(self, d: int) -> int:
         """Groups of tokens whose hidden states the L2 serves."""
@@ -198,14 +199,14 @@ def fused_layout(n: int, d: int, v: int, tile_c: int) -> FusedLayout:
 
     dC [V, D] takes D // tile_c tiles of P side by side, so a smaller D leaves room for fewer.
     """
-    pairs, column_tiles = max(-(-n // (2 * BLOCK)), 1), -(-v // tile_c)
+    pairs, column_tiles = max(cdiv(n, 2 * BLOCK), 1), cdiv(v, tile_c)
     rows = pairs * 2 * BLOCK
     if rows * v * 2 > FUSED_BYTES and (panels := d // tile_c):
         # The others must fit into dC's rows of the own, as those are written last.
-        own = max(-(-column_tiles * rows // (panels * tile_c + rows)), -(-column_tiles // 2))
-        while -(-(column_tiles - own) * rows // BLOCK // panels) * BLOCK > own * tile_c:
+        own = max(cdiv(column_tiles * rows, panels * tile_c + rows), cdiv(column_tiles, 2))
+        while cdiv((column_tiles - own) * rows, BLOCK * panels) * BLOCK > own * tile_c:
             own += 1
         if own * tile_c * rows * 2 <= FUSED_WHOLE_BYTES:
             return FusedLayout(1, own)
-    in_each = -(-pairs // min(pairs, -(-rows * v * 2 // FUSED_BYTES)))
-    return FusedLayout(-(-pairs // in_each), column_tiles)  # none of them empty
+    in_each = cdiv(pairs, min(pairs, cdiv(rows * v * 2, FUSED_BYTES)))
+    return FusedLayout(cdiv(pairs, in_each), column_tiles)  # none of them empty

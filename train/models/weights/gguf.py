@@ -225,7 +225,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         sizes = [scalar("Q") for _ in range(scalar("I"))]
         infos.append((name, tuple(reversed(sizes)), scalar("I"), scalar("Q")))
     alignment = metadata.get("general.alignment", 32)
-    first = -(-offset // alignment) * alignment
+    first = math.ceil(offset / alignment) * alignment
     tensors = {
         name: _mapped(data, name, shape, gguf.GGMLQuantizationType(kind), first + start)
         for name, shape, kind, start in infos

@@ -26,6 +26,7 @@ from jaxlib.mlir.dialects import nvvm
 from jaxtyping import Array, Bool, Int, UInt
 
 from lsce.backends.hopper.kernels.pipeline import ROW
+from lsce.problem import cdiv
 from lsce.sparse.tokens import BLOCK
 
 BIT = (np.arange(16)[:, None, None] * 2 + np.arange(2)).astype(np.uint32)
@@ -150,9 +151,9 @@ def column_bits(
     blocks, total = joined.shape
     # Without the barrier XLA would redo the reduction for each of the 32 bits of a word.
     joined = jax.lax.optimization_barrier(joined)
-    groups = -(-blocks // 32)
+    groups = cdiv(blocks, 32)
     joined = jnp.pad(joined, ((0, groups * 32 - blocks), (0, 0)))
     joined = joined.reshape(groups, 32, total // 4, 1, 4, 1)
     here = (joined >> BIT[None, None, None]) & jnp.uint32(1)
-    place = jnp.arange(32, dtype=jnp.uint32).reshape(1, 32, 1, 1, 1, 1)
-    return (here << place).sum(1, dtype=jnp.uint32).reshape(groups, total * 32)[:, :v]
+    shift = jnp.arange(32, dtype=jnp.uint32).reshape(1, 32, 1, 1, 1, 1)
+    return (here << shift).sum(1, dtype=jnp.uint32).reshape(groups, total * 32)[:, :v]

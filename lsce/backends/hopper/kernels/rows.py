@@ -40,8 +40,8 @@ class Chunk(NamedTuple):
     def ids(self, most: int) -> tuple[Int[Array, " most"], Bool[Array, " most"]]:
         """Its ids and some that follow, `most` in all, and which of them are its own."""
         first, after = (self.first_tile[self.number + i] * self.tile for i in (0, 1))
-        place = jnp.arange(most, dtype=jnp.int32)
-        return self.order.at[first + place].get(mode="clip"), place < after - first
+        offset = jnp.arange(most, dtype=jnp.int32)
+        return self.order.at[first + offset].get(mode="clip"), offset < after - first
 
 
 def gather(
