@@ -92,14 +92,15 @@ def make(options: EverywhereFlags) -> int:
 
 
 def comparable(rows: Report) -> Report:
-    """Of rows and what was skipped, ours and optax's; ValueError if there are no such rows."""
+    """Of rows and what was skipped, ours and optax's; ValueError if there are none or they are of
+    several devices."""
     found = Report(
         tuple(row for row in rows.rows if row.run in (OURS, NAIVE)),
         tuple(skipped for skipped in rows.skipped if skipped.run in (OURS, NAIVE)),
     )
     if not found.rows:
         raise ValueError(f"no row is of {OURS} or {NAIVE}: were they measured by this module?")
-    return found
+    return report.of_one_device(found)
 
 
 def measure(

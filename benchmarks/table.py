@@ -115,14 +115,15 @@ def make(options: TableOfPeersFlags) -> int:
 
 
 def one_case(rows: Report) -> Report:
-    """The rows again; ValueError if they are not of one case, of which alone a table can be."""
+    """The rows again; ValueError if they are not of one case on one device, of which alone a table
+    can be."""
     of = {f"{row.case} at N = {row.n:,}, {row.dtype}, {row.inputs} inputs" for row in rows.rows}
     if len(of) > 1:
         raise ValueError(
             f"rows of one case are wanted, not of {'; '.join(sorted(of))}."
             " Several cases are for python -m benchmarks.everywhere --from"
         )
-    return rows
+    return report.of_one_device(rows)
 
 
 def measure(

@@ -9,7 +9,7 @@ Weights are random, tokens have Zipf's frequencies, and rows are packed as the t
 and "torch,rows=32,loss=full|liger|cut-cross-entropy,beta=0" is transformers' model with SDPA,
 torch.compile and fused AdamW, in a process of its own; it sees rows whole. MFU counts 6 operations
 for each weight of a matrix product, the head once, and 12 · heads · H for each key that a token
-sees, none twice for being recomputed, against 989 TFLOP/s (H100).
+sees, none twice for being recomputed, against 989 TFLOP/s (H100 and H200).
 """
 
 import dataclasses

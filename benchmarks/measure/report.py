@@ -100,6 +100,14 @@ def read(path: pathlib.Path) -> Report:
         raise ValueError(f"{path} is not a benchmark report: {error}") from error
 
 
+def of_one_device(report: Report) -> Report:
+    """The report again; ValueError where devices differ, whose times make no ratio."""
+    devices = sorted({row.device for row in report.rows})
+    if len(devices) > 1:
+        raise ValueError(f"rows of one device are wanted, not of {'; '.join(devices)}")
+    return report
+
+
 def show(report: Report, console: Console | None = None) -> None:
     """Prints the rows as a table, and a line for each run that was skipped."""
     console = console or Console()

@@ -49,18 +49,28 @@ def test_every_file_has_its_command():
 
 
 def test_the_notes_name_files_that_exist():
-    names = set(re.findall(r"`(h100-[\w.-]+)`", NOTES))
+    names = set(re.findall(r"`(h[12]00-[\w.-]+)`", NOTES))
     assert len(names) > 4
     for name in names:
         assert (RESULTS / f"{name}.json").is_file(), name
 
 
 def test_every_report_can_be_read():
-    for path in RESULTS.glob("h100-*.json"):
-        if path.name.startswith("h100-train-step"):
+    for path in RESULTS.glob("h?00-*.json"):
+        if "-train-step" in path.name:
             assert [from_json(row) for row in json.loads(path.read_text())], path.name
-        elif not path.name.startswith("h100-tune"):
+        elif "-tune-" not in path.name:
             assert report.read(path).rows, path.name
+
+
+def test_a_file_is_named_after_its_device():
+    """So that no row of one chip is read beside those of another."""
+    paths = list(RESULTS.glob("h?00-*.json"))
+    assert len(paths) > 10
+    for path in paths:
+        devices = set(re.findall(r'"(?:device|gpu)": "(.*)"', path.read_text()))
+        assert devices, path.name
+        assert all(path.name[:4].upper() in device for device in devices), path.name
 
 
 @pytest.mark.parametrize("title", LINES)

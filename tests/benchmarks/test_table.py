@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from paths import ROOT
 
-from benchmarks import table
+from benchmarks import everywhere, table
 from benchmarks.frameworks import worker
 from benchmarks.implementations.settings import Run, Settings
 from benchmarks.inputs import cases, random
@@ -141,4 +141,19 @@ def test_rows_of_several_cases_make_no_table(capsys: pytest.CaptureFixture[str])
     assert table.main(["--from", str(results / "h100-everywhere.json")]) == 2
     said = capsys.readouterr()
     assert "rows of one case are wanted, not of gemma2-2b at N = 2,048, bfloat16" in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "file"), [(table.main, "table-flat"), (everywhere.main, "everywhere")]
+)
+def test_rows_of_several_devices_make_no_table(
+    command, file: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    measured = report.read(ROOT / "benchmarks" / "results" / f"h100-{file}.json")
+    other = dataclasses.replace(measured.rows[0], device="NVIDIA H200")
+    report.write(report.Report((*measured.rows, other)), tmp_path / "rows.json")
+    assert command(["--from", str(tmp_path / "rows.json")]) == 2
+    said = capsys.readouterr()
+    assert "rows of one device are wanted, not of NVIDIA H100 80GB HBM3; NVIDIA H200" in said.err
     assert said.out == ""
