@@ -6,6 +6,7 @@ The kills are real signals: a run in a process of its own sends them to itself a
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -136,6 +137,80 @@ def test_sigkill_then_resume_is_the_uninterrupted_run(tmp_path, uninterrupted, r
     assert saved_steps(out) == [5, 10]
     assert main(["--resume", "--out", str(out)]) == 0
     assert_same_run(out, uninterrupted)
+
+
+RANDOMLY_KILLED = """
+import os, random, signal, sys, threading
+from train.__main__ import main
+from train.run import loop  # once: each run below is a fork of this process, in which JAX is idle
+
+kills, folder, *arguments = sys.argv[1:]
+choose = random.Random(0)
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link")
+
+def die_at(moment, delay, out):
+    "Kills this process soon after it has changed that many files and folders of the run."
+    def count(event, arguments):
+        nonlocal moment
+        if event in CHANGES and out in str(arguments[0]):
+            moment -= 1
+            if moment == 0:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    sys.addaudithook(count)
+
+runs, died = 1, 0
+while True:
+    out = f"{folder}/{runs}"
+    begun = os.path.exists(f"{out}/run.json")
+    moment, delay = choose.randrange(1, 200), 0.03 * choose.random()
+    child = os.fork()
+    if not child:
+        if died < int(kills):
+            die_at(moment, delay, out)
+        flags = [out if argument == "OUT" else argument for argument in arguments]
+        os._exit(main([*flags, *["--resume"] * begun]))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == -signal.SIGKILL:
+        died += 1
+    elif status:
+        sys.exit(status)
+    elif died == int(kills):
+        sys.exit(0)
+    else:
+        runs += 1
+"""
+
+
+def test_random_kills_lose_no_step(tmp_path, uninterrupted, records):
+    """Evaluations, samples and saves of the best are among what is killed, and change nothing.
+
+    LSCE_KILLS=50 kills that often.
+    """
+    kills = os.environ.get("LSCE_KILLS", "6")
+    options = ["--eval-every", "6", "--samples", "1", "--keep", "1"]
+    command = [sys.executable, "-c", RANDOMLY_KILLED, kills, str(tmp_path)]
+    process = subprocess.run(
+        [*command, *flags(Path("OUT"), records), *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    for out in sorted(tmp_path.iterdir()):
+        assert_same_run(out, uninterrupted)
+        for file, what in (("metrics.jsonl", "held_out_token_nll"), ("samples.jsonl", "answer")):
+            lines = map(json.loads, (out / file).read_text().splitlines())
+            assert [row["step"] for row in lines if what in row] == [6, 12, 18, 20]
+        scores = {
+            row["held_out_token_nll"]: row["step"]
+            for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            if "held_out_token_nll" in row
+        }
+        best = json.loads((out / "best.json").read_text())["step"]
+        assert best == scores[min(scores)]
+        assert saved_steps(out) == sorted({best, 20})
+        leftovers = [path for path in out.rglob("*") if "tmp" in path.name]
+        assert leftovers == []
 
 
 def test_sigterm_saves_the_step_and_resume_is_the_uninterrupted_run(
