@@ -1,6 +1,6 @@
 """Label-smoothed cross-entropy for large vocabularies, with what calibration needs."""
 
-from lsce import calibration
+from lsce import calibration, theory
 from lsce.api import check_labels, explain, linear_cross_entropy
 from lsce.order import vocabulary_order
 from lsce.stats import TokenStats
@@ -11,5 +11,6 @@ __all__ = [
     "check_labels",
     "explain",
     "linear_cross_entropy",
+    "theory",
     "vocabulary_order",
 ]
