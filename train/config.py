@@ -32,7 +32,7 @@ FREE = {
 """Flags that leave the weights at the end of a run as they are."""
 TOLD = {
     *("learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "clip_norm"),
-    *("steps", "epochs", "remat", "devices", "autotune", "implementation"),
+    *("steps", "epochs", "remat", "mesh", "autotune", "implementation"),
 }
 """Flags that a run may go on with changed, though not to the same end: how it is optimised and
 computed. What is learnt (the data, the model, the loss, the seed) makes another run."""

@@ -44,8 +44,11 @@ def refused(capsys, *arguments: str) -> str:
         (["--beta2", "1"], "--beta2 must be in [0, 1), not 1.0"),
         (["--max-length", "7"], "--max-length must be at least 8 tokens, not 7"),
         (["--accumulate", "0"], "--accumulate must be at least 1, not 0"),
-        (["--devices", "0"], "--devices must be at least 1, not 0"),
-        (["--devices", "3"], "--batch-size 4 must be a multiple of --devices 3"),
+        (["--mesh", "2"], "--mesh 2: must be like data=2,fsdp=4: each axis once, "),
+        (["--mesh", "fsdp=0"], "--mesh fsdp=0: must be like data=2,fsdp=4"),
+        (["--mesh", "data=2,data=2"], "--mesh data=2,data=2: must be like data=2,fsdp=4"),
+        (["--mesh", "data=2,model=2"], "--mesh data=2,model=2: must be like data=2,fsdp=4"),
+        (["--mesh", "fsdp=3"], "--batch-size 4 must be a multiple of the 3 devices of --mesh fsdp"),
         (["--vocab-size", "100"], "--vocab-size must be at least 262"),
         (["--seed", "-1"], "--seed must be in [0, 2**32), not -1"),
         (["--model", "huge"], "--model must be one of nano, tiny, small, "),
@@ -265,9 +268,9 @@ def test_a_run_s_own_flags_and_not_the_defaults_are_checked_when_it_goes_on(tmp_
     run_folder.claim(config)
     moved = data.rename(tmp_path / "moved.jsonl")
     again = ["--resume", "--out", str(tmp_path / "run"), "--data", str(moved)]
-    resumed = parse([*again, "--devices", "3", "--warmup-steps", "260"])
-    assert (resumed.step.devices, resumed.optimizer.warmup_steps, resumed.data.data) == (
-        3,
+    resumed = parse([*again, "--mesh", "data=3", "--warmup-steps", "260"])
+    assert (resumed.step.mesh, resumed.optimizer.warmup_steps, resumed.data.data) == (
+        "data=3",
         260,
         (moved,),
     )

@@ -83,7 +83,7 @@ def calls(out: Path) -> list[str]:
         ("--held-out 0 0.1", "--held-out 0 leaves nothing to compare"),
         ("--implementation auto hoper", "implementation='hoper'; must be one of"),
         ("--implementation auto hopper", "hopper"),
-        ("--batch-size 7 --devices 1 7", "--devices must be at most "),
+        ("--batch-size 7 --mesh data=1 data=7", "--mesh data=7,fsdp=1 has 7 devices, and this "),
     ],
 )
 def test_a_mistake_is_one_clear_line_before_anything_is_made(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 import lsce
 from lsce import calibration
-from train import mesh as devices
+from train import mesh
 from train.data.encode import encode_records
 from train.data.packing import IGNORE, Rows, pack
 from train.data.records import Message, Record
@@ -40,13 +40,11 @@ class ScoringOptions:
     """How held-out records are scored."""
 
     batch_size: int
-    """Rows that are in memory at a time."""
+    """Rows that are in memory at a time; shared by all devices of the model."""
     max_length: int
     """Tokens in a row."""
     softcap: float | None = None
     """As in training."""
-    devices: int = 1
-    """Devices that share the rows."""
 
 
 class EvaluationData(Protocol):
@@ -194,14 +192,13 @@ def score_rows(model: Decoder, rows: Rows, how: ScoringOptions) -> TokenScores:
             name: jnp.pad(array, ((0, missing), (0, 0)), constant_values=filling.get(name, 0))
             for name, array in batch.items()
         }
-        padded = devices.split(padded, how.devices, axis=0)
         scored.append(score_batch(graphdef, params, padded, how.softcap))
     parts = jax.device_get(scored)
     return TokenScores(*(np.concatenate(field)[: len(rows)] for field in zip(*parts, strict=True)))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "softcap"), compiler_options=devices.REPEATABLE
+    jax.jit, static_argnames=("graphdef", "softcap"), compiler_options=mesh.REPEATABLE
 )
 def score_batch(
     graphdef: nnx.GraphDef[Decoder],
@@ -211,6 +208,7 @@ def score_batch(
 ) -> TokenScores:
     """One batch through the model and the loss, of which only the statistics are used."""
     model = nnx.merge(graphdef, params)
+    batch = mesh.rows(batch, mesh.of(params))
     hidden = model(batch["tokens"], batch["segments"], batch["positions"], batch.get("starts"))
     _, stats = lsce.linear_cross_entropy(
         hidden,

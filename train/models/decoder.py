@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from train import mesh
 from train.models.attention import Attention, View, view
 from train.models.cache import Cache, LayerCache
 from train.models.config import LayerKind, ModelConfig
@@ -119,19 +120,16 @@ class Decoder(nnx.Module):
 
     @property
     def head(self) -> Float[Array, "V D"]:
-        """The output weights, in the dtype of the activations: logits are hidden · headᵀ."""
-        return (
-            self._table
-            if self.config.tied_head
-            else self.untied_head[...].astype(self.config.dtype)
-        )
+        """The output weights, in the dtype of the activations: logits are hidden · headᵀ.
 
-    @property
-    def _table(self) -> Float[Array, "V D"]:
-        return self.embedding.embedding[...].astype(self.config.dtype)
+        Whole on every device, for one call of the loss.
+        """
+        rows = self.embedding.embedding if self.config.tied_head else self.untied_head
+        return mesh.whole(rows[...].astype(self.config.dtype))
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        embedded = embed(self._table, tokens)
+        table = self.embedding.embedding[...].astype(self.config.dtype)
+        embedded = mesh.rows(embed(table, tokens), mesh.of(table))
         if self.config.scaled_embedding:
             embedded *= jnp.asarray(self.config.hidden_size**0.5, embedded.dtype)
         return embedded
@@ -154,7 +152,7 @@ class Decoder(nnx.Module):
 
         def one(kind, stream, inputs):
             block, key, before = inputs
-            return block(stream, views[kind], key, before)
+            return mesh.laid(block, mesh.of(block))(stream, views[kind], key, before)
 
         def several(stream, layers):
             kept = []

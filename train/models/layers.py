@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from train import mesh
 from train.models.config import ModelConfig
 
 SORTED_BLOCK = 128
@@ -161,8 +163,25 @@ def linear(
         use_bias=bias,
         dtype=jnp.dtype(config.dtype),
         kernel_init=nnx.initializers.zeros if residual else init,
+        dot_general=product,
         rngs=rngs,
     )
+
+
+def product(
+    x: Float[Array, "B T I"], kernel: Float[Array, "I O"], dimensions: Any, **options: Any
+) -> Float[Array, "B T O"]:
+    """`jax.lax.dot_general`, for which a kernel that is split over devices is gathered.
+
+    In a loop over layers, or where blocks are recomputed, the backward pass gathers it again
+    and only shares are kept between. Where layers are lines of a program that recomputes nothing,
+    XLA sees that it is the same twice, and keeps it.
+    """
+
+    def times(x: Float[Array, "B T I"], kernel: Float[Array, "I O"]) -> Float[Array, "B T O"]:
+        return jax.lax.dot_general(x, mesh.whole(kernel), dimensions, **options)
+
+    return (jax.checkpoint(times, prevent_cse=False) if mesh.is_split(kernel) else times)(x, kernel)
 
 
 def table_init(config: ModelConfig) -> jax.nn.initializers.Initializer:

@@ -7,7 +7,6 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from train.data.dataset import default_cache_dir
 from train.models import families
 from train.models.config import PRESETS, SHAPES, ModelConfig
 from train.models.families.names import Form
-from train.models.families.names import Path as WeightPath
 from train.models.weights import load as weights
 from train.models.weights.gguf import GGUFFile
 from train.models.weights.safetensors import SafetensorsFolder
@@ -70,11 +68,9 @@ class Pretrained:
         """Raises ValueError if its tensors are not those of its shape."""
         weights.check(self.config, self.tensors, self.form)
 
-    def load(
-        self, sharding: Callable[[WeightPath], jax.sharding.Sharding | None] = lambda path: None
-    ) -> nnx.State:
+    def load(self, on: jax.sharding.Mesh | None = None) -> nnx.State:
         """Its weights, float32: see `weights.load`."""
-        return weights.load(self.config, self.tensors, self.form, sharding)
+        return weights.load(self.config, self.tensors, self.form, on)
 
     def tokenizer(self, template: str = "auto") -> PretrainedTokenizer:
         """Its tokenizer, with its own chat template or another: see `PretrainedTokenizer`.

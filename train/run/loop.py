@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import optax
 import rich.console
 from flax import nnx
+from jax.sharding import Mesh
 
 import lsce
-from train import mesh as devices
+from train import mesh
 from train.config import TrainConfig, described
 from train.data import dataset, summary
 from train.evaluation import report
@@ -129,12 +130,9 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError(f"{total_steps:,} steps are more than the optimizer can count (2**31 - 1)")
     rate = learning_rate(config.optimizer, total_steps)
     shape = written_out(model.shape) if config.step.autotune else model.shape
-    create = state_maker(
-        shape,
-        optimizer(config.optimizer),
-        config.step.devices,
-        trained.frozen(shape, config.trained.freeze),
-    )
+    on = mesh.make(config.step.mesh_shape)
+    frozen = trained.frozen(shape, config.trained.freeze)
+    create = state_maker(shape, optimizer(config.optimizer), on, frozen)
 
     first_step, state = 0, None
     if config.run.resume:
@@ -147,7 +145,8 @@ def prepare(config: TrainConfig) -> Run:
                 )
             if first_step:
                 data.train.set_state(old.position(first_step))
-                state = old.state(first_step, like=jax.eval_shape(create, config.run.seed))
+                like = mesh.placed(jax.eval_shape(create, config.run.seed), on)
+                state = old.state(first_step, like=like)
         changed = config.changed_since(run_folder.load(out))
         if changed:
             logger.warning(
@@ -159,7 +158,7 @@ def prepare(config: TrainConfig) -> Run:
         cut_rows_after(out / METRICS, first_step)
         samples.write(out, first_step + 1, [])
     if state is None and model.source is not None:
-        state = first_state(model.source, create, config.run.seed, config.step.devices)
+        state = first_state(model.source, create, config.run.seed, on)
     elif state is None:
         state = create(config.run.seed)
     out = run_folder.claim(config, step=first_step)
@@ -171,6 +170,13 @@ def prepare(config: TrainConfig) -> Run:
     logger.info("model: %s, %s parameters", config.model.model, f"{size:,}")
     if state.frozen:
         logger.info("       of which %s are trained (%.3g%%)", f"{changes:,}", 100 * changes / size)
+    if on is not None:
+        logger.info(
+            "mesh: %s; each device holds %s MB of %s MB of weights and moments",
+            config.step.mesh_shape,
+            f"{mesh.bytes_per_device(state) / 1e6:,.0f}",
+            f"{sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6:,.0f}",
+        )
     if (spare := model.shape.vocab_size - data.tokenizer.vocab_size) > 0:
         logger.info(
             "       %d of %d rows of the head are no token's; %s",
@@ -209,7 +215,7 @@ def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
         config = config.replace(softcap=shape.final_softcap)
     tracker.check(config.run.wandb)
     check_loss(config, shape)
-    devices.check(config.step.devices)
+    mesh.check(config.step.mesh_shape)
     return config
 
 
@@ -305,43 +311,41 @@ def train(run: Run) -> Evaluation:
 def state_maker(
     shape: ModelConfig,
     optimizer: optax.GradientTransformation,
-    devices_count: int,
+    on: Mesh | None,
     frozen: tuple[str, ...] = (),
 ) -> Callable[[int], TrainState]:
-    """The compiled function that makes a new run's state from its seed."""
+    """The compiled function that makes a new run's state from its seed, each share in its place."""
 
-    @functools.partial(jax.jit, out_shardings=devices.whole(devices_count))
     def create(seed: int) -> TrainState:
         weights, dropout = jax.random.split(jax.random.key(seed))
         model = Decoder(shape, rngs=nnx.Rngs(params=weights))
         return TrainState.create(model, optimizer, dropout, frozen)
 
-    return create
+    like = jax.eval_shape(create, 0)
+    return jax.jit(create, out_shardings=mesh.shardings(like, on))
 
 
 def first_state(
-    source: Pretrained, create: Callable[[int], TrainState], seed: int, devices_count: int
+    source: Pretrained, create: Callable[[int], TrainState], seed: int, on: Mesh | None
 ) -> TrainState:
     """A new run's state, with the weights in files in place of random ones."""
     like = jax.eval_shape(create, seed)
-    params = source.load(lambda path: devices.whole(devices_count))
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=devices.whole(devices_count))
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=mesh.shardings(like, on))
     def complete(params: nnx.State, seed: int) -> TrainState:
         _, dropout = jax.random.split(jax.random.key(seed))
         model = nnx.merge(like.graphdef, params)
         return TrainState.create(model, like.optimizer, dropout, like.frozen)
 
-    return complete(params, seed)
+    return complete(source.load(on), seed)
 
 
 def scoring_options(config: TrainConfig) -> ScoringOptions:
-    """How a run's evaluations score: with training's rows, devices and softcap."""
+    """How a run's evaluations score: with training's rows and softcap."""
     return ScoringOptions(
         batch_size=config.step.batch_size,
         max_length=config.data.max_length,
         softcap=config.loss.softcap,
-        devices=config.step.devices,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, Self
 
 from train.flags import (
     flag,
@@ -46,6 +47,34 @@ class LossOptions:
         require_positive("softcap", self.softcap)
 
 
+class MeshShape(NamedTuple):
+    """How many devices of a machine do what: `train.mesh` says it."""
+
+    data: int = 1
+    fsdp: int = 1
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """From "data=2,fsdp=4"; an axis that is not named has size 1. ValueError for another."""
+        sizes = [part.partition("=") for part in text.split(",")]
+        names = [name for name, _, _ in sizes]
+        require(
+            all(size.isascii() and size.isdecimal() and int(size) for _, _, size in sizes)
+            and set(names) <= set(cls._fields)
+            and len(set(names)) == len(names),
+            f"--mesh {text}: must be like data=2,fsdp=4: each axis once, with a size of at least 1",
+        )
+        return cls(**{name: int(size) for name, _, size in sizes})
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return math.prod(self)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in self._asdict().items())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """How a step is computed."""
@@ -54,19 +83,25 @@ class StepOptions:
     """Rows that are in memory at a time."""
     accumulate: Annotated[int, shown("K")] = 1
     """Batches whose gradients make one step, the same as one batch K times as large."""
-    devices: Annotated[int, shown("N")] = 1
-    """Devices of this machine that share these rows. Each holds the whole model."""
+    mesh: Annotated[str, shown("data=D,fsdp=F")] = "data=1,fsdp=1"
+    """D·F devices of this machine share these rows. F of them share each weight and its moments,
+    and gather a layer when it is computed; D repeat that."""
     autotune: bool = False
     """Let XLA time a GPU's programs and choose: a step of SmolLM2 135M takes a fifth less time, and
     a minute longer to compile. Runs then differ in their last bits."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "devices"):
+        for name in ("batch_size", "accumulate"):
             require_count(name, getattr(self, name))
         require(
-            self.batch_size % self.devices == 0,
-            f"--batch-size {self.batch_size} must be a multiple of --devices {self.devices}",
+            self.batch_size % self.mesh_shape.size == 0,
+            f"--batch-size {self.batch_size} must be a multiple of the {self.mesh_shape.size}"
+            f" devices of --mesh {self.mesh}",
         )
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        return MeshShape.read(self.mesh)
 
     @property
     def rows(self) -> int:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import lsce
 from lsce.calibration import CalibrationState
-from train import mesh as devices
+from train import mesh
 from train.data.packing import IGNORE
 from train.models.decoder import Decoder
 from train.run.options import LossOptions, StepOptions
@@ -144,11 +144,13 @@ def _step(
     """
     weights, frozen = divide(state.params, state.frozen)
     micro = jax.tree.map(lambda rows: rows.reshape(how.accumulate, -1, *rows.shape[1:]), batch)
-    micro = devices.split(micro, how.devices, axis=1)
+    where = mesh.of(state.params)
+    micro = mesh.rows(micro, where, axis=1)
     keys = jax.random.split(jax.random.fold_in(state.key, state.step), how.accumulate)
 
     def objective(weights: nnx.State, batch: Batch, key: PRNGKeyArray):
-        sums = loss_sum(nnx.merge(state.graphdef, weights, frozen), batch, loss, key)
+        model = nnx.merge(state.graphdef, mesh.laid(weights, where), frozen)
+        sums = loss_sum(model, batch, loss, key)
         return sums.total, sums
 
     def add(carry: tuple[nnx.State, LossSum], inputs: tuple[Batch, PRNGKeyArray]):
@@ -156,7 +158,7 @@ def _step(
         more_gradient, more_sums = jax.grad(objective, has_aux=True)(weights, *inputs)
         return (jax.tree.map(jnp.add, gradient, more_gradient), sums + more_sums), None
 
-    zero = jax.tree.map(jnp.zeros_like, weights), LossSum.zero()
+    zero = mesh.laid(jax.tree.map(jnp.zeros_like, weights), where), LossSum.zero()
     (gradient, sums), _ = jax.lax.scan(add, zero, (micro, keys), unroll=how.accumulate == 1)
 
     count = jnp.maximum(sums.count, 1).astype(jnp.float32)
@@ -176,14 +178,12 @@ def _step(
         token_ece=seen.ece,
         finite=jnp.isfinite(mean) & jnp.isfinite(grad_norm) & _all_finite(weights),
     )
-    return (
-        dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state),
-        metrics,
-    )
+    state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    return mesh.laid(state, where), metrics
 
 
 _compiled = functools.partial(jax.jit, static_argnames=("loss", "how"), donate_argnames="state")
-train_step = _compiled(_step, compiler_options=devices.REPEATABLE)
+train_step = _compiled(_step, compiler_options=mesh.REPEATABLE)
 train_step_autotuned = _compiled(_step)
 """The same without that promise: its processes and its runs differ in their last bits on a GPU."""
 

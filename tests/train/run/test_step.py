@@ -263,7 +263,7 @@ def test_a_compiled_step_depends_only_on_what_changes_it():
 
     def take(**flags) -> int:
         config = TrainConfig.of(**{"batch_size": ROWS} | flags)
-        create_state = loop.state_maker(SHAPE, optimizer(config.optimizer), config.step.devices)
+        create_state = loop.state_maker(SHAPE, optimizer(config.optimizer), None)
         rate = learning_rate(config.optimizer, config.run.steps or 5)(0)
         state = create_state(config.run.seed)
         before = train_step._cache_size()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from flax import nnx
 
+from train import mesh
 from train.models import families
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder
@@ -56,17 +57,17 @@ def load(
     config: ModelConfig,
     tensors: Tensors,
     form: Form,
-    sharding: Callable[[Path], jax.sharding.Sharding | None] = lambda path: None,
+    on: jax.sharding.Mesh | None = None,
 ) -> nnx.State:
     """The float32 weights, each stack of layers filled in its place and put on its devices.
 
-    The host holds one weight beside the model, never two models.
+    The host holds one weight beside the model, never two models; a device holds its share.
 
     Args:
         config: the shape, read from the same files.
         tensors: the files.
         form: whose names and layouts they have.
-        sharding: of each weight, by its path; None is JAX's default device.
+        on: the devices, which share each weight as `train.mesh` says; None is JAX's default one.
 
     Raises:
       ValueError: what `check` raises, before anything is allocated.
@@ -79,7 +80,9 @@ def load(
     flat = {}
     for path, leaf in _flat(nnx.state(abstract(config))).items():
         weight = _assembled(leaf.shape, by_path[path], tensors)
-        flat[path] = leaf.replace(jax.device_put(weight, sharding(path)))
+        flat[path] = leaf.replace(
+            jax.device_put(weight, mesh.sharding(".".join(path), leaf.shape, on))
+        )
         del weight
     return nnx.from_flat_state(flat)
 
