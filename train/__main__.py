@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from train import command_line
 from train.config import FLAT, TrainConfig
 from train.run import folder as run_folder
 
@@ -55,13 +56,14 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     With --resume, flags that are not given are those of the run that goes on.
 
     Raises:
-      SystemExit: for --help and for flags that cannot be read, after printing.
-      ValueError: if there is no run to resume, or for a --data without files or given twice.
+      SystemExit: after --help.
+      ValueError: for flags that cannot be read, if there is no run to resume, or for a --data
+        without files or given twice.
     """
 
     def read(default: TrainConfig, **options: Any) -> TrainConfig:
-        return tyro.cli(
-            TrainConfig, prog="python -m train", args=arguments, default=default, **options
+        return command_line.read(
+            TrainConfig, "python -m train", arguments, default=default, **options
         )
 
     given = _given(sys.argv[1:] if arguments is None else arguments)
@@ -85,7 +87,7 @@ def _given(arguments: Sequence[str]) -> argparse.Namespace:
     But for lists of which there are none, as after a pattern that matches no file: tyro would take
     that for no flag at all, and of two flags it would take the last.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("-h", "--help", action="store_true")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--overwrite", action="store_true")
@@ -95,7 +97,10 @@ def _given(arguments: Sequence[str]) -> argparse.Namespace:
         first.add_argument(name, nargs="*", action="append", default=[])
     for name in ("--steps", "--epochs"):
         first.add_argument(name, nargs="*")
-    given = first.parse_known_args(arguments)[0]
+    try:
+        given = first.parse_known_args(arguments)[0]
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error.argument_name} takes no value: {error.message}") from None
     for name, what in LISTS.items():
         lists = getattr(given, name.removeprefix("--").replace("-", "_"))
         if [] in lists:

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from train import command_line
 from train.flags import shown
 from train.models.weights import safetensors
 from train.models.weights.load import save
@@ -74,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a file could not be written, or 2 for a user's mistake."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
-    options = tyro.cli(ExportOptions, prog="python -m train.export", args=arguments)
     try:
+        options = command_line.read(ExportOptions, "python -m train.export", arguments)
         export(options.model, options.folder, dtype=options.dtype, checkpoint=options.checkpoint)
     except (ValueError, OSError) as error:
         print(f"python -m train.export: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import tyro
 
+from train import command_line
 from train.data.records import Message
 from train.flags import require, require_count, shown
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     try:
-        options = tyro.cli(GenerateOptions, prog="python -m train.generate", args=arguments)
+        options = command_line.read(GenerateOptions, "python -m train.generate", arguments)
         from train.models.generation import generate, pieces  # which take seconds to import
         from train.run import model as run_model
 

@@ -12,15 +12,12 @@ if __name__ == "__main__":
     start.begin("python -m train.sweep")  # the imports below take a second
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import difflib
-import io
 import itertools
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -31,6 +28,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from train import command_line
 from train.config import FLAT, FREE, TrainConfig
 from train.evaluation import comparison
 from train.flags import flag
@@ -234,29 +232,14 @@ def switch(name: str, value: str) -> tuple[str, ...]:
 
 
 def read(arguments: Sequence[str], model: str = SweepConfig().model.model) -> SweepConfig:
-    """The configuration of one run of that model; a mistake is a ValueError, not tyro's box."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                SweepConfig,
-                prog="python -m train.sweep",
-                args=arguments,
-                default=SweepConfig.defaults(model),
-                config=(*FLAT, tyro.conf.FlagCreatePairsOff),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    # The message stands below the box's title, and a rule where there are no characters for boxes.
-    lines = [line.strip(" │|") for line in said.getvalue().splitlines()[1:]]
-    below = itertools.dropwhile(_is_rule, lines)
-    message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), below))
-    raise ValueError(re.sub(r"^Error parsing \w+: (?=-)", "", message))
-
-
-def _is_rule(line: str) -> bool:
-    return not line.strip("─-+")
+    """The configuration of one run of that model."""
+    return command_line.read(
+        SweepConfig,
+        "python -m train.sweep",
+        arguments,
+        default=SweepConfig.defaults(model),
+        config=(*FLAT, tyro.conf.FlagCreatePairsOff),
+    )
 
 
 def check_folders(jobs: Sequence[Job]) -> None:
