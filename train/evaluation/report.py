@@ -114,12 +114,15 @@ def as_json(evaluation: Evaluation, flags: Mapping[str, Any], *, step: int) -> d
             **{scoring: scored(evaluation.choices.get(scoring)) for scoring in SCORINGS},
         },
         "config": plain(dict(flags)),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("lsce", "jax", "flax", "optax", "numpy")},
-        },
+        "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a figure may depend on."""
+    packages = ("lsce", "jax", "flax", "optax", "numpy")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 
 def _version(name: str) -> str | None:

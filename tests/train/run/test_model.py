@@ -19,7 +19,7 @@ from oracles.inputs import weights
 from paths import ROOT
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from train import export, generate
+from train import diagnose, export, generate
 from train.config import TrainConfig
 from train.models import families, resolve
 from train.models.weights import safetensors
@@ -283,3 +283,22 @@ def test_transformers_loads_what_is_exported_with_equal_logits(trained, tmp_path
     assert cap == 30.0
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(cap * np.tanh(logits / cap), expected, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_run_is_diagnosed(trained, tmp_path, capsys):
+    out = tmp_path / "found"
+    data = trained.parent / "data.jsonl"
+    given = ["--model", str(trained), "--data", str(data), "--max-length", "96"]
+    assert diagnose.main([*given, "--tokens", "40", "--out", str(out)]) == 0
+    assert "Is smoothing likely to help?" in capsys.readouterr().out
+    found = json.loads((out / diagnose.JSON).read_text())
+    assert (found["model"], found["data"], found["tokens"]) == ("run", ["data.jsonl"], 40)
+    # Not given, the cap is the model's own, as in training.
+    cap = json.loads((trained / "run.json").read_text())["softcap"]
+    assert found["head"]["softcap"] == cap is not None
+    assert found["head"]["vocab_size"] == CONFIG["vocab_size"]
+    assert 0 < found["entropy"]["value"] <= np.log(CONFIG["vocab_size"])
+    assert (out / diagnose.PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert diagnose.main(["--model", str(tmp_path), "--out", str(out)]) == 2
+    assert "is neither a run" in capsys.readouterr().err
