@@ -55,7 +55,7 @@ def read(path: str | Path, skipped: list[str] | None = None) -> list[Record]:
         raise ValueError(f"{path} is a folder: name the files in it")
     records, bad = [], []
     with progress(f"reading {path.name}") as advance:
-        for where, value in _values(path):
+        for where, value in values(path):
             advance(1)
             try:
                 if isinstance(value, ValueError):
@@ -77,7 +77,7 @@ def read(path: str | Path, skipped: list[str] | None = None) -> list[Record]:
     return records
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any]]:
+def values(path: Path) -> Iterator[tuple[str, Any]]:
     """Each value with where it stands; a ValueError in the place of one that cannot be read."""
     with path.open("rb") as file:
         start = file.read(len(PARQUET))
