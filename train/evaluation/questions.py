@@ -36,13 +36,12 @@ class Questions:
     examples: Mapping[str, Sequence[Item]] = dataclasses.field(default_factory=dict)
     """By subject, in the order of the data; "" for what has none."""
 
-    def sample(self, limit: int | None, seed: int) -> Questions:
-        """At most `limit` of them, drawn by the seed, in the data's order; a larger limit draws the
-        same and more."""
-        if limit is None or limit >= len(self.items):
-            return self
-        drawn = np.random.default_rng(seed).permutation(len(self.items))[:limit]
-        return dataclasses.replace(self, items=[self.items[i] for i in sorted(drawn)])
+    def sample(self, limit: int | None, seed: int) -> list[int]:
+        """The indices of at most `limit` of them, drawn by the seed; a larger limit draws the same
+        ones and more."""
+        count = len(self.items)
+        order = np.random.default_rng(seed).permutation(count)
+        return sorted(order[: count if limit is None else limit].tolist())
 
 
 def load(

@@ -259,16 +259,20 @@ def log_likelihoods(
 ) -> tuple[Float[np.ndarray, " E"], Int[np.ndarray, " E"]]:
     """Σ log p over each example's response tokens, in nats, and the number of these tokens."""
     rows = pack(examples, how.max_length)
-    # Packed the same way, "tokens" that say which example they are of: the owner of each position.
+    counted = rows.labels != IGNORE
+    owner = owners(examples, how.max_length)[counted]
+    log_prob = score_rows(model, rows, how).log_prob[counted]
+    count = np.bincount(owner, minlength=len(examples))
+    return np.bincount(owner, log_prob, minlength=len(examples)), count
+
+
+def owners(examples: Sequence[Example], length: int) -> Int[np.ndarray, "R T"]:
+    """Which example each token of `pack(examples, length)` is of."""
     named = [
         dataclasses.replace(example, tokens=np.full_like(example.tokens, i))
         for i, example in enumerate(examples)
     ]
-    counted = rows.labels != IGNORE
-    owner = pack(named, how.max_length).tokens[counted]
-    log_prob = score_rows(model, rows, how).log_prob[counted]
-    count = np.bincount(owner, minlength=len(examples))
-    return np.bincount(owner, log_prob, minlength=len(examples)), count
+    return pack(named, length).tokens
 
 
 def choice_scores(

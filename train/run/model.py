@@ -164,6 +164,8 @@ class Loaded:
     params: nnx.State
     tokenizer: PretrainedTokenizer
     config_json: dict[str, Any]
+    step: int | None = None
+    """Of a run: the optimizer step of the weights."""
 
     @property
     def architecture(self) -> str:
@@ -201,18 +203,21 @@ def read(
         shape = dataclasses.replace(found.config, dtype=dtype)
         config_json = {**found.config_json, "dtype": found.tensors.dtype}
         return Loaded(shape, found.load(), found.tokenizer(template), config_json)
-    keep = load(out).run.keep
+    run = load(out)
     if not (out / MODEL / resolve.CONFIG).is_file():
         raise ValueError(f"{out} has no {MODEL}/{resolve.CONFIG}: it is of another version")
     config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
     shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
-    with Checkpointer(out, keep=keep) as checkpoints:
+    with Checkpointer(out, keep=run.run.keep) as checkpoints:
         step = checkpoints.choose(checkpoint)
     params = _params(out / CHECKPOINTS / str(step) / "state", shape)
     why = f" ({checkpoint})" if checkpoint in ("best", "last") else ""
     logger.info("weights: step %d of %s%s", step, out, why)
     tokenizer = PretrainedTokenizer.from_folder(out / MODEL, template)
-    return Loaded(dataclasses.replace(shape, dtype=dtype), params, tokenizer, config_json)
+    # The logits that the run learnt, whatever config.json can say of them.
+    softcap = run.loss.softcap or shape.final_softcap
+    shape = dataclasses.replace(shape, dtype=dtype, final_softcap=softcap)
+    return Loaded(shape, params, tokenizer, config_json, step)
 
 
 def _params(path: Path, shape: ModelConfig) -> nnx.State:

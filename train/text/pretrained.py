@@ -167,6 +167,10 @@ class PretrainedTokenizer:
         """Plain text as in pre-training, with the token that begins a text if there is one."""
         return self._tokenizer.encode(text, add_special_tokens=start).ids
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_text` of each, on all cores."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
     def decode(self, tokens: Iterable[int], *, skip_special: bool = True) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special)
 

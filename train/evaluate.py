@@ -1,0 +1,284 @@
+"""`python -m train.evaluate`: multiple-choice questions, and how far the answers can be trusted."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from train import start
+
+    start.begin("python -m train.evaluate")  # the imports below take seconds
+
+import dataclasses
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from train.flags import require, require_count, shown
+
+TASKS = ("mmlu", "hellaswag", "arc-easy", "arc-challenge", "sciq", "openbookqa")
+EVALUATIONS = Path("evaluations")
+HENDRYCKS_LENGTH = 2048
+"""Tokens up to which the code published with MMLU keeps solved examples."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Scores a model on multiple-choice questions: accuracy, calibration, selective prediction.
+
+    Where it is stopped, the same command goes on.
+    """
+
+    model: Annotated[str, shown("RUN|MODEL")]
+    """A run's folder, or what --model can be in training."""
+    task: Annotated[tuple[str, ...], shown(f"{{{','.join(TASKS)},FILE}} …", "none")] = ()
+    """Tasks, or files of questions: {"question", "choices", "answer": 2, "C" or the text} a line,
+    CSV as MMLU's, or the published forms of the others."""
+    task_data: Annotated[Path | None, shown("PATH", "the Hugging Face hub")] = None
+    """A task's file, or a folder with the files of one or several tasks."""
+    split: Annotated[str | None, shown("{test,validation,dev,train}", "the task's own")] = None
+    """What of a task's data."""
+    prompt: Annotated[
+        Literal["hendrycks", "harness"] | None, shown("{hendrycks,harness}", "the task's own")
+    ] = None
+    """hendrycks: choices by letter, as the code published with MMLU has it; harness: as
+    lm-evaluation-harness words the task."""
+    answer: Annotated[
+        Literal["letters", "text"] | None, shown("{letters,text}", "letters if shown")
+    ] = None
+    """What is scored: the letters of the choices, or their full text."""
+    shots: Annotated[int | None, shown("K", "5 for mmlu, else 0")] = None
+    """Solved examples before each question: the first of the dev or train split."""
+    shots_from: Annotated[Path | None, shown("FILE", "the task's data")] = None
+    """Where solved examples come from."""
+    limit: Annotated[int | None, shown("N", "all")] = None
+    """Questions of each task, drawn by the seed."""
+    temperature_from: Annotated[str | None, shown("SPLIT|FILE", "none")] = None
+    """Other questions, of which a temperature is fitted, reported beside the model itself:
+    validation for MMLU's 1,531."""
+    against: Annotated[Path | None, shown("RESULT", "none")] = None
+    """Another model's result on the same questions: differences with paired intervals."""
+    tokens: Annotated[tuple[Path, ...], shown("FILE …", "none")] = ()
+    """Records, as --data in training, of whose responses each token is predicted."""
+    checkpoint: Annotated[str, shown("best|last|STEP")] = "last"
+    """Of a run: the one with the least held-out NLL, the newest, or that of a step."""
+    template: Annotated[str, shown("NAME")] = "auto"
+    """Chat template of --tokens, as in training."""
+    max_length: Annotated[int | None, shown("N", "the model's context; 2048 for hendrycks")] = None
+    """Tokens of a prompt: solved examples that have no room are left out."""
+    batch_tokens: Annotated[int | None, shown("N", "16384 on a GPU, 2048 on a CPU")] = None
+    """Tokens that go through the model together."""
+    dtype: Annotated[Literal["float32", "bfloat16"], shown("{float32,bfloat16}")] = "float32"
+    """Of activations and matmuls."""
+    resamples: int = 1000
+    """Of the bootstrap, for 95 % intervals; 0 for none."""
+    seed: int = 0
+    """Of the sample and the bootstrap."""
+    out: Annotated[Path | None, shown("FOLDER", "evaluations/MODEL")] = None
+    """Where result.json, the answers and the pictures go."""
+    overwrite: bool = False
+    """Begin again where the folder holds another evaluation's answers."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.task or self.tokens), "nothing to evaluate: give --task or --tokens")
+        for name in ("limit", "max_length", "batch_tokens"):
+            require_count(name, getattr(self, name))
+        require(self.shots is None or self.shots >= 0, f"--shots must be at least 0: {self.shots}")
+        require(self.resamples >= 0, f"--resamples must be at least 0, not {self.resamples}")
+        require(0 <= self.seed < 2**32, f"--seed must be in [0, 2**32), not {self.seed}")
+        require(len(set(self.task)) == len(self.task), f"--task names one twice: {self.task}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 for a user's mistake."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("train").setLevel(logging.INFO)
+    try:
+        options = tyro.cli(EvaluateOptions, prog="python -m train.evaluate", args=arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        evaluate(options, f"python -m train.evaluate {shlex.join(words)}")
+    except (ValueError, OSError) as error:
+        print(f"python -m train.evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: EvaluateOptions, command: str) -> None:
+    """Asks, measures, writes and prints.
+
+    Raises:
+      ValueError: for what is not there, cannot be read or does not go together.
+    """
+    from train.evaluation import questions as tasks
+    from train.evaluation import results
+
+    # What needs no model first: a user's mistake costs no minute.
+    loading: dict[str, Any] = {"shots": options.shots, "shots_from": options.shots_from}
+    asked_for = [
+        tasks.load(name, options.task_data, split=options.split, **loading) for name in options.task
+    ]
+    fitted_on = [_fitted_on(q.name, options, loading) for q in asked_for]
+    how = [_how(q.name, q.page, options) for q in asked_for]
+    against = results.read(options.against) if options.against else None
+
+    from train.evaluation import choices, comparing, pictures, token_level
+    from train.evaluation.table import print_result
+    from train.run import model as run_model
+
+    loaded = run_model.read(
+        options.model,
+        dtype=options.dtype,
+        template=options.template,
+        checkpoint=options.checkpoint,
+    )
+    weights = choices.checksum(loaded.params)
+    out = options.out or EVALUATIONS / _slug(options.model, loaded.step)
+    result = start_of(options, command, loaded, weights)
+    measuring = {"resamples": options.resamples, "seed": options.seed}
+    found: dict[str, results.TaskResult] = {}
+    for questions, fitting, asking in zip(asked_for, fitted_on, how, strict=True):
+        asking = dataclasses.replace(asking, max_length=_max_length(asking, options, loaded))
+        where = out / f"{_slug(questions.name)}-{asking.prompt}-{asking.answer}.jsonl"
+        indices = questions.sample(options.limit, options.seed)
+        path = _cleared(where, options.overwrite)
+        asked = choices.ask(loaded, weights, questions, asking, indices, path)
+        task = choices.result(asked, questions, asking, available=len(questions.items), **measuring)
+        if fitting is not None:
+            path = _cleared(where.with_suffix(".temperature.jsonl"), options.overwrite)
+            others = choices.ask(loaded, weights, fitting, asking, range(len(fitting.items)), path)
+            task = choices.with_temperature(
+                task, asked.answers, others.answers, fitting.source, **measuring
+            )
+        if against is not None and options.against is not None:
+            task = comparing.against(task, asked.answers, against, options.against, **measuring)
+        found[questions.name] = task
+    result = dataclasses.replace(result, tasks=found)
+    if options.tokens:
+        rows = {"max_length": options.max_length, "batch_tokens": options.batch_tokens}
+        rows["batch_tokens"] = rows["batch_tokens"] or _batch_tokens()
+        tokens = token_level.score(loaded, options.tokens, **rows, **measuring)
+        result = dataclasses.replace(
+            result, tokens=tokens, tokens_data=" ".join(map(str, options.tokens))
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    results.write(out / results.RESULT, result)
+    print_result(result, out)
+    pictures.write(out, result)
+
+
+def start_of(options: EvaluateOptions, command: str, loaded: Any, weights: str) -> Any:
+    """The result without what was found."""
+    import jax
+
+    from train.evaluation.report import plain, versions
+    from train.evaluation.results import Result
+    from train.run import folder
+
+    run = Path(options.model)
+    flags = {}
+    if loaded.step is not None:
+        flags = plain(folder.load(run).flags())
+    return Result(
+        model=options.model,
+        weights=weights,
+        step=loaded.step,
+        flags=flags,
+        label_smoothing=flags.get("label_smoothing"),
+        command=command,
+        seed=options.seed,
+        settings=plain(dataclasses.asdict(options)),
+        versions=versions(),
+        device=jax.devices()[0].device_kind,
+        tasks={},
+    )
+
+
+def _how(name: str, page: Any, options: EvaluateOptions) -> Any:
+    """How the questions of a task are put, before the model's context is known."""
+    from train.evaluation.choices import Asking
+    from train.evaluation.prompts import answer_by
+    from train.evaluation.tasks import TASKS as BY_NAME
+
+    task = BY_NAME.get(name)
+    prompt: Any = options.prompt or (task.prompt if task else "harness")
+    shots = options.shots if options.shots is not None else task.shots if task else 0
+    return Asking(
+        prompt=prompt,
+        answer=answer_by(page, prompt, options.answer),
+        shots=shots,
+        max_length=options.max_length,
+        batch_tokens=options.batch_tokens or _batch_tokens(),
+    )
+
+
+def _fitted_on(name: str, options: EvaluateOptions, loading: dict[str, Any]) -> Any:
+    """The questions that a temperature is fitted on; None if none is asked for."""
+    from train.evaluation import questions
+    from train.evaluation.tasks import TASKS as BY_NAME
+
+    source = options.temperature_from
+    if source is None:
+        return None
+    if source in questions.SPLITS:
+        require(
+            name in BY_NAME,
+            f"--temperature-from {source} is a split of a named task: for {name} give a file",
+        )
+        require(
+            source != (options.split or BY_NAME[name].split),
+            f"--temperature-from {source} is what is evaluated on: fit on other questions",
+        )
+        return questions.load(name, options.task_data, split=source, **loading)
+    require(
+        Path(source).is_file(),
+        f"--temperature-from must be one of {', '.join(questions.SPLITS)} or a file, not {source}",
+    )
+    require(source != name, f"--temperature-from {source} is what is evaluated on")
+    if name in BY_NAME:
+        return questions.load(name, Path(source), **_own_examples(options, loading))
+    return questions.load(source, **loading)
+
+
+def _own_examples(options: EvaluateOptions, loading: dict[str, Any]) -> dict[str, Any]:
+    """Solved examples do not come from the file of the questions."""
+    if options.shots == 0 or options.shots_from is not None:
+        return loading
+    return {**loading, "shots": 0}
+
+
+def _max_length(asking: Any, options: EvaluateOptions, loaded: Any) -> int | None:
+    context = loaded.config_json.get("max_position_embeddings")
+    if options.max_length is not None:
+        require(
+            context is None or options.max_length <= context,
+            f"--max-length {options.max_length} is more than the model's context, {context}",
+        )
+        return options.max_length
+    bounds = [context, HENDRYCKS_LENGTH if asking.prompt == "hendrycks" else None]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _batch_tokens() -> int:
+    import jax
+
+    return 2048 if jax.default_backend() == "cpu" else 16384
+
+
+def _cleared(path: Path, overwrite: bool) -> Path:
+    if overwrite:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def _slug(name: str, step: int | None = None) -> str:
+    """A name for files: of a run, with the step of its checkpoint."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/")).strip("-.") or "model"
+    return slug if step is None else f"{slug}-{step}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
