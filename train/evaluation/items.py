@@ -165,8 +165,10 @@ def labelled(choices: Any, key: Any) -> tuple[tuple[str, ...], int]:
     if isinstance(choices, Mapping):
         texts, labels = choices.get("text"), choices.get("label")
     else:
-        pairs = [c for c in choices or () if isinstance(c, Mapping)]
-        texts, labels = [c.get("text") for c in pairs], [c.get("label") for c in pairs]
+        pairs = choices if isinstance(choices, list) else [choices]
+        whole = all(isinstance(pair, Mapping) for pair in pairs)
+        texts = [pair.get("text") for pair in pairs] if whole else None
+        labels = [pair.get("label") for pair in pairs] if whole else None
     if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):
         raise ValueError(f"choices must have as many texts as labels, not {choices!r}")
     key = key.strip() if isinstance(key, str) else key

@@ -55,7 +55,9 @@ def caption(task: TaskResult) -> str:
     """What the table's numbers depend on."""
     where = f"of {task.available:,} " if task.questions < task.available else ""
     notes = [f"{where}{task.data}; {task.shots} shots; prompt {task.prompt}; chance"]
-    notes[0] += f" {task.chance:.1%}; 95 % bootstrap intervals over questions."
+    notes[0] += f" {task.chance:.1%}."
+    if task.scorings[task.reported].measures["accuracy"].low is not None:
+        notes[0] += " In brackets 95 % bootstrap intervals over questions."
     if task.letter_tokens is not None and task.letter_tokens > 1:
         notes.append(
             f"Letters are not one token each here, but up to {task.letter_tokens}: log-likelihoods"

@@ -41,7 +41,8 @@ def score(
     Raises:
       ValueError: for files without a response, and what reading them raises.
     """
-    length = max_length or ROW
+    context = loaded.config_json.get("max_position_embeddings", ROW)
+    length = max_length or min(ROW, context)
     records = [record for path in paths for record in files.read(path)]
     fitting = itertools.chain.from_iterable(encode_records(loaded.tokenizer, records, length))
     examples = [example for example in fitting if example.loss_mask.any()]

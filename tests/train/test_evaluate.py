@@ -1,0 +1,307 @@
+"""`python -m train.evaluate` on a tiny model: from a file of questions to result and pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from oracles.inputs import weights
+from tokenizers import AddedToken, models, pre_tokenizers, processors
+
+from train import evaluate
+from train.evaluation import answers, choices, encoding, measures, questions, results
+from train.evaluation.items import Item
+from train.evaluation.likelihood import Tree
+from train.evaluation.prompts import Worded
+from train.evaluation.tasks import mmlu
+from train.models import families
+from train.models.weights import safetensors
+from train.models.weights.load import shapes
+from train.text.chat import BUILT_IN
+from train.text.pretrained import PretrainedTokenizer
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 270,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 320,
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+SPECIAL = ["<s>", "</s>"]
+MERGED = [("Ġ", letter) for letter in "ABCD"]
+"""Each letter with its blank is one token."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    config = families.read(CONFIG, "it")
+    places = families.places(config, shapes(config), "huggingface")
+    tensors = weights({name: p.shape for name, p in places.items()}, zero_centred=False)
+    safetensors.save(tensors.items(), path)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = [*alphabet, *SPECIAL, *map("".join, MERGED)]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE({token: i for i, token in enumerate(vocabulary)}, MERGED)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 256)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": BUILT_IN["alpaca"]}
+    (path / "tokenizer_config.json").write_text(json.dumps(special))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Twelve questions of two subjects, and two solved examples of each."""
+    path = tmp_path_factory.mktemp("mmlu")
+    for split, count in (("test", 6), ("dev", 2), ("val", 3)):
+        (path / split).mkdir()
+        for subject in ("art", "war"):
+            asked = [f"{split} {subject} {n}?,one,two,three,four" for n in range(count)]
+            rows = [f"{question},{'ABCD'[n % 4]}" for n, question in enumerate(asked)]
+            (path / split / f"{subject}_{split}.csv").write_text("\n".join(rows) + "\n")
+    return path
+
+
+def call(model: Path, out: Path, *arguments: str) -> int:
+    always = ["--model", str(model), "--out", str(out), "--resamples", "0"]
+    return evaluate.main([*always, "--batch-tokens", "256", *map(str, arguments)])
+
+
+def one_by_one(model: Path, item: Item, examples: list[Item]) -> np.ndarray:
+    """log p of each letter, with one row for the whole prompt and every logit."""
+    from train.evaluation import prompts
+    from train.run import model as run_model
+
+    loaded = run_model.read(str(model))
+    text = prompts.word(item, examples, mmlu, "hendrycks", "letters").context
+    tokens = np.array(loaded.tokenizer.encode_text(text), np.int32)[None]
+    hidden = loaded.model(
+        tokens, np.ones_like(tokens), np.arange(tokens.size, dtype=np.int32)[None]
+    )
+    logits = np.asarray(hidden[0, -1], np.float64) @ np.asarray(loaded.model.head, np.float64).T
+    log_p = logits - np.logaddexp.reduce(logits)
+    return log_p[[vocabulary_id(loaded.tokenizer, letter) for letter in "ABCD"]]
+
+
+def vocabulary_id(tokenizer: PretrainedTokenizer, letter: str) -> int:
+    (token,) = tokenizer.encode_text(f" {letter}", start=False)
+    return token
+
+
+@pytest.fixture(scope="module")
+def done(model, data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("done") / "out"
+    flags = ("--task", "mmlu", "--task-data", data, "--shots", 2)
+    assert call(model, out, *flags, "--temperature-from", "validation") == 0
+    return out
+
+
+@pytest.mark.slow
+def test_letters_after_shots_are_those_of_whole_prompts(done, model, data):
+    result = results.read(done)
+    task = result.tasks["mmlu"]
+    assert (task.questions, task.available, task.left_out, task.shots_dropped) == (12, 12, 0, 0)
+    assert (task.prompt, task.answer) == ("hendrycks", "letters")
+    assert (task.shots, task.letter_tokens) == (2, 1)
+    assert task.chance == 0.25
+    _, lines, _ = answers.read(done / task.items)
+    asked = questions.load("mmlu", data, shots=2)
+    for i in (0, 11):
+        item = asked.items[i]
+        expected = one_by_one(model, item, list(asked.examples[item.subject]))
+        np.testing.assert_allclose(lines[i]["log_prob"], expected, atol=1e-4)
+    log_prob = np.array([lines[i]["log_prob"] for i in range(12)])
+    among = log_prob - np.logaddexp.reduce(log_prob, axis=1, keepdims=True)
+    label = [item.answer for item in asked.items]
+    for name, log_probs in (("choices", among), ("vocabulary", log_prob)):
+        found = task.scorings[name].measures
+        assert found["nll"].value == pytest.approx(-log_probs[range(12), label].mean(), abs=1e-5)
+        accuracy = np.mean(log_prob.argmax(1) == label)
+        assert found["accuracy"].value == pytest.approx(accuracy, abs=1e-6)
+    outside = 1 - np.exp(log_prob).sum(1).mean()
+    assert task.scorings["vocabulary"].measures["outside"].value == pytest.approx(outside, abs=1e-5)
+    assert [s.name for s in task.scorings["choices"].subjects] == ["art", "war"]
+    for picture in ("reliability.png", "risk-coverage.png"):
+        assert (done / picture).read_bytes()[:4] == b"\x89PNG"
+    assert "--shots 2" in result.command
+    assert result.step is None
+
+
+@pytest.mark.slow
+def test_a_temperature_is_fitted_on_other_questions(done):
+    fitted = results.read(done).tasks["mmlu"].scorings["choices"].temperature
+    assert fitted.n == 6
+    assert fitted.fitted_on.endswith("(validation)")
+    plain = results.read(done).tasks["mmlu"].scorings["choices"].measures
+    assert fitted.measures["accuracy"].value == plain["accuracy"].value
+    assert fitted.measures["auroc"].value != fitted.measures["nll"].value != plain["nll"].value
+
+
+@pytest.mark.slow
+def test_what_was_interrupted_goes_on_and_what_differs_is_refused(
+    done, model, data, tmp_path, monkeypatch, capsys
+):
+    """To the same result, of answers kept and new ones."""
+    out = tmp_path / "out"
+    flags = ("--task", "mmlu", "--task-data", data, "--shots", 2)
+    shutil.copytree(done, out)
+    path = out / results.read(out).tasks["mmlu"].items
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[:6]) + whole[6][:20])
+    asked = []
+    original = choices.log_likelihoods
+
+    def counted(model, trees, groups, **options):
+        asked.extend(trees)
+        return original(model, trees, groups, **options)
+
+    monkeypatch.setattr(choices, "log_likelihoods", counted)
+    assert call(model, out, *flags) == 0
+    assert len(asked) == 7
+    scorings = results.read(out).tasks["mmlu"].scorings
+    nll = results.read(done).tasks["mmlu"].scorings["choices"].measures["nll"].value
+    assert scorings["choices"].measures["nll"].value == pytest.approx(nll, abs=1e-5)
+    assert call(model, out, *flags, "--limit", 5) == 0
+    assert len(asked) == 7
+    assert results.read(out).tasks["mmlu"].questions == 5
+    capsys.readouterr()
+    assert call(model, out, *flags[:-1], 1) == 2
+    assert "answers that another evaluation gave (data_sha256" in capsys.readouterr().err
+    assert call(model, out, *flags[:-1], 1, "--overwrite") == 0
+
+
+@pytest.mark.slow
+def test_two_models_are_compared_on_the_same_questions(done, model, data, tmp_path, capsys):
+    flags = ("--task", "mmlu", "--task-data", data, "--shots", 2)
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    assert call(model, out, *flags, "--against", done) == 0
+    against = results.read(out).tasks["mmlu"].against
+    assert against.n == 12
+    assert against.scorings["choices"]["nll"].value == 0
+    assert call(model, tmp_path / "less", *flags, "--limit", 3, "--against", done) == 2
+    assert "with other questions or words (data_sha256" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tasks_whose_answers_are_text_and_responses(model, tmp_path, capsys):
+    rows = [
+        {"question": f"{n}?", "choices": ["a", "bb b", "c"][: 2 + n % 2], "answer": n % 2}
+        for n in range(5)
+    ]
+    path, records = tmp_path / "own.jsonl", tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = [{"prompt": f"{n}?", "completion": "y" * n} for n in range(1, 9)]
+    records.write_text("".join(json.dumps(record) + "\n" for record in said))
+    out = tmp_path / "out"
+    assert call(model, out, "--task", path, "--tokens", records, "--max-length", 256) == 0
+    printed = capsys.readouterr().out
+    assert "per character" in printed
+    assert "next token" in printed
+    result = results.read(out)
+    task = result.tasks[str(path)]
+    assert task.chance == pytest.approx(np.mean([1 / 2, 1 / 3, 1 / 2, 1 / 3, 1 / 2]))
+    _, lines, _ = answers.read(out / task.items)
+    assert lines[1]["characters"] == [1, 4, 1]
+    assert lines[1]["tokens"] == [2, 5, 2]  # bytes, and the blank before them
+    found = {name: scored.measures["nll"].value for name, scored in task.scorings.items()}
+    for name, unit in (("sum", None), ("per_character", "characters"), ("per_token", "tokens")):
+        nll = []
+        for n, line in lines.items():
+            score = np.array(line["log_prob"]) / (np.array(line[unit]) if unit else 1)
+            nll.append(np.logaddexp.reduce(score) - score[rows[n]["answer"]])
+        assert found[name] == pytest.approx(np.mean(nll), abs=1e-5)
+    assert result.tokens.n == sum(range(1, 9)) + 8  # each ends with one token more
+    assert set(measures.NAMES) - set(result.tokens.measures) == {
+        "sce", "ace", "brier_reliability", "brier_resolution", "brier_uncertainty",
+        "brier_within_bins", "outside",
+    }  # fmt: skip
+
+
+def test_solved_examples_go_where_they_have_no_room(model):
+    tokenizer = PretrainedTokenizer.from_folder(model)
+    example = Item("x" * 20, ("a", "b"), 0)
+    items = {i: Item("y" * n, ("a", "b"), 0) for i, n in enumerate((10, 30, 200))}
+    found = encoding.encode(
+        tokenizer, items, {"": [example] * 2}, mmlu, "harness", "letters", shots=2, max_length=115
+    )
+    assert {i: encoded.shots for i, encoded in found.items()} == {0: 2, 1: 1}
+    for encoded in found.values():
+        assert len(encoded.tree.context) <= 115
+    with pytest.raises(ValueError, match="--shots 3: there are only 2 solved examples"):
+        encoding.encode(
+            tokenizer, items, {"": [example] * 2}, mmlu, "harness", "letters", shots=3, max_length=9
+        )
+
+
+def test_texts_are_cut_as_lm_evaluation_harness_cuts_them(model):
+    """Blanks go to the continuation, and the two are encoded together."""
+    tokenizer = PretrainedTokenizer.from_folder(model)
+    start, question, a, b = (tokenizer.encode_text(x, start=False) for x in ("<s>", "?", " A", "b"))
+    (tree,) = encoding.trees(tokenizer, [Worded("? ", ("A", "b"))])
+    blank = tokenizer.encode_text(" ", start=False)
+    assert tree == Tree(start + question, [a, blank + b])
+    with pytest.raises(ValueError, match="'' adds no token to"):
+        encoding.trees(tokenizer, [Worded("?", ("",))])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--task", "mmmlu"), "--task must be one of"),
+        (("--task", "mmlu", "--shots", "9"), "there are only 2 solved examples"),
+        (("--task", "mmlu", "--shots", "0", "--max-length", "999"), "the model's context, 320"),
+        (("--task", "mmlu", "--shots", "0", "--max-length", "9"), "no question of mmlu fits in"),
+        (("--task", "mmlu", "--temperature-from", "test"), "what is evaluated on"),
+        (("--task", "mmlu", "--temperature-from", "x"), "or a file, not x"),
+        (("--task", "mmlu", "--against", "nowhere"), "there is no result nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, model, data, tmp_path, capsys):
+    assert call(model, tmp_path / "out", *flags, "--task-data", data) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": ()}, "nothing to evaluate: give --task or --tokens"),
+        ({"limit": 0}, "--limit must be at least 1, not 0"),
+        ({"task": ("mmlu", "mmlu")}, "--task names one twice"),
+        ({"shots": -1}, "--shots must be at least 0"),
+    ],
+)
+def test_impossible_flags(changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.EvaluateOptions(**{"model": "m", "task": ("mmlu",)} | changes)
+
+
+def test_weights_are_told_apart():
+    from flax import nnx
+
+    state = nnx.State({"a": np.arange(6, dtype=np.float32), "b": np.ones((2, 2), np.float32)})
+    swapped = nnx.State({"a": np.arange(6, dtype=np.float32)[::-1].copy(), "b": state["b"]})
+    assert choices.checksum(state) == choices.checksum(state) != choices.checksum(swapped)
