@@ -38,7 +38,7 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, and how it computes. Weights are float32 whatever `dtype` says.
+    """The shape of a model, and how it computes.
 
     The defaults are Llama's; `train.models.families` has what the others set.
     """
@@ -87,6 +87,8 @@ class ModelConfig:
     """On the embeddings and on what each attention and MLP adds to the residual stream."""
     dtype: str = "float32"
     """The dtype of activations and matmuls; norms and softmaxes are float32 inside."""
+    weights: str = "float32"
+    """The dtype of weights, but for the scales of norms, which are float32."""
     remat: Literal["none", "block", "full"] = "none"
     """What the backward pass recomputes: what is elementwise, each block from its input, or groups
     of about √layers blocks from theirs, each block again within. Each step keeps less."""
@@ -107,6 +109,7 @@ class ModelConfig:
         if any(self.sliding) and not (self.window and self.window > 0):
             raise ValueError(f"{self.window=} must be at least 1: some layers are sliding")
         for name, values in (
+            ("weights", ("float32", "bfloat16")),
             ("remat", ("none", "block", "full")),
             ("scan", ("on", "off")),
             ("attention", ("auto", "xla")),

@@ -42,6 +42,7 @@ class Decoder(nnx.Module):
             config.vocab_size,
             config.hidden_size,
             dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.weights),
             embedding_init=table_init(config),
             rngs=rngs,
         )
@@ -51,7 +52,8 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tied_head:
             shape = (config.vocab_size, config.hidden_size)
-            self.untied_head = nnx.Param(table_init(config)(rngs.params(), shape))
+            table = table_init(config)(rngs.params(), shape, jnp.dtype(config.weights))
+            self.untied_head = nnx.Param(table)
 
     def __call__(
         self,

@@ -153,7 +153,7 @@ def linear(
     bias: bool = False,
     residual: bool = False,
 ) -> nnx.Linear:
-    """A float32 matrix [size, out_size] that multiplies in the activations' dtype."""
+    """A matrix [size, out_size] that multiplies in the activations' dtype."""
     # Every block begins as the identity (residual branches end in zeros): on the default run's
     # 250 steps that alone is worth more than a better learning rate.
     init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -162,6 +162,7 @@ def linear(
         out_size,
         use_bias=bias,
         dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.weights),
         kernel_init=nnx.initializers.zeros if residual else init,
         dot_general=product,
         rngs=rngs,

@@ -21,7 +21,10 @@ class ModelOptions:
     dropout: Annotated[float, shown("P")] = 0.1
     """Probability of dropping a feature after the embedding and each attention and MLP."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmuls. Weights, optimizer and loss are float32 with either."""
+    """Of activations and matmuls. The loss is float32 with either, and weights are as below."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and the optimizer's moments. bfloat16 halves their memory; they are then rounded
+    up or down by chance, so that small updates count."""
     remat: Literal["none", "block", "full"] = "none"
     """What the backward pass computes again to save memory: nothing, each block from its input, or
     groups of about √layers blocks from theirs. Up to a third more time."""

@@ -68,9 +68,10 @@ class Pretrained:
         """Raises ValueError if its tensors are not those of its shape."""
         weights.check(self.config, self.tensors, self.form)
 
-    def load(self, on: jax.sharding.Mesh | None = None) -> nnx.State:
-        """Its weights, float32: see `weights.load`."""
-        return weights.load(self.config, self.tensors, self.form, on)
+    def load(self, on: jax.sharding.Mesh | None = None, *, dtype: str = "float32") -> nnx.State:
+        """Its weights, in the dtype that `ModelConfig.weights` would say: see `weights.load`."""
+        config = dataclasses.replace(self.config, weights=dtype)
+        return weights.load(config, self.tensors, self.form, on)
 
     def tokenizer(self, template: str = "auto") -> PretrainedTokenizer:
         """Its tokenizer, with its own chat template or another: see `PretrainedTokenizer`.

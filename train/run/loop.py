@@ -337,7 +337,7 @@ def first_state(
         model = nnx.merge(like.graphdef, params)
         return TrainState.create(model, like.optimizer, dropout, like.frozen)
 
-    return complete(source.load(on), seed)
+    return complete(source.load(on, dtype=like.model.config.weights), seed)
 
 
 def scoring_options(config: TrainConfig) -> ScoringOptions:

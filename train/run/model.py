@@ -68,6 +68,7 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
         "dropout": flags.dropout,
         "dtype": flags.dtype,
         "remat": flags.remat,
+        "weights": flags.weights,
     }
     if out is not None and (out / MODEL).is_dir() and flags.model not in SHAPES:
         config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)

@@ -19,6 +19,7 @@ from train import mesh
 from train.data.packing import IGNORE
 from train.models.decoder import Decoder
 from train.run.options import LossOptions, StepOptions
+from train.run.rounding import narrowed, widened
 from train.run.trained import divide
 
 Batch = Mapping[str, Int[Array, "B _"]]
@@ -32,11 +33,11 @@ class TrainState:
     step: Int[Array, ""]
     """Updates done so far."""
     params: nnx.State
-    """The model's weights, float32."""
+    """The model's weights."""
     opt_state: optax.OptState
-    """Of the weights that are trained."""
+    """Of the weights that are trained, and of their dtypes."""
     key: PRNGKeyArray
-    """Of dropout. It never changes: a step's masks come from the key and the step's number."""
+    """Of dropout and rounding. It never changes: a step's are of the key and the step's number."""
     graphdef: nnx.GraphDef[Decoder] = dataclasses.field(metadata={"static": True})
     optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
     """Its updates are multiplied by the learning rate and taken from the weights."""
@@ -140,13 +141,14 @@ def _step(
 
     Gradients of Σ L are added up over the microbatches and divided once: by the number of labelled
     tokens for reduction="mean" (no gradient when there are none), by 1 for "sum". So the update is
-    that of one large batch, however unevenly the labels fall.
+    that of one large batch, however unevenly the labels fall. It is computed in float32, and
+    weights and moments that are bfloat16 are rounded once, at the end.
     """
     weights, frozen = divide(state.params, state.frozen)
     micro = jax.tree.map(lambda rows: rows.reshape(how.accumulate, -1, *rows.shape[1:]), batch)
     where = mesh.of(state.params)
     micro = mesh.rows(micro, where, axis=1)
-    keys = jax.random.split(jax.random.fold_in(state.key, state.step), how.accumulate)
+    keys = jax.random.split(jax.random.fold_in(state.key, state.step), how.accumulate + 1)
 
     def objective(weights: nnx.State, batch: Batch, key: PRNGKeyArray):
         model = nnx.merge(state.graphdef, mesh.laid(weights, where), frozen)
@@ -156,16 +158,20 @@ def _step(
     def add(carry: tuple[nnx.State, LossSum], inputs: tuple[Batch, PRNGKeyArray]):
         gradient, sums = carry
         more_gradient, more_sums = jax.grad(objective, has_aux=True)(weights, *inputs)
-        return (jax.tree.map(jnp.add, gradient, more_gradient), sums + more_sums), None
+        gradient = jax.tree.map(jnp.add, gradient, widened(more_gradient))
+        return (gradient, sums + more_sums), None
 
-    zero = mesh.laid(jax.tree.map(jnp.zeros_like, weights), where), LossSum.zero()
-    (gradient, sums), _ = jax.lax.scan(add, zero, (micro, keys), unroll=how.accumulate == 1)
+    zero = mesh.laid(jax.tree.map(jnp.zeros_like, widened(weights)), where), LossSum.zero()
+    (gradient, sums), _ = jax.lax.scan(add, zero, (micro, keys[:-1]), unroll=how.accumulate == 1)
 
     count = jnp.maximum(sums.count, 1).astype(jnp.float32)
     if loss.reduction == "mean":
         gradient = jax.tree.map(lambda g: g / count, gradient)
-    updates, opt_state = state.optimizer.update(gradient, state.opt_state, weights)
+    before = weights, state.opt_state
+    weights, opt_state = widened(before)
+    updates, opt_state = state.optimizer.update(gradient, opt_state, weights)
     weights = jax.tree.map(lambda weight, update: weight - rate * update, weights, updates)
+    weights, opt_state = narrowed((weights, opt_state), before, keys[-1])
     params = nnx.merge_state(weights, frozen)
 
     mean, grad_norm = sums.total / count, optax.tree.norm(gradient)

@@ -81,10 +81,11 @@ def trained(checkpoint, tmp_path_factory) -> Path:
     config = TrainConfig.of(
         **{"model": str(checkpoint), "data": (data,), "out": folder / "run", "steps": 2},
         **{"max_length": 96, "held_out": 0.0, "batch_size": 2, "dropout": 0.0},
-        **{"learning_rate": 1e-2, "checkpoint_every": 1},
+        **{"learning_rate": 1e-2, "checkpoint_every": 1, "weights": "bfloat16"},
     )
     prepared = loop.prepare(config)
     loaded = jax.tree.map(np.asarray, prepared.state.params)  # before the first step takes them
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded)} == {"bfloat16", "float32"}
     loop.train(prepared)
     expected = run_model.read(str(checkpoint)).params
     for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):

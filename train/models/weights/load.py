@@ -59,7 +59,7 @@ def load(
     form: Form,
     on: jax.sharding.Mesh | None = None,
 ) -> nnx.State:
-    """The float32 weights, each stack of layers filled in its place and put on its devices.
+    """The weights, each stack of layers filled in its place and put on its devices.
 
     The host holds one weight beside the model, never two models; a device holds its share.
 
@@ -80,6 +80,7 @@ def load(
     flat = {}
     for path, leaf in _flat(nnx.state(abstract(config))).items():
         weight = _assembled(leaf.shape, by_path[path], tensors)
+        weight = weight.astype(leaf.dtype, copy=False)
         flat[path] = leaf.replace(
             jax.device_put(weight, mesh.sharding(".".join(path), leaf.shape, on))
         )
