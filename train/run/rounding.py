@@ -52,7 +52,7 @@ def _noise(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt32[Array, "*S"]:
     x = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         x = x * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    for word in jax.random.bits(key, 2):
+    for word in jax.random.bits(key, (2,)):
         x ^= word
         x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
         x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
