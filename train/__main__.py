@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from train import start
+from train import start
 
+if __name__ == "__main__":
     start.begin("python -m train")  # the imports below take a second
 
 import argparse
@@ -110,10 +110,10 @@ def _given(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def _stop(status: int, message: object) -> int:
-    print(f"python -m train: {message}", file=sys.stderr)
+def _stop(status: int, error: Exception) -> int:
+    print(f"python -m train: {command_line.said(error)}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,16 @@ def read[F](kind: type[F], program: str, arguments: Sequence[str] | None, **opti
     except SystemExit as stop:
         if not stop.code:
             raise
+    except BrokenPipeError:  # nobody reads the help
+        sys.exit(0)
     raise ValueError(in_one_line(said.getvalue(), program))
+
+
+def said(error: Exception) -> str:
+    """What a user is told of an error: of the system's own, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def in_one_line(box: str, program: str) -> str:

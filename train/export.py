@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from train import start
+from train import start
 
+if __name__ == "__main__":
     start.begin("python -m train.export")  # the imports below take seconds
 
 import dataclasses
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = command_line.read(ExportOptions, "python -m train.export", arguments)
         export(options.model, options.folder, dtype=options.dtype, checkpoint=options.checkpoint)
     except (ValueError, OSError) as error:
-        print(f"python -m train.export: {error}", file=sys.stderr)
+        print(f"python -m train.export: {command_line.said(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     for file in sorted(options.folder.iterdir()):
         print(f"{file.stat().st_size:>14,} B  {file}")
@@ -87,4 +87,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

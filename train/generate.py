@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from train import start
+from train import start
 
+if __name__ == "__main__":
     start.begin("python -m train.generate")  # the imports below take seconds
 
 import dataclasses
@@ -94,8 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for piece in pieces(tokens, loaded.tokenizer.decode):
             print(piece, end="", flush=True)
         print()
+    except BrokenPipeError:
+        raise  # nobody reads on
     except (ValueError, OSError) as error:
-        print(f"python -m train.generate: {error}", file=sys.stderr)
+        print(f"python -m train.generate: {command_line.said(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -109,4 +111,4 @@ def _check_characters(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

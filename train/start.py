@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
+from collections.abc import Callable
 
 from train.run import files, signals
 
@@ -25,3 +28,19 @@ def begin(program: str) -> None:
             programs.mkdir(parents=True, exist_ok=True)
             os.environ[COMPILED] = str(programs)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def run(main: Callable[[], int]) -> int:
+    """The exit status of a command, also where nobody reads its output any more, as behind `head`.
+
+    That ends it, and is nothing to report: the status is that of other programs then.
+    """
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What Python itself still flushes at its end goes nowhere, instead of failing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

@@ -6,9 +6,9 @@ that run only; the same command again skips the runs that are done and resumes t
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from train import start
+from train import start
 
+if __name__ == "__main__":
     start.begin("python -m train.sweep")  # the imports below take a second
 
 import concurrent.futures
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
         save(jobs, {})  # which makes the folder a sweep's
     except (ValueError, OSError) as error:
-        print(f"python -m train.sweep: {error}", file=sys.stderr)
+        print(f"python -m train.sweep: {command_line.said(error)}", file=sys.stderr)
         return 2
     console = Console()
     failed: dict[str, str] = {}
@@ -353,4 +353,4 @@ def save(jobs: Sequence[Job], failed: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

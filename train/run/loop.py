@@ -103,11 +103,10 @@ def prepare(config: TrainConfig) -> Run:
     out = run_folder.find(config)
     model = choose(config, out if config.run.resume else None)
     config = check(config, model.shape)
-    for path in config.data.files if config.run.resume else ():
-        if not path.exists():
-            raise ValueError(
-                f"the run's data {path} is gone: say with --data or --eval-data where it is now"
-            )
+    for name, paths in config.data.files_by_flag.items() if config.run.resume else ():
+        for path in paths:
+            if not path.exists():
+                raise ValueError(f"the run's data {path} is gone: say with {name} where it is now")
     data = dataset.build(
         data=config.data.data,
         eval_data=config.data.eval_data,

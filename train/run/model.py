@@ -197,6 +197,10 @@ def read(
             f"{out} is neither a run ({RUN_FILE} is missing) nor a model ({resolve.CONFIG} is"
             " missing)",
         )
+        require(
+            out.exists() or resolve.is_name(where),
+            f"there is no run and no model {where}: name a run's folder, {resolve.CHOICES}",
+        )
         require(checkpoint == "last", f"--checkpoint {checkpoint} is for runs: {where} is a model")
         found = resolve.find(where)
         if isinstance(found, ModelConfig):

@@ -36,6 +36,9 @@ EXPECTED = [(r["prompt"], r["completion"]) for r in RECORDS]
         BOM + json.dumps(RECORDS, indent=2).encode() + b"\n",
         gzip.compress(json.dumps(RECORDS).encode()),
         BOM + LINES.replace(b"\n", b"\n" + BOM, 1),  # two files with marks, joined
+        LINES.replace(b"\n", b"\r\n"),
+        LINES.replace(b"\n", b"\r"),
+        json.dumps(RECORDS, indent=2).encode().replace(b"\n", b"\r"),
     ],
 )
 def test_whatever_the_file_the_records_are_the_same(tmp_path, content):
@@ -74,6 +77,8 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull fetches it"),
         (LINES.decode().encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+        (LINES.decode().encode("utf-32"), "text in UTF-32: save it as UTF-8"),
+        (b"\0\0\xfe\xff" + LINES.decode().encode("utf-32-be"), "text in UTF-32: save it as"),
         (LINES.decode().encode("utf-16-be"), "not text in UTF-8 (it holds zero bytes)"),
         (b"prompt,completion\na,b\n", "CSV (it begins 'prompt,completion'): save it as JSON lines"),
         (b"prompt\tcompletion\na\tb\n", "TSV (it begins"),
@@ -82,6 +87,10 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         (gzip.compress(LINES)[:-20], "a damaged gzip file"),
         (b"", "holds no records"),
         (b"\n \n", "holds no records"),
+        (json.dumps({"version": 1, "data": RECORDS}).encode(), "holds records in 'data': save"),
+        (json.dumps({"data": RECORDS, "v": []}, indent=1).encode(), "records in 'data': save"),
+        (json.dumps({"a": RECORDS, "b": RECORDS}).encode(), "records in 'a' and 'b': save such"),
+        (json.dumps(RECORDS[0], indent=1).encode(), "one JSON object over several lines: put"),
     ],
 )
 def test_other_files_are_named_for_what_they_are(tmp_path, content, what):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -221,18 +222,35 @@ def test_shards_are_written_one_by_one(tmp_path):
     ("command", "arguments", "message"),
     [
         (generate, ["nano", "--prompt", "x"], "nano is trained from scratch"),
-        (generate, ["nothing", "--prompt", "x"], "--model must be one of nano, tiny, small"),
+        (
+            generate,
+            ["nothing", "--prompt", "x"],
+            "no run and no model nothing: name a run's folder, ",
+        ),
         (
             generate,
             [str(ROOT), "--prompt", "x"],
             f"{ROOT} is neither a run (run.json is missing) nor a model",
         ),
-        (export, ["nothing", "out"], "a GGUF file, or hf:org/name, not nothing"),
+        (generate, ["x" * 300, "--prompt", "x"], "x/run.json: File name too long"),
+        (export, ["nothing", "out"], "a GGUF file, or hf:org/name"),
     ],
 )
 def test_what_has_no_weights_is_named(command, arguments, message, capsys):
     assert command.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_generation(checkpoint, monkeypatch):
+    """`train.start.run` makes an exit status of that."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        generate.main([str(checkpoint), "--prompt", "x", "--max-tokens", "1"])
 
 
 @pytest.mark.parametrize("words", [["--prompt", "\udcff"], ["--prompt", "", "--system", "\udcff"]])

@@ -297,10 +297,8 @@ def test_a_run_that_cannot_start_changes_no_run_before_it(tmp_path, uninterrupte
         ([*flags(uninterrupted, bad), "--overwrite"], "bad.jsonl:61: invalid JSON"),
         (["--resume", *on, "--data", str(bad)], "bad.jsonl:61: invalid JSON"),
         (["--resume", *on, "--data", str(other)], "belongs to other data"),
-        (
-            ["--resume", *on, "--data", "gone.jsonl"],
-            "gone.jsonl is gone: say with --data or --eval-data",
-        ),
+        (["--resume", *on, "--data", "gone.jsonl"], "gone.jsonl is gone: say with --data where"),
+        (["--resume", *on, "--eval-data", "gone"], "gone is gone: say with --eval-data where it"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
