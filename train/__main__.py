@@ -20,7 +20,8 @@ from train import command_line
 from train.config import FLAT, TrainConfig
 from train.run import folder as run_folder
 
-LISTS = {"--data": "file", "--eval-data": "file", "--freeze": "pattern"}
+LISTS = dict.fromkeys(("--data", "--eval-data"), "file")
+LISTS |= dict.fromkeys(("--freeze", "--lora-targets"), "pattern")
 """Flags with several values, and what these are."""
 
 
@@ -69,7 +70,9 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     given = _given(sys.argv[1:] if arguments is None else arguments)
     if not given.resume or given.help or given.overwrite:
         return read(
-            TrainConfig.defaults(given.model or TrainConfig().model.model),
+            TrainConfig.defaults(
+                given.model or TrainConfig().model.model, lora=given.lora_rank is not None
+            ),
             config=(*FLAT, tyro.conf.FlagCreatePairsOff),
         )
     # Either takes the place of the other.
@@ -93,6 +96,7 @@ def _given(arguments: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--overwrite", action="store_true")
     first.add_argument("--out", type=Path, nargs="?")
     first.add_argument("--model", nargs="?")
+    first.add_argument("--lora-rank", nargs="?")
     for name in LISTS:
         first.add_argument(name, nargs="*", action="append", default=[])
     for name in ("--steps", "--epochs"):

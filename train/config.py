@@ -46,6 +46,9 @@ FINE_TUNING: Mapping[str, Any] = {
     "remat": "block",
 }
 """Flags not given, where `--model` is one that others trained."""
+ADAPTERS: Mapping[str, Any] = {"learning_rate": 2e-4, "weight_decay": 0.0}
+"""Flags not given, where `--lora-rank` is. Adapters take about ten times the rate of all weights:
+https://thinkingmachines.ai/blog/lora/."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +86,10 @@ class TrainConfig:
         return 2 if self.run.eval_every and self.model.model not in SHAPES else 0
 
     @classmethod
-    def defaults(cls, model: str) -> Self:
-        """The configuration of which flags are not given, with that model."""
-        return cls.of(model=model, **({} if model in SHAPES else FINE_TUNING))
+    def defaults(cls, model: str, *, lora: bool = False) -> Self:
+        """The configuration of which flags are not given, with that model, and with adapters."""
+        flags = {} if model in SHAPES else FINE_TUNING
+        return cls.of(model=model, **{**flags, **(ADAPTERS if lora else {})})
 
     @classmethod
     def of(cls, **flags: Any) -> Self:

@@ -20,8 +20,11 @@ import tyro
 
 from train import command_line
 from train.flags import shown
-from train.models.weights import safetensors
+from train.models import resolve
+from train.models.config import SHAPES
+from train.models.weights import peft, safetensors
 from train.models.weights.load import save
+from train.run import folder as run_folder
 from train.run import model as run_model
 
 
@@ -39,36 +42,72 @@ class ExportOptions:
         Literal["float32", "bfloat16", "float16"] | None,
         shown("{float32,bfloat16,float16}", "as it was loaded"),
     ] = None
-    """Of the weights in the files."""
+    """Of the weights in the files. That of adapters is float32, if none is given."""
+    adapter: bool = False
+    """Write the adapters of a run with --lora-rank alone, as PEFT has them, and not the model with
+    them merged into it."""
 
 
-def export(where: str, folder: Path, *, dtype: str | None = None, checkpoint: str = "last") -> None:
+def export(
+    where: str,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    checkpoint: str = "last",
+    adapter: bool = False,
+) -> None:
     """Writes the folder, whole or not at all.
 
     A model that was not trained is given back to the bit, as every dtype it can have had is in
     float32. A head that is the embedding table is not written twice.
 
     Raises:
-      ValueError: if the folder is there already, and what `run.model.read` raises.
+      ValueError: if the folder is there already, if adapters are asked for and there are none, or
+        none that would be of use without the run, and what `run.model.read` raises.
     """
     if folder.exists():
         raise ValueError(f"{folder} is there already: name a new folder")
-    loaded = run_model.read(where, checkpoint=checkpoint)
-    dtype = str(dtype or loaded.config_json.get("dtype", "float32"))
+    loaded = run_model.read(where, checkpoint=checkpoint, merge=not adapter)
+    base = base_of(where, loaded) if adapter else None
     part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)
     try:
-        safetensors.save(save(loaded.shape, loaded.params, dtype), part)
-        config = loaded.config_json | {"dtype": dtype, "torch_dtype": dtype}
-        config.setdefault("architectures", [loaded.architecture])
-        description = run_model.description(
-            run_model.Chosen(loaded.shape, config_json=config), loaded.tokenizer
-        )
-        for name, content in description.items():
-            (part / name).write_text(content, "utf-8")
+        if base is None:
+            _write_model(loaded, dtype or str(loaded.config_json.get("dtype", "float32")), part)
+        else:
+            peft.save(loaded.shape, loaded.params, base, part, dtype or "float32")
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_model(loaded: run_model.Loaded, dtype: str, folder: Path) -> None:
+    safetensors.save(save(loaded.shape, loaded.params, dtype), folder)
+    config = loaded.config_json | {"dtype": dtype, "torch_dtype": dtype}
+    config.setdefault("architectures", [loaded.architecture])
+    description = run_model.description(
+        run_model.Chosen(loaded.shape, config_json=config), loaded.tokenizer
+    )
+    for name, content in description.items():
+        (folder / name).write_text(content, "utf-8")
+
+
+def base_of(where: str, loaded: run_model.Loaded) -> str:
+    """What the model that a run's adapters are on is called, by its name on the hub or its path.
+
+    Raises:
+      ValueError: if there are no adapters, or if the run alone has that model.
+    """
+    if loaded.shape.lora is None:
+        raise ValueError(f"{where} has no adapters: export it without --adapter")
+    base = run_folder.load(Path(where)).model.model
+    if base in SHAPES:
+        raise ValueError(
+            f"the adapters of {where} are on random weights that only this run has: export it"
+            " without --adapter"
+        )
+    path = Path(base)
+    return str(path.absolute()) if path.exists() else base.removeprefix(resolve.HUB)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("train").setLevel(logging.INFO)
     try:
         options = command_line.read(ExportOptions, "python -m train.export", arguments)
-        export(options.model, options.folder, dtype=options.dtype, checkpoint=options.checkpoint)
+        export(
+            options.model,
+            options.folder,
+            dtype=options.dtype,
+            checkpoint=options.checkpoint,
+            adapter=options.adapter,
+        )
     except (ValueError, OSError) as error:
         print(f"python -m train.export: {command_line.said(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
+COLUMNS = 64
+"""Of a head: where they are no multiple of so many, the loss's kernels copy it."""
 MOST_WRITTEN_OUT = 32
 """Layers whose lines a GPU's program may hold: they compile in about a minute."""
 
@@ -34,6 +37,27 @@ class LayerKind:
     rope: Rope
     window: int | None
     """A token sees itself and the `window` − 1 tokens before it; None: all before it."""
+
+
+ADAPTED = (
+    *("attention.query", "attention.key", "attention.value", "attention.out"),
+    *("mlp.gate", "mlp.up", "mlp.down", "head"),
+)
+"""What an adapter can be on: the projections of all blocks, and the head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters on a model that stays as it is: see `train.models.lora`."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Those of `ADAPTED` that have one."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +106,8 @@ class ModelConfig:
     """The head is the embedding table; otherwise it has weights of its own."""
     known_tokens: int | None = None
     """The first rows of the head, over which training's loss is; None: all of them."""
+    lora: Lora | None = None
+    """Adapters, beside the weights that files have."""
 
     dropout: float = 0.0
     """On the embeddings and on what each attention and MLP adds to the residual stream."""
@@ -116,6 +142,13 @@ class ModelConfig:
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {values}")
+
+    @property
+    def head_columns(self) -> int:
+        """Of hidden states and head: D, and those of a head's adapter, padded for the kernels."""
+        if self.lora is None or "head" not in self.lora.targets:
+            return self.hidden_size
+        return math.ceil((self.hidden_size + self.lora.rank) / COLUMNS) * COLUMNS
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

@@ -19,6 +19,7 @@ from train.models.attention import Attention, View, view
 from train.models.cache import Cache, LayerCache
 from train.models.config import LayerKind, ModelConfig
 from train.models.layers import Mlp, RMSNorm, embed, table_init
+from train.models.lora import HeadAdapter, attach
 
 INPUT = "a block's input"
 """What the backward pass finds by this name, under `remat="block"`."""
@@ -35,6 +36,8 @@ class Decoder(nnx.Module):
         config: the shape.
         rngs: the stream `params` initialises the weights.
     """
+
+    head_adapter: HeadAdapter | None = None
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -54,6 +57,8 @@ class Decoder(nnx.Module):
             shape = (config.vocab_size, config.hidden_size)
             table = table_init(config)(rngs.params(), shape, jnp.dtype(config.weights))
             self.untied_head = nnx.Param(table)
+        if config.lora is not None:  # the last to draw: other weights are the same without it
+            attach(self, config.lora, rngs=rngs)
 
     def __call__(
         self,
@@ -87,7 +92,7 @@ class Decoder(nnx.Module):
         }
         stream = _drop(self.dropout, self._embed(tokens), first_key)
         stream, _ = self._through_blocks(stream, views, keys)
-        return self.norm(stream)
+        return self._hidden(stream)
 
     def extend(
         self,
@@ -118,16 +123,22 @@ class Decoder(nnx.Module):
             positions=past[1],
             length=start + tokens.shape[1],
         )
-        return self.norm(stream), cache
+        return self._hidden(stream), cache
 
     @property
     def head(self) -> Float[Array, "V D"]:
         """The output weights, in the dtype of the activations: logits are hidden · headᵀ.
 
-        Whole on every device, for one call of the loss.
+        Whole on every device, for one call of the loss. An adapter of the head makes it and the
+        hidden states wider: D is `ModelConfig.head_columns`.
         """
         rows = self.embedding.embedding if self.config.tied_head else self.untied_head
-        return mesh.whole(rows[...].astype(self.config.dtype))
+        head = mesh.whole(rows[...].astype(self.config.dtype))
+        return head if self.head_adapter is None else self.head_adapter.head(head)
+
+    def _hidden(self, stream: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden = self.norm(stream)
+        return hidden if self.head_adapter is None else self.head_adapter.hidden(hidden)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.embedding.embedding[...].astype(self.config.dtype)

@@ -144,6 +144,16 @@ class Mlp(nnx.Module):
         return self.down(gated(self.gate(x), self.up(x)))
 
 
+class Linear(nnx.Linear):
+    """x·W + b, and what an adapter adds, where `lora.attach` gave it one."""
+
+    adapter: Callable[[Array], Array] | None = None
+
+    def __call__(self, inputs: Float[Array, "*N D"], out_sharding=None) -> Float[Array, "*N F"]:
+        y = super().__call__(inputs, out_sharding)
+        return y if self.adapter is None else y + self.adapter(inputs)
+
+
 def linear(
     config: ModelConfig,
     size: int,
@@ -152,12 +162,12 @@ def linear(
     *,
     bias: bool = False,
     residual: bool = False,
-) -> nnx.Linear:
+) -> Linear:
     """A matrix [size, out_size] that multiplies in the activations' dtype."""
     # Every block begins as the identity (residual branches end in zeros): on the default run's
     # 250 steps that alone is worth more than a better learning rate.
     init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-    return nnx.Linear(
+    return Linear(
         size,
         out_size,
         use_bias=bias,

@@ -332,9 +332,9 @@ def first_state(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=mesh.shardings(like, on))
     def complete(params: nnx.State, seed: int) -> TrainState:
-        _, dropout = jax.random.split(jax.random.key(seed))
-        model = nnx.merge(like.graphdef, params)
-        return TrainState.create(model, like.optimizer, dropout, like.frozen)
+        new = create(seed)  # of its weights XLA makes only those that no file has, as adapters
+        model = nnx.merge(new.graphdef, nnx.merge_state(new.params, params))
+        return TrainState.create(model, new.optimizer, new.key, new.frozen)
 
     return complete(source.load(on, dtype=like.model.config.weights), seed)
 
@@ -352,9 +352,9 @@ def check_loss(config: TrainConfig, shape: ModelConfig) -> None:
     """Raises ValueError if `lsce` cannot take the loss that training will ask for."""
     tokens = (config.step.batch_size, config.data.max_length)
     choice = lsce.explain(
-        jax.ShapeDtypeStruct((*tokens, shape.hidden_size), shape.dtype),
+        jax.ShapeDtypeStruct((*tokens, shape.head_columns), shape.dtype),
         jax.ShapeDtypeStruct(
-            (shape.known_tokens or shape.vocab_size, shape.hidden_size), shape.dtype
+            (shape.known_tokens or shape.vocab_size, shape.head_columns), shape.dtype
         ),
         jax.ShapeDtypeStruct(tokens, jnp.int32),
         **arguments(config.loss),

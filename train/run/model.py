@@ -19,7 +19,7 @@ from flax import nnx
 from train.config import TrainConfig
 from train.data.options import DataOptions
 from train.flags import require
-from train.models import families, resolve
+from train.models import families, lora, resolve
 from train.models.config import SHAPES, ModelConfig
 from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
@@ -69,6 +69,7 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
         "dtype": flags.dtype,
         "remat": flags.remat,
         "weights": flags.weights,
+        "lora": config.trained.lora,
     }
     if out is not None and (out / MODEL).is_dir() and flags.model not in SHAPES:
         config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
@@ -179,12 +180,18 @@ class Loaded:
 
 
 def read(
-    where: str, *, dtype: str = "float32", template: str = "auto", checkpoint: str = "last"
+    where: str,
+    *,
+    dtype: str = "float32",
+    template: str = "auto",
+    checkpoint: str = "last",
+    merge: bool = True,
 ) -> Loaded:
     """A run's model at one of its checkpoints, or whatever `--model` can be.
 
     Args:
       checkpoint: of a run: best, last, or a step.
+      merge: a run's adapters into the weights that they are on.
 
     Raises:
       ValueError: for a run without that checkpoint or of another version, for another folder, for
@@ -213,11 +220,15 @@ def read(
         raise ValueError(f"{out} has no {MODEL}/{resolve.CONFIG}: it is of another version")
     config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
     shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
+    shape = dataclasses.replace(shape, lora=run.trained.lora)
     with Checkpointer(out, keep=run.run.keep) as checkpoints:
         step = checkpoints.choose(checkpoint)
     params = _params(out / CHECKPOINTS / str(step) / "state", shape)
     why = f" ({checkpoint})" if checkpoint in ("best", "last") else ""
     logger.info("weights: step %d of %s%s", step, out, why)
+    if merge and shape.lora is not None:
+        shape, params = lora.merged(shape, params)
+        config_json["tie_word_embeddings"] = shape.tied_head
     tokenizer = PretrainedTokenizer.from_folder(out / MODEL, template)
     # The logits that the run learnt, whatever config.json can say of them.
     softcap = run.loss.softcap or shape.final_softcap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -16,6 +17,7 @@ from train.flags import (
     require_share,
     shown,
 )
+from train.models.config import ADAPTED, Lora
 
 DEFAULT_STEPS = 250
 
@@ -116,6 +118,38 @@ class TrainedOptions:
     freeze: Annotated[tuple[str, ...], shown("PATTERN ...", "none")] = ()
     """Weights that stay as they are, by name or by the first parts of it: embedding, blocks.mlp,
     "blocks.*.bias". They take no gradients and no moments. The layers of a kind are one weight."""
+    lora_rank: Annotated[int | None, shown("R", "off")] = None
+    """Train low-rank adapters of this rank alone: A [D, R] and B [R, F] beside each matrix, which
+    stays as it is. Checkpoints hold all weights; generate, evaluate and export merge them."""
+    lora_alpha: Annotated[float, shown("A")] = 32.0
+    """What adapters add is multiplied by A / R."""
+    lora_targets: Annotated[tuple[str, ...], shown("PATTERN ...")] = ("attention.*", "mlp.*")
+    """What has adapters: attention.query, .key, .value and .out, mlp.gate, .up and .down, head."""
+
+    def __post_init__(self) -> None:
+        require_count("lora_rank", self.lora_rank)
+        require_positive("lora_alpha", self.lora_alpha)
+        require(bool(self.lora_targets), "--lora-targets names nothing that adapters could be on")
+        for pattern in self.lora_targets:
+            require(
+                any(fnmatchcase(name, pattern) for name in ADAPTED),
+                f"--lora-targets {pattern} is none of {', '.join(ADAPTED)}, nor a pattern of them",
+            )
+        for field in dataclasses.fields(self):
+            require(
+                self.lora_rank is not None
+                or not field.name.startswith("lora_")
+                or getattr(self, field.name) == field.default,
+                f"{flag(field.name)} is of adapters: give --lora-rank too",
+            )
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters, if any."""
+        if self.lora_rank is None:
+            return None
+        targets = (n for n in ADAPTED if any(fnmatchcase(n, p) for p in self.lora_targets))
+        return Lora(self.lora_rank, self.lora_alpha, tuple(targets))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""Which weights training changes: all but those that a pattern freezes."""
+"""Which weights training changes: all but those that a pattern freezes, or adapters alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,6 +16,8 @@ from train.models.weights.load import shapes
 def frozen(config: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
     """The names of the weights that match a pattern: `blocks.mlp.up.kernel` for `blocks.mlp`.
 
+    Of a model with adapters everything else is among them, whatever the patterns.
+
     A pattern is of a whole name or of its first parts, with `*`, `?` and `[…]` as in a shell. The
     layers of a kind are one weight.
 
@@ -27,10 +30,12 @@ def frozen(config: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(
                 f"--freeze {pattern} matches no weight of this model: it has {', '.join(names)}"
             )
-    found = tuple(name for name in names if any(_matches(name, p) for p in patterns))
+    base = shapes(dataclasses.replace(config, lora=None)) if config.lora else ()
+    found = {name for name in names for pattern in patterns if _matches(name, pattern)}
+    found |= {".".join(path) for path in base}
     if len(found) == len(names):
         raise ValueError(f"--freeze {' '.join(patterns)} leaves nothing to train")
-    return found
+    return tuple(sorted(found))
 
 
 def divide(params: nnx.State, frozen: tuple[str, ...]) -> tuple[nnx.State, nnx.State]:

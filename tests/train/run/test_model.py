@@ -18,6 +18,7 @@ import pytest
 import tokenizers
 from oracles.inputs import weights
 from paths import ROOT
+from safetensors.numpy import load_file
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from train import diagnose, export, generate
@@ -207,6 +208,80 @@ def test_a_trained_model_is_exported_and_loaded_again(trained, tmp_path):
         np.testing.assert_array_equal(one, other)
     assert after.tokenizer.encode_text("17!") == before.tokenizer.encode_text("17!")
     assert after.tokenizer.stops == before.tokenizer.stops
+
+
+@pytest.fixture(scope="module")
+def adapted(trained, checkpoint) -> Path:
+    """A run of two steps from it that trains adapters, one of them the head's."""
+    config = TrainConfig.of(
+        **{"model": str(checkpoint), "data": (trained.parent / "data.jsonl",), "steps": 2},
+        **{"out": trained.parent / "adapted", "max_length": 96, "held_out": 0.0, "batch_size": 2},
+        **{"dropout": 0.1, "learning_rate": 1e-2, "checkpoint_every": 1},
+        **{"lora_rank": 2, "lora_alpha": 8.0, "lora_targets": ("attention.*", "head")},
+    )
+    loop.run(config)
+    return trained.parent / "adapted"
+
+
+def test_adapters_learn_and_what_they_are_on_stays(adapted, checkpoint):
+    base = dict(jax.tree.leaves_with_path(run_model.read(str(checkpoint)).params))
+    params = run_model.read(str(adapted), merge=False).params
+    after = dict(jax.tree.leaves_with_path(params))
+    for path, weight in base.items():
+        np.testing.assert_array_equal(after.pop(path), weight)
+    assert len(after) == 10  # A and B of four projections and the head
+    for path, weight in after.items():
+        assert np.abs(weight).max() > 1e-3, path
+
+
+@pytest.fixture(scope="module")
+def resumed(adapted) -> Path:
+    """The same, its second step after an interruption; compiled as the first run is."""
+    run = shutil.copytree(adapted, adapted.with_name("resumed"))
+    shutil.rmtree(run / "checkpoints" / "2")
+    loop.run(loop.run_folder.load(run).replace(resume=True, out=run))
+    return run
+
+
+def test_a_run_of_adapters_goes_on_exactly_and_with_no_others(adapted, resumed):
+    one, other = (run_model.read(str(run), merge=False).params for run in (resumed, adapted))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    config = loop.run_folder.load(adapted).replace(resume=True, out=adapted)
+    with pytest.raises(ValueError, match="--lora-rank was 2 and is 4"):
+        loop.prepare(config.replace(lora_rank=4))
+
+
+def test_adapters_are_exported_merged_and_as_peft_has_them(adapted, checkpoint, tmp_path):
+    export.export(str(adapted), tmp_path / "merged", dtype="float32")
+    export.export(str(adapted), tmp_path / "adapter", adapter=True)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(checkpoint)
+    assert (config["r"], config["lora_alpha"]) == (2, 8.0)
+    assert config["target_modules"] == ["k_proj", "lm_head", "o_proj", "q_proj", "v_proj"]
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    base = safetensors.SafetensorsFolder(checkpoint)
+    merged = safetensors.SafetensorsFolder(tmp_path / "merged")
+    for name in merged.shapes:
+        before = base.read("model.embed_tokens.weight" if name == "lm_head.weight" else name)
+        module = "base_model.model." + name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in adapter:
+            a, b = (adapter.pop(f"{module}.lora_{x}.weight") for x in "AB")
+            added = 8.0 / 2 * b.astype(np.float64) @ a
+            assert np.abs(added).max() > 1e-4
+            np.testing.assert_allclose(merged.read(name), before + added, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(merged.read(name), before)
+    assert not adapter
+    found, expected = run_model.read(str(tmp_path / "merged")), run_model.read(str(adapted))
+    assert found.shape == expected.shape
+    assert not found.shape.tied_head
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+def test_adapters_that_are_not_there_or_of_no_use_alone_are_not_exported(trained, tmp_path):
+    with pytest.raises(ValueError, match="has no adapters: export it without --adapter"):
+        export.export(str(trained), tmp_path / "out", adapter=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_are_written_one_by_one(tmp_path):
