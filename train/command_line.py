@@ -12,6 +12,8 @@ from typing import Any
 
 import tyro
 
+from train import start
+
 KINDS = {"int": "a whole number", "float": "a number"}
 
 
@@ -36,7 +38,7 @@ def read[F](kind: type[F], program: str, arguments: Sequence[str] | None, **opti
         if not stop.code:
             raise
     except BrokenPipeError:  # nobody reads the help
-        sys.exit(0)
+        sys.exit(start.NOBODY_READS)
     raise ValueError(in_one_line(said.getvalue(), program))
 
 

@@ -12,6 +12,8 @@ from train.run import files, signals
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 """JAX's own variable: a folder, or nothing to keep no programs."""
+NOBODY_READS = 128 + signal.SIGPIPE
+"""The exit status of a program whose output nobody reads any more, as behind `head`."""
 
 
 def begin(program: str) -> None:
@@ -31,10 +33,7 @@ def begin(program: str) -> None:
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit status of a command, also where nobody reads its output any more, as behind `head`.
-
-    That ends it, and is nothing to report: the status is that of other programs then.
-    """
+    """The exit status of a command. That nobody reads it any more ends it, and is no error."""
     try:
         try:
             return main()
@@ -43,4 +42,4 @@ def run(main: Callable[[], int]) -> int:
     except BrokenPipeError:
         # What Python itself still flushes at its end goes nowhere, instead of failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return NOBODY_READS
