@@ -165,6 +165,7 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
             result, tokens=tokens, tokens_data=" ".join(map(str, options.tokens))
         )
     out.mkdir(parents=True, exist_ok=True)
+    result = dataclasses.replace(result, tasks=_earlier(out, result) | result.tasks)
     results.write(out / results.RESULT, result)
     print_result(result, out)
     pictures.write(out, result)
@@ -266,6 +267,18 @@ def _batch_tokens() -> int:
     import jax
 
     return 2048 if jax.default_backend() == "cpu" else 16384
+
+
+def _earlier(out: Path, result: Any) -> dict[str, Any]:
+    """What an earlier call found of other tasks for the same model, computed in the same way."""
+    from train.evaluation import results
+
+    try:
+        earlier = results.read(out)
+    except ValueError:
+        return {}
+    same = all(earlier.settings.get(n) == result.settings[n] for n in ("dtype", "limit", "seed"))
+    return earlier.tasks if same and earlier.weights == result.weights else {}
 
 
 def _cleared(path: Path, overwrite: bool) -> Path:

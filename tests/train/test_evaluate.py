@@ -200,6 +200,11 @@ def test_two_models_are_compared_on_the_same_questions(done, model, data, tmp_pa
     against = results.read(out).tasks["mmlu"].against
     assert against.n == 12
     assert against.scorings["choices"]["nll"].value == 0
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "?", "choices": ["a", "b"], "answer": 0}\n')
+    assert call(model, out, "--task", path) == 0  # which keeps what was found before
+    assert list(results.read(out).tasks) == ["mmlu", str(path)]
+    assert results.read(out).tasks["mmlu"].against == against
     assert call(model, tmp_path / "less", *flags, "--limit", 3, "--against", done) == 2
     assert "with other questions or words (data_sha256" in capsys.readouterr().err
 

@@ -31,6 +31,10 @@ from train.models.decoder import Decoder
 
 SHORTEST = 64
 """Rows of fewer tokens are filled up; beginnings of fewer are not worth a cache."""
+MANY = 8192
+"""Tokens in a batch from which padding costs less than another program's compilation."""
+CACHED = 4
+"""Times as many tokens as go through the model may be in the caches of their rows."""
 FEWEST_TARGETS = 256
 """Predictions that go through the head together, at least: one program for small batches."""
 
@@ -96,10 +100,8 @@ class Batch:
     """By index, in the order of the rows."""
     rows: int
     length: int
-
-    @property
-    def past_size(self) -> int:
-        return size(len(self.prefix)) if self.prefix else 0
+    past_size: int
+    """Room for the beginning, filled up."""
 
 
 def plan(trees: Sequence[Tree], groups: Sequence[Any], batch_tokens: int) -> Iterator[Batch]:
@@ -116,14 +118,17 @@ def plan(trees: Sequence[Tree], groups: Sequence[Any], batch_tokens: int) -> Ite
         long = len(prefix) >= SHORTEST and len(indices) > 1
         alike[tuple(prefix) if long else ()] += indices
     most_rows = 1 << (len(trees) - 1).bit_length()
+    many = batch_tokens >= MANY
     for prefix, indices in alike.items():
+        past = size(len(prefix), many) if prefix else 0
         lengths = {i: _own_length(trees[i]) - len(prefix) for i in indices}
         order = sorted(indices, key=lambda i: -lengths[i])
         while order:
-            length = size(lengths[order[0]])
-            rows = min(max(1, batch_tokens // length), most_rows)
+            length = size(lengths[order[0]], many)
+            rows = min(batch_tokens // length, CACHED * batch_tokens // (past + length), most_rows)
+            rows = max(1, rows)
             batch, order = order[:rows], order[rows:]
-            yield Batch(prefix, {i: trees[i] for i in batch}, rows, length)
+            yield Batch(prefix, {i: trees[i] for i in batch}, rows, length, past)
 
 
 def common_beginning(contexts: Sequence[Sequence[int]]) -> Sequence[int]:
@@ -134,10 +139,12 @@ def common_beginning(contexts: Sequence[Sequence[int]]) -> Sequence[int]:
     return first[:same]
 
 
-def size(length: int) -> int:
-    """The least 2ᵏ or 3·2ᵏ⁻¹ that is not below: few programs, little padding."""
-    power = 1 << max(length - 1, SHORTEST - 1).bit_length()
-    return power * 3 // 4 if length <= power * 3 // 4 and power > SHORTEST else power
+def size(length: int, many: bool = False) -> int:
+    """The least 2ᵏ or, unless batches have many tokens, 3·2ᵏ⁻¹ that is not below."""
+    least = (4 if many else 1) * SHORTEST
+    power = 1 << max(length - 1, least - 1).bit_length()
+    halfway = power * 3 // 4
+    return halfway if length <= halfway and power > least and not many else power
 
 
 def _own_length(tree: Tree) -> int:

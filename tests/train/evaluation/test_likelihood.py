@@ -114,6 +114,7 @@ def test_batches_hold_every_tree_once_in_few_shapes():
     assert len({(b.past_size, b.rows, b.length) for b in batches}) <= 2
     for batch in batches:
         assert batch.rows * batch.length <= 1024
+        assert batch.rows * (batch.length + batch.past_size) <= 4 * 1024
         assert len(batch.trees) <= batch.rows
         for tree in batch.trees.values():
             own = len(tree.context) - len(batch.prefix)
@@ -124,6 +125,9 @@ def test_batches_hold_every_tree_once_in_few_shapes():
 def test_sizes_are_powers_of_two_and_halfway():
     assert [likelihood.size(n) for n in (1, 64, 65, 96, 97, 128, 129, 300, 385, 1025)] == [
         *(64, 64, 96, 96, 128, 128, 192, 384, 512, 1536)
+    ]
+    assert [likelihood.size(n, many=True) for n in (1, 256, 257, 385, 1025)] == [
+        *(256, 256, 512, 512, 2048)
     ]
 
 
