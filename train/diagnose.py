@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from train import command_line
 from train.data.encode import MIN_LENGTH
 from train.flags import require, require_count, shown
 
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     try:
-        options = tyro.cli(DiagnoseOptions, prog="python -m train.diagnose", args=arguments)
+        options = command_line.read(DiagnoseOptions, "python -m train.diagnose", arguments)
         run(options)
     except (ValueError, OSError) as error:
         print(f"python -m train.diagnose: {error}", file=sys.stderr)

@@ -1,0 +1,156 @@
+"""The report of runs and results: what is read, what is said, and a page that stands alone."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from train import report
+from train.config import TrainConfig
+from train.evaluation import entries, page, results
+from train.evaluation.results import Bin, Curve, Measure, Scored, TaskResult
+
+
+def bins(accuracy=0.5, confidence=0.9, n=200):
+    found = [Bin(b / 15, (b + 1) / 15, 0, 0.0, 0.0) for b in range(15)]
+    found[13] = Bin(13 / 15, 14 / 15, n, confidence, accuracy)
+    return found
+
+
+def run(folder, *, beta, seed=0, accuracy=0.5, done=True):
+    """A run's files, as far as a report reads them."""
+    folder.mkdir(parents=True)
+    config = TrainConfig.of(label_smoothing=beta, seed=seed).flags()
+    config |= {"data": [], "eval_data": [], "out": str(folder)}
+    (folder / "run.json").write_text(json.dumps(config, default=str))
+    rows = [{"step": s, "loss": 5 / s, "grad_norm": 1 / s} for s in range(1, 601)]
+    rows.append({"step": 600, "held_out_token_nll": 1.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"st')
+    scores = {"n": 200, "nll": 1.5, "accuracy": accuracy, "ece": 0.4, "rms": 0.41, "brier": 0.7}
+    scores |= {"mean_confidence": 0.9, "bins": [vars(b) for b in bins(accuracy)]}
+    evaluation = {"tokens": scores, "choices": {"reported": "sum", "chance": None, "sum": None}}
+    evaluation |= {"config": config, "versions": {"jax": "0.11.2"}, "device": "cpu"}
+    if done:
+        (folder / "eval.json").write_text(json.dumps(evaluation, default=str))
+    return folder
+
+
+def result(path, model="some/model", against=None):
+    """What train.evaluate would write, one made by hand."""
+    measures = {"accuracy": Measure(0.5, 0.4, 0.6), "ece": Measure(0.2, 0.1, 0.3)}
+    measures |= {"rms": Measure(0.21, 0.1, 0.3), "auroc": Measure(None)}
+    scored = Scored(200, measures, bins(), Curve([0.5, 1.0], [0.1, 0.5]))
+    task = TaskResult(
+        **{"task": "arc-easy", "data": "d", "data_sha256": "0", "questions": 200},
+        **{"available": 200, "left_out": 0, "prompt": "harness", "answer": "text", "shots": 0},
+        **{"chance": 0.25, "reported": "sum", "scorings": {"sum": scored}, "items": "i.jsonl"},
+        against=against,
+    )
+    results.write(
+        path,
+        results.Result(
+            **{"model": model, "weights": "0", "command": "python -m train.evaluate <&>"},
+            **{"seed": 0, "versions": {"jax": "0.11.2"}, "device": "cpu"},
+            tasks={"arc-easy": task},
+        ),
+    )
+    return path
+
+
+def test_runs_and_results_make_one_page_that_stands_alone(tmp_path, capsys):
+    runs = [run(tmp_path / f"run{b}", beta=b, accuracy=0.5 + b) for b in (0.0, 0.1)]
+    failed = run(tmp_path / "killed", beta=0.3, done=False)
+    measured = result(tmp_path / "result.json")
+    out = tmp_path / "page" / "report.html"
+    given = [*runs, failed, measured, "--out", out, "--title", "A <b> & c"]
+    assert report.main([str(x) for x in given]) == 0
+    assert "killed (not finished: 600 steps done)" in capsys.readouterr().err
+    html, markdown = out.read_text(), out.with_suffix(".md").read_text()
+    assert len(html) < 2e6
+    assert not re.search(r"(src|href)=\"(?!#)|url\((?!#)|@import|<script", html)  # no other file
+    assert "A &lt;b&gt; &amp; c" in html
+    assert "train.evaluate &lt;&amp;&gt;" in html
+    assert "prefers-color-scheme: dark" in html
+    assert "#010203" not in html
+    assert html.count("<svg") == 3 + 2 + 2  # diagrams; risk and β; loss and norm
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', html))
+    assert used
+    assert all(html.count(f'id="{name}"') == 1 for name in used)  # each drawing has its own
+    for text in (html, markdown):
+        assert "killed" in text
+        assert "0.2000" in text
+        assert "[0.1000, 0.3000]" in text
+        assert "the likeliest choice is the answer" in text
+        assert "ECE is lower with β 0.1 than without smoothing" in text
+    row = next(line for line in markdown.splitlines() if line.startswith("| run0.1"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "0.1"
+    assert cells[2].startswith("**60.0%** [53.")
+    header, rule = markdown.splitlines()[2:4]
+    assert header.count("|") == rule.count("|") == row.count("|")
+
+
+def test_seeds_are_one_row_with_their_range(tmp_path):
+    for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.7)):
+        run(tmp_path / f"s{seed}", beta=0.1, seed=seed, accuracy=accuracy)
+    found, _ = entries.read([tmp_path / f"s{seed}" for seed in range(3)])
+    (group,) = page.groups(found)
+    m = group.measure("held-out tokens", "accuracy")
+    assert m is not None
+    assert dataclasses.astuple(m) == pytest.approx((0.6, 0.5, 0.7))
+    assert "several seeds, the least and the greatest" in page.render(found, [], "t")["md"]
+
+
+def test_a_sweep_lists_what_failed(tmp_path):
+    run(tmp_path / "label_smoothing=0", beta=0.0)
+    jobs = [
+        {"name": "label_smoothing=0", "status": "done"},
+        {"name": "label_smoothing=0.1", "status": "failed"},
+    ]
+    (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "runs": jobs}))
+    found, unfinished = entries.read([tmp_path])
+    assert [e.name for e in found] == ["label_smoothing=0"]
+    assert unfinished == [entries.Unfinished("label_smoothing=0.1", "failed")]
+    assert len(found[0].curves["loss"]) == entries.MOST_POINTS
+    assert found[0].curves["loss"][-1][0] == 600
+
+
+def test_paired_differences_are_said_with_their_luck(tmp_path):
+    apart = {"sum": {"accuracy": Measure(0.1, 0.05, 0.15), "ece": Measure(-0.01, -0.04, 0.02)}}
+    against = results.Against("base", "base.json", 200, apart)
+    found, _ = entries.read([result(tmp_path / "result.json", against=against)])
+    said = page.render(found, [], "t")["md"]
+    assert "model less base on the same 200 questions, accuracy +0.1000" in said
+    assert "[+0.0500, +0.1500]: more than chance" in said
+    assert "ECE -0.0100 [-0.0400, +0.0200]: chance may explain it" in said
+
+
+def test_the_interval_of_binned_ece_covers_what_sampling_gives():
+    r = np.random.default_rng(1)
+    covered = 0
+    for _ in range(60):
+        right = r.binomial(200, 0.7)
+        m = entries.ece_from_bins(bins(right / 200, 0.9), resamples=300)
+        assert m.value == pytest.approx(abs(right / 200 - 0.9))
+        covered += m.low <= 0.2 <= m.high
+    assert covered >= 51
+    few, many = (entries.ece_from_bins(bins(0.7, n=n), 300) for n in (100, 10_000))
+    assert many.high - many.low < 0.2 * (few.high - few.low)
+    assert entries.ece_from_bins(bins(n=0)).value is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nowhere", "there is no "),
+        (lambda p: p, "is neither a run"),
+        (lambda p: run(p / "r", beta=0.0, done=False), "none of these is finished"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, capsys, make, message):
+    given = make(tmp_path)
+    assert report.main([str(given), "--out", str(tmp_path / "page.html")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

@@ -1,0 +1,301 @@
+"""A report of several models as one HTML page that needs nothing else, and as Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from train.evaluation import drawings
+from train.evaluation.comparison import name_of, sort_key, text
+from train.evaluation.entries import Block, Entry, Unfinished
+from train.evaluation.measures import NAMES
+from train.evaluation.results import Measure
+from train.run.metrics import HELD_OUT
+
+COLUMNS = ("accuracy", "ece", "rms")
+"""Of each task, as in Table 1 of the paper."""
+BESIDE = ("confidence", "auroc", "aurc", "brier", "nll", "smooth_ece", "outside")
+"""The other measures, in a table below."""
+SHORT = {
+    "ece": "ECE",
+    "rms": "RMS",
+    "auroc": "AUROC",
+    "aurc": "AURC",
+    "nll": "NLL",
+    "smooth_ece": "smooth ECE",
+}
+FREE = ("seed", "eval_every", "checkpoint_every", "keep", "log_every", "samples", "wandb")
+"""Flags in which runs may differ and be the same experiment."""
+MOST_SENTENCES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Entries that differ in their seed alone."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def name(self) -> str:
+        one = self.entries[0].name
+        return one if len(self.entries) == 1 else f"{one} and {len(self.entries) - 1} other seeds"
+
+    @property
+    def first(self) -> Entry:
+        return self.entries[0]
+
+    def measure(self, task: str, name: str) -> Measure | None:
+        """Of one entry with its interval; of several their mean, from the least to the greatest."""
+        found = [e.blocks[task].measures.get(name) for e in self.entries if task in e.blocks]
+        known = [m for m in found if m is not None and m.value is not None]
+        if len(known) < 2:
+            return known[0] if known else None
+        values = [m.value for m in known if m.value is not None]
+        return Measure(math.fsum(values) / len(values), min(values), max(values))
+
+
+def groups(entries: Sequence[Entry]) -> list[Group]:
+    """By their settings, β varying fastest; models without settings stand alone and first."""
+
+    def key(entry: Entry) -> tuple[Any, ...]:
+        if not entry.settings:
+            return (0, entry.name)
+        rest = sorted((k, repr(v)) for k, v in entry.settings.items() if k not in FREE)
+        return (1, *rest)
+
+    found: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(key(entry), []).append(entry)
+    made = [Group(tuple(same)) for same in found.values()]
+    fields = varied(entries)
+    fields.sort(key=lambda field: field == "label_smoothing")
+    return sorted(
+        made,
+        key=lambda g: (bool(g.first.settings), [sort_key(g.first.settings.get(f)) for f in fields]),
+    )
+
+
+def varied(entries: Sequence[Entry]) -> list[str]:
+    """The flags in which trained entries differ, β first."""
+    trained = [entry.settings for entry in entries if entry.settings]
+    names = dict.fromkeys(itertools.chain.from_iterable(trained))
+    found = [n for n in names if n not in FREE and len({repr(s.get(n)) for s in trained}) > 1]
+    return sorted(found, key=lambda name: name != "label_smoothing")
+
+
+def tasks(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(task for entry in entries for task in entry.blocks))
+
+
+def render(
+    entries: Sequence[Entry], unfinished: Sequence[Unfinished], title: str
+) -> dict[str, str]:
+    """The page and the Markdown, by the ending of their file."""
+    made = groups(entries)
+    what = tasks(entries)
+    content = {
+        "title": title,
+        "groups": made,
+        "unfinished": unfinished,
+        "tasks": what,
+        "columns": COLUMNS,
+        "short": SHORT,
+        "varied": varied(entries),
+        "best": _best(made, what),
+        "beside": [(task, _beside(made, task)) for task in what],
+        "sentences": list(itertools.islice(sentences(made, what), MOST_SENTENCES)),
+        "meanings": {name: NAMES[name] for name in (*COLUMNS, *BESIDE) if name in NAMES},
+        "several_seeds": any(len(group.entries) > 1 for group in made),
+        "chance": {
+            task: next((e.blocks[task].chance for e in entries if task in e.blocks), None)
+            for task in what
+        },
+        "versions": _versions(entries),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"name_of": name_of, "text": text}  # type: ignore[operator]
+    environment.filters |= {"measure": shown, "interval": interval}
+    markdown = environment.get_template("page.md").render(content)
+    page = environment.get_template("page.html").render(content | {"pictures": _pictures(made)})
+    return {"html": page, "md": markdown}
+
+
+def shown(measure: Measure | None, name: str) -> str:
+    """A share in percent for accuracy, four digits for the others."""
+    if measure is None or measure.value is None:
+        return "–"
+    return f"{measure.value:.1%}" if name == "accuracy" else f"{measure.value:.4f}"
+
+
+def interval(measure: Measure | None, name: str) -> str:
+    if measure is None or measure.low is None or measure.high is None:
+        return ""
+    form = ".1%" if name == "accuracy" else ".4f"
+    return f"[{measure.low:{form}}, {measure.high:{form}}]"
+
+
+def sentences(made: Sequence[Group], what: Sequence[str]) -> Iterator[str]:
+    """What the numbers say, and whether chance may have said it: paired differences, then β."""
+    for entry in (entry for group in made for entry in group.entries):
+        for block in entry.blocks.values():
+            if block.against:
+                yield from _paired(entry, block)
+    for task in what:
+        for group in made:
+            plain = _without_smoothing(group, made, task)
+            if plain:
+                yield _of_smoothing(plain, group, task)
+
+
+def _paired(entry: Entry, block: Block) -> Iterator[str]:
+    assert block.against
+    other, apart = block.against
+    for name in ("accuracy", "ece"):
+        m = apart.get(name)
+        if m is None or m.value is None or m.low is None or m.high is None:
+            continue
+        sure = "more than chance" if m.low > 0 or m.high < 0 else "chance may explain it"
+        yield (
+            f"{block.task}: {entry.name} less {Path(other.model).name} on the same {other.n:,}"
+            f" questions, {SHORT.get(name, name)} {m.value:+.4f} [{m.low:+.4f}, {m.high:+.4f}]:"
+            f" {sure}."
+        )
+
+
+def _without_smoothing(group: Group, made: Sequence[Group], task: str) -> Group | None:
+    """The group at β = 0 that differs from this one in nothing else."""
+    if not group.first.beta or task not in group.first.blocks:
+        return None
+
+    def rest(of: Group) -> dict[str, Any]:
+        free = (*FREE, "label_smoothing")
+        return {k: v for k, v in of.first.settings.items() if k not in free}
+
+    return next(
+        (
+            g
+            for g in made
+            if g.first.beta == 0 and rest(g) == rest(group) and task in g.first.blocks
+        ),
+        None,
+    )
+
+
+def _of_smoothing(plain: Group, smoothed: Group, task: str) -> str:
+    a, b = plain.measure(task, "ece"), smoothed.measure(task, "ece")
+    if a is None or b is None or a.value is None or b.value is None:
+        return f"{task}: there is no ECE to compare."
+    settings = ", ".join(
+        f"{name_of(field)} {text(smoothed.first.settings.get(field))}"
+        for field in varied([e for g in (plain, smoothed) for e in g.entries])
+    )
+    seeds = min(len(plain.entries), len(smoothed.entries))
+    apart = None not in (a.low, a.high, b.low, b.high) and (
+        (a.low or 0) > (b.high or 0) or (b.low or 0) > (a.high or 0)
+    )
+    if seeds > 1:
+        sure = (
+            f"the ranges of their {seeds} or more seeds do not overlap"
+            if apart
+            else "the ranges over seeds overlap, so this may be chance"
+        )
+    else:
+        sure = "the intervals do not overlap" if apart else "the intervals overlap"
+        sure += "; it is one seed, and another may say otherwise"
+    way = "lower" if b.value < a.value else "higher"
+    return (
+        f"{task}: ECE is {way} with {settings} than without smoothing, {b.value:.4f} for"
+        f" {a.value:.4f}; {sure}."
+    )
+
+
+def _best(made: Sequence[Group], what: Sequence[str]) -> set[tuple[str, str, str]]:
+    """(group, task, measure) of the best value, where there are several to choose from."""
+    best = set()
+    for task, name in itertools.product(what, COLUMNS):
+        values = {g.name: m.value for g in made if (m := g.measure(task, name))}
+        known = {k: v for k, v in values.items() if v is not None}
+        if len(known) > 1:
+            wanted = max(known.values()) if name == "accuracy" else min(known.values())
+            best |= {(k, task, name) for k, v in known.items() if v == wanted}
+    return best
+
+
+def _beside(made: Sequence[Group], task: str) -> tuple[list[str], list[tuple[str, list]]]:
+    names = [n for n in BESIDE if any(g.measure(task, n) for g in made)]
+    rows = [
+        (g.name, [(n, g.measure(task, n)) for n in names]) for g in made if task in g.first.blocks
+    ]
+    return names, rows
+
+
+def _pictures(made: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Titled rows of captioned drawings."""
+    entries = [entry for group in made for entry in group.entries]
+    rows: list[tuple[str, list[tuple[str, str]]]] = []
+    for task in tasks(entries):
+        of_task = [group.first for group in made if task in group.first.blocks]
+        diagrams = [(e.name, drawings.reliability(e.blocks[task].bins)) for e in of_task]
+        curves = {e.name: curve for e in of_task if (curve := e.blocks[task].curve)}
+        if curves:
+            diagrams.append(("Risk against coverage", drawings.risk_coverage(curves)))
+        if against := _against_beta(made, task):
+            diagrams.append(("ECE against β", against))
+        rows.append((f"Reliability: {task}", diagrams))
+    names = (("loss", "training loss, nats"), ("grad_norm", "gradient norm"))
+    trained = []
+    for field, label in names:
+        drawn = {e.name: e.curves[field] for e in entries if e.curves.get(field)}
+        if drawn:
+            picture = drawings.lines(drawn, "step", label, log_y=field == "grad_norm")
+            trained.append((label.capitalize(), picture))
+    for field in sorted({f for e in entries for f in e.curves if f.startswith(HELD_OUT)}):
+        drawn = {e.name: e.curves[field] for e in entries if len(e.curves.get(field, ())) > 1}
+        if drawn:
+            label = field.removeprefix(HELD_OUT).replace("_", " ")
+            trained.append((f"Held out: {label}", drawings.lines(drawn, "step", label)))
+    return [*rows, ("Training", trained)] if trained else rows
+
+
+def _against_beta(made: Sequence[Group], task: str) -> str | None:
+    """ECE against β, a line for each combination of the other settings."""
+    drawn: dict[str, list[tuple[float, Measure]]] = {}
+    entries = [entry for group in made for entry in group.entries]
+    others = [field for field in varied(entries) if field != "label_smoothing"]
+    for group in made:
+        m = group.measure(task, "ece")
+        if group.first.beta is not None and m is not None and m.value is not None:
+            line = ", ".join(f"{name_of(f)} {text(group.first.settings.get(f))}" for f in others)
+            drawn.setdefault(line or "ECE", []).append((group.first.beta, m))
+    several = {name: sorted(p, key=lambda point: point[0]) for name, p in drawn.items()}
+    if not any(len(points) > 1 for points in several.values()):
+        return None
+    return drawings.lines(
+        {name: [(beta, m.value or 0.0) for beta, m in p] for name, p in several.items()},
+        "β",
+        "ECE",
+        intervals={name: [m for _, m in p] for name, p in several.items()},
+    )
+
+
+def _versions(entries: Sequence[Entry]) -> list[str]:
+    """Once each: what made the numbers."""
+    found = {}
+    for e in entries:
+        versions = ", ".join(f"{name} {v}" for name, v in e.versions.items() if v)
+        found.setdefault(f"{e.device}; {versions}", []).append(e.name)
+    if len(found) == 1:
+        return list(found)
+    return [f"{', '.join(names)}: {said}" for said, names in found.items()]
