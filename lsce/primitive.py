@@ -40,9 +40,11 @@ def primitive(name: str, function: Any, batch: Callable[..., Any] = one_by_one) 
     made = Primitive(name)
     made.multiple_results = True
 
-    @functools.partial(jax.jit, static_argnames=("tree", "static"))
-    def jitted(*leaves, tree, static):
+    def named(*leaves, tree, static):
         return function(*jax.tree.unflatten(tree, leaves), **dict(static))
+
+    named.__name__ = name  # as profiles show it
+    jitted = jax.jit(named, static_argnames=("tree", "static"))
 
     def flat(*leaves, **params):
         return jax.tree.leaves(jitted(*leaves, **params))

@@ -74,7 +74,8 @@ def test_what_no_token_needs_is_not_computed(active):
     got = filtered(this, 2.0**-6)
     assert active[0].shape == (5, 2)
     assert not active[0][:, 1].any()
-    assert 0 < active[0][:, 0].sum() < 5
+    # 95 of the columns exceed ε or are a label: one tile, or two by a bound of the lse.
+    assert 0 < active[0][:, 0].sum() <= 2
     assert error(got, this, "hidden") < 0.04
 
 

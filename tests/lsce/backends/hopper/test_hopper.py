@@ -6,19 +6,22 @@ shape: it takes seconds for a chip's microseconds.
 """
 
 import dataclasses
+import logging
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import assert_no_worse, case, ours
-from hopper_on_cpu import CANDIDATE, problem, sixty_four_bits
+from hopper_on_cpu import CANDIDATE, H100, problem, sixty_four_bits
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.sharding import AbstractMesh, AxisType
 
 import lsce
-from lsce import backends
+from lsce import api, backends
 from lsce.backends import Arrays, hopper
 from lsce.backends.hopper import choose
 from lsce.backends.hopper.call import Call
@@ -38,6 +41,22 @@ def test_refusals_name_what_is_missing():
     assert "softcap, too little for 1e+06" in refuses(problem(softcap=1e6))
     assert refuses(problem(n=65_536, v=300_000)) is None
     assert "not 1,048,576 × 262,144" in refuses(problem(n=2**20, v=2**18))
+
+
+def test_logits_are_counted_by_the_device(monkeypatch):
+    """The limit itself is 2^37 of them on one."""
+    monkeypatch.setattr(api, "_device", lambda _: SimpleNamespace(platform="gpu", device_kind=H100))
+    mesh = AbstractMesh((64,), ("data",), axis_types=(AxisType.Auto,))
+
+    def chosen(n: int, v: int) -> str:
+        shapes = ((n, 64), jnp.bfloat16), ((v, 64), jnp.bfloat16), ((n,), jnp.int32)
+        return lsce.explain(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).implementation
+
+    assert chosen(4_194_304, 128_256) == "chunked"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert chosen(4_194_304, 128_256) == "hopper"
+        assert chosen(64 * (2**20 - 1), 2**17) == "hopper"
+        assert chosen(64 * (2**20 - 1) + 1, 2**17) == "chunked"
 
 
 @given(n=st.integers(1, 2**22), d=st.integers(1, 1024), v=st.integers(2, 2**21), most=st.booleans())
@@ -161,3 +180,39 @@ def test_no_races(gradient_filter, blocks):
         jax.block_until_ready(grads)
     assert np.isfinite(np.asarray(grads[0], np.float32)).all()
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.slow
+def test_eager_gradients_are_compiled_once_and_know_nothing_of_removed_tokens(caplog):
+    """The removed token's products overflow, and the others' gradients are what they were."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=(n, 64)), jnp.bfloat16) for n in (3, 256))
+    labels, weights = jnp.array([7, 0, 255]), jnp.array([0.0, 1.0, 0.5])
+
+    def gradients(hidden):
+        def loss(hidden, head):
+            return lsce.linear_cross_entropy(
+                hidden,
+                head,
+                labels,
+                weights=weights,
+                label_smoothing=0.1,
+                gradient_filter=None,
+                implementation="hopper",
+            )
+
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            grads = jax.grad(loss, argnums=(0, 1))(hidden, head)
+        compiled = sum("Finished XLA compilation" in line.message for line in caplog.records)
+        return [np.asarray(grad, np.float32) for grad in grads], compiled
+
+    with hopper.interpreted():
+        _, first = gradients(hidden)
+        expected, _ = gradients(hidden)  # the interpreter's first run changes JAX's configuration
+        got, again = gradients(hidden.at[0].set(3e38))
+    assert first > 0
+    assert again == 0
+    for grad, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(grad, other)
+        assert np.abs(grad).max() > 0.01
