@@ -48,6 +48,7 @@ LINES = (
     Line("**lsce**", "auto"),
     Line("lsce, vocabulary in mean-logit order", "auto", Settings(vocab_order=True)),
     Line("lsce, no filter (exact)", "auto", EXACT),
+    Line("lsce, dE filtered, dC not", "auto", Settings(gradient_filter="hidden")),
     Line("lsce, fused gradients", "auto", Settings(gradient_filter="fused")),
     Line("optax, one-hot labels", "naive"),
     Line("optax, integer labels", "naive-integer"),

@@ -77,7 +77,7 @@ def linear_cross_entropy(
         gradients in the forward pass (on Hopper a token with a loss above 104 nats then makes the
         loss infinite; with a bias, statistics, smoothing under a softcap, or a V that is no
         multiple of 256 they are made afterwards all the same, as `lsce.explain` says), "auto"
-        leaves it to the backend.
+        leaves it to the backend, and "hidden" is "auto" for hidden's gradient, the others exact.
       vocab_order: a permutation of the classes by how active they are (`lsce.vocabulary_order`);
         a hint that may change a backend's speed, and no exact result. Which probabilities below
         the gradient filter are dropped may depend on it.

@@ -124,7 +124,7 @@ def test_other_shapes(candidate, shape):
     assert_stats(got, this)
 
 
-@pytest.mark.parametrize("gradient_filter", ["auto", 2.0**-14, "fused"])
+@pytest.mark.parametrize("gradient_filter", ["auto", 2.0**-14, "fused", "hidden"])
 def test_filters_stay_within_the_noise_of_bfloat16(candidate, gradient_filter):
     this = case(candidate.shapes[0], "bfloat16", label_smoothing=0.1, weights=True)
     got = ours(candidate, this.inputs, **this.options, gradient_filter=gradient_filter)

@@ -25,6 +25,8 @@ class Call:
     """The filter; "auto" is that of `lsce.sparse.filter` and None exact."""
     tiles: Tiles
     ctas: int
+    filters_head: bool = True
+    """Whether the filter, where there is one, is that of dC and db too."""
     interpret: Any = None
     """Parameters of Mosaic GPU's interpreter, or None on a GPU."""
 
@@ -36,12 +38,14 @@ class Call:
 
 def call_of(problem: Problem) -> Call:
     """The filter, tiles and CTAs of a problem on the default GPU, or in the interpreter."""
-    epsilon = problem.gradient_filter
+    epsilon, filters_head = problem.gradient_filter, True
+    if epsilon == "hidden":
+        epsilon, filters_head = "auto", False
     pointless = epsilon == "auto" and not filtering.worthwhile(problem)
     if pointless or epsilon in ("fused", 0.0):
         epsilon = None
     ctas = streaming_multiprocessors()
-    call = Call(problem, epsilon, choose.tiles_for(problem, ctas), ctas)
+    call = Call(problem, epsilon, choose.tiles_for(problem, ctas), ctas, filters_head)
     if interpret.active is not None:
         params, small = interpret.active
         call = dataclasses.replace(call, interpret=params, tiles=small, ctas=interpret.CTAS)

@@ -9,11 +9,13 @@ The softmax and the target's term are in P, made tile by tile; the smoothing is 
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from lsce.backends import Arrays
 from lsce.backends.hopper import exact, filtered
 from lsce.backends.hopper.call import Call
+from lsce.backends.hopper.chunks import Products
 from lsce.backends.hopper.forward import Saved
 from lsce.sparse.coefficients import Coefficients, coefficients
 from lsce.wanted import Wanted
@@ -37,8 +39,7 @@ def gradients(
         lse=sums.lse,
         mean_square_logit=sums.extra.get("mean_square_logit"),
     )
-    sparse = call.epsilon is not None
-    products = (filtered if sparse else exact).products(call, saved, c, wanted)
+    products = _products(call, saved, c, wanted)
     dhidden = dbias = None
     if wanted.hidden:
         dhidden = _with_rank_one(call, saved, c, products.hidden, products.kept)
@@ -47,6 +48,19 @@ def gradients(
         dbias = (products.bias - (c.s * c.kappa).sum()) / p.logit_scale + c.poison
         dbias = dbias.astype(saved.bias.dtype)
     return Arrays(dhidden, products.head if wanted.head else None, None, dbias)
+
+
+def _products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
+    """The sums over P: all of it, what the filter leaves, or that for dE and all for the rest."""
+    if call.epsilon is None:
+        return exact.products(call, saved, c, wanted)
+    if call.filters_head or not (wanted.head or wanted.bias):
+        return filtered.products(call, saved, c, wanted)
+    some = filtered.products(call, saved, c, wanted._replace(head=False, bias=False))
+    # One after the other: the buffers of the second may lie where those of the first did.
+    a, some = lax.optimization_barrier((c.a, some))
+    every = exact.products(call, saved, c._replace(a=a), wanted._replace(hidden=False))
+    return every._replace(hidden=some.hidden, kept=some.kept)
 
 
 def _with_rank_one(

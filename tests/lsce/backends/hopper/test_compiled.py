@@ -99,6 +99,7 @@ MEMORY = """
         "default": megabytes(gradients("auto")),
         "default, unsmoothed": megabytes(gradients("auto", label_smoothing=0.0)),
         "exact": megabytes(gradients(None)),
+        "dE filtered, dC not": megabytes(gradients("hidden")),
         "fused": megabytes(gradients("fused")),
         "fused, frozen head": megabytes(jax.grad(some("fused")), n=16384),
     }))
@@ -149,6 +150,7 @@ def test_memory_at_the_papers_shape():
     assert 1161 < memory["default"] <= 1354
     assert 1161 < memory["default, unsmoothed"] <= 1354
     assert 1161 < memory["exact"] <= 1500
+    assert 1161 < memory["dE filtered, dC not"] <= 1404
     assert 1161 < memory["fused"] <= 5000
     assert memory["fused, frozen head"] < memory["fused"] / 1.5  # of twice the tokens
     assert memory["fused, frozen head"] <= 2233  # 2 MB more with the head's mean made beside P

@@ -10,6 +10,7 @@ from jax import lax
 
 import lsce
 from lsce.backends import hopper
+from lsce.backends.hopper import call
 from lsce.sparse import columns
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled")]
@@ -39,7 +40,7 @@ def peaked(n: int, v: int, **options) -> Case:
     return Case(Inputs(hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), labels), options)
 
 
-def filtered(this: Case, epsilon: float):
+def filtered(this: Case, epsilon: float | str):
     with hopper.interpreted():
         got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=epsilon)
         jax.effects_barrier()
@@ -77,6 +78,25 @@ def test_what_no_token_needs_is_not_computed(active):
     # 95 of the columns exceed ε or are a label: one tile, or two by a bound of the lse.
     assert 0 < active[0][:, 0].sum() <= 2
     assert error(got, this, "hidden") < 0.04
+
+
+def test_the_filter_of_the_hidden_states_alone(active, monkeypatch):
+    """dC is that of all tiles in the rows, too, that the filter leaves out of dE."""
+    monkeypatch.setattr(call.filtering, "worthwhile", lambda problem: True)
+    this = peaked(20, 600, label_smoothing=0.1, logit_scale=1.5)
+    bias = np.random.default_rng(1).standard_normal(600).astype(np.float32)
+    this = Case(this.inputs._replace(bias=bias), this.options)
+    got = filtered(this, "hidden")
+    assert active[0].sum() == 1
+    assert error(got, this, "hidden") < 0.04
+    assert error(got, this, "bias") < 0.004
+    true = this.truth.grads["head"]
+    size = np.linalg.norm(true, axis=1)
+    off = np.linalg.norm(np.float64(got.grads["head"]) - true, axis=1)
+    rare = size < np.median(size)  # with the filter on dC off by 0.42 of their size
+    assert (size > 0).all()
+    assert off[rare].sum() < 0.004 * size[rare].sum()
+    assert off.sum() < 0.004 * size.sum()
 
 
 def test_dropped_mass_pulls_as_far_as_the_cap_lets_it():

@@ -294,7 +294,7 @@ def large_reference(shape: Shape) -> tuple[Inputs, np.ndarray, Result, Result]:
 
 
 @pytest.mark.parametrize(
-    ("gradient_filter", "most"), [(None, 0.01), (EPSILON, 0.015)], ids=["exact", "filtered"]
+    ("gradient_filter", "most"), [(None, 0.01), (EPSILON, 0.015), ("hidden", 0.015)], ids=str
 )
 def test_large(subject, gradient_filter, most):
     given, some, exact, whole = large_reference(subject.large)
@@ -345,7 +345,9 @@ def test_the_forward_needs_a_megabyte():
 
 @pytest.mark.gpu
 @GPU[1]
-@pytest.mark.parametrize(("gradient_filter", "most"), [("auto", 1400), (None, 1500)])
+@pytest.mark.parametrize(
+    ("gradient_filter", "most"), [("auto", 1400), (None, 1500), ("hidden", 1500)]
+)
 def test_the_gradients_need_little_beyond_their_own_size(gradient_filter, most):
     gradients = jax.value_and_grad(loss("hopper", gradient_filter), argnums=(0, 1))
     n, d, v = PAPER
@@ -369,7 +371,10 @@ def test_logits_would_be_seen_in_these_figures():
 @pytest.mark.parametrize(
     ("v", "gradient_filter"),
     # At 151,936 the last tile holds columns that are no classes.
-    [(256_000, None), (256_000, "auto"), (256_000, "fused"), (151_936, None), (151_936, "auto")],
+    [
+        *((256_000, choice) for choice in (None, "auto", "fused", "hidden")),
+        *((151_936, choice) for choice in (None, "auto")),
+    ],
 )
 def test_no_product_waits_for_the_one_before(v, gradient_filter, monkeypatch, capfd):
     """ptxas reports it where it cannot keep two in flight; nothing else tells."""
