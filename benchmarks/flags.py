@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol
 import tyro
 
 from benchmarks import inputs
+from train import command_line
 
 
 def shown(metavar: str, default: str | None = None, **options: Any) -> Any:
@@ -96,15 +97,13 @@ def parse[F: Checked](
 ) -> F:
     """A command's flags; its help begins with what the module says of itself.
 
-    ValueError for a value that is wrong, SystemExit for --help and for what is no flag or no
-    number, after printing. (Raised while tyro builds the dataclass, that would be a box of many
-    lines: hence `check`.)
+    ValueError, in one line, for what is wrong; SystemExit after --help.
     """
-    found = tyro.cli(
+    found = command_line.read(
         kind,
-        prog=f"python -m benchmarks.{module}",
+        f"python -m benchmarks.{module}",
+        arguments,
         description=about,
-        args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     found.check()

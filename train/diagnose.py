@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from train import start
+from train import start
 
+if __name__ == "__main__":
     start.begin("python -m train.diagnose")  # the imports below take seconds
 
 import dataclasses
@@ -67,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = command_line.read(DiagnoseOptions, "python -m train.diagnose", arguments)
         run(options)
+    except BrokenPipeError:
+        raise  # nobody reads on
     except (ValueError, OSError) as error:
-        print(f"python -m train.diagnose: {error}", file=sys.stderr)
+        print(f"python -m train.diagnose: {command_line.said(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -130,4 +132,4 @@ def plain(found: dict) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from train import start
+from train import start
 
+if __name__ == "__main__":
     start.begin("python -m train.evaluate")  # the imports below take seconds
 
 import dataclasses
@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from train import command_line
 from train.flags import require, require_count, shown
 
 TASKS = ("mmlu", "hellaswag", "arc-easy", "arc-challenge", "sciq", "openbookqa")
@@ -98,11 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     try:
-        options = tyro.cli(EvaluateOptions, prog="python -m train.evaluate", args=arguments)
+        options = command_line.read(EvaluateOptions, "python -m train.evaluate", arguments)
         words = sys.argv[1:] if arguments is None else arguments
         evaluate(options, f"python -m train.evaluate {shlex.join(words)}")
+    except BrokenPipeError:
+        raise  # nobody reads on
     except (ValueError, OSError) as error:
-        print(f"python -m train.evaluate: {error}", file=sys.stderr)
+        print(f"python -m train.evaluate: {command_line.said(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -294,4 +295,4 @@ def _slug(name: str, step: int | None = None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start.run(main))

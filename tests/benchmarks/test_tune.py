@@ -392,8 +392,7 @@ def test_wrong_flags_are_refused(capsys):
     assert "--memory must be at least 1, what the first tiles take, not 0.5" in (
         capsys.readouterr().err
     )
-    with pytest.raises(SystemExit, match="2"):
-        tune.main(["--case", "gemma2-2b", "--stage", "fused"])
+    assert tune.main(["--case", "gemma2-2b", "--stage", "fused"]) == 2
     assert "'fused'" in capsys.readouterr().err
 
 
