@@ -115,6 +115,23 @@ def laid(tree: Any, on: AbstractMesh | None) -> Any:
     return tree if on is None else jax.lax.with_sharding_constraint(tree, shardings(tree, on))
 
 
+def cast(tree: Any, on: AbstractMesh | None, dtype: str) -> Any:
+    """The tree with its matrices in another dtype, each still where `shardings` has it; in jit.
+
+    For `whole` to gather them in that dtype: left to itself XLA would gather first.
+    """
+    if on is None:
+        return tree
+    return laid(
+        jax.tree.map(
+            lambda leaf, place: leaf.astype(dtype) if any(place.spec) else leaf,
+            laid(tree, on),
+            shardings(tree, on),
+        ),
+        on,
+    )
+
+
 def of(tree: Any) -> AbstractMesh | None:
     """The mesh on which the first array of a tree lies; None for one device. In jit, too."""
     mesh = jax.typeof(jax.tree.leaves(tree)[0]).sharding.mesh

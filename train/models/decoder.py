@@ -133,15 +133,20 @@ class Decoder(nnx.Module):
         hidden states wider: D is `ModelConfig.head_columns`.
         """
         rows = self.embedding.embedding if self.config.tied_head else self.untied_head
-        head = mesh.whole(rows[...].astype(self.config.dtype))
+        head = mesh.whole(self._in_dtype(rows))
         return head if self.head_adapter is None else self.head_adapter.head(head)
 
     def _hidden(self, stream: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         hidden = self.norm(stream)
         return hidden if self.head_adapter is None else self.head_adapter.hidden(hidden)
 
+    def _in_dtype(self, table: nnx.Param) -> Float[Array, "V D"]:
+        named = {"embedding.embedding": table[...]}
+        (table,) = mesh.cast(named, mesh.of(named), self.config.dtype).values()
+        return table.astype(self.config.dtype)
+
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        table = self.embedding.embedding[...].astype(self.config.dtype)
+        table = self._in_dtype(self.embedding.embedding)
         embedded = mesh.rows(embed(table, tokens), mesh.of(table))
         if self.config.scaled_embedding:
             embedded *= jnp.asarray(self.config.hidden_size**0.5, embedded.dtype)
@@ -165,7 +170,8 @@ class Decoder(nnx.Module):
 
         def one(kind, stream, inputs):
             block, key, before = inputs
-            return mesh.laid(block, mesh.of(block))(stream, views[kind], key, before)
+            block = mesh.cast(block, mesh.of(block), config.dtype)
+            return block(stream, views[kind], key, before)
 
         def several(stream, layers):
             kept = []
