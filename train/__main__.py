@@ -8,7 +8,6 @@ if __name__ == "__main__":
     start.begin("python -m train")  # the imports below take a second
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns 0, 1 after a NaN or where a file could not be written, 2 for a user's mistake, 128 + n
     for signal n.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("train").setLevel(logging.INFO)
     try:
         config = parse(arguments)
         from train.run import (

@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import io
-import logging
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -62,8 +61,6 @@ class DiagnoseOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("train").setLevel(logging.INFO)
     try:
         options = command_line.read(DiagnoseOptions, "python -m train.diagnose", arguments)
         run(options)

@@ -8,7 +8,6 @@ if __name__ == "__main__":
     start.begin("python -m train.evaluate")  # the imports below take seconds
 
 import dataclasses
-import logging
 import re
 import shlex
 import sys
@@ -94,8 +93,6 @@ class EvaluateOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("train").setLevel(logging.INFO)
     try:
         options = command_line.read(EvaluateOptions, "python -m train.evaluate", arguments)
         words = sys.argv[1:] if arguments is None else arguments

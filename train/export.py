@@ -8,7 +8,6 @@ if __name__ == "__main__":
     start.begin("python -m train.export")  # the imports below take seconds
 
 import dataclasses
-import logging
 import os
 import shutil
 import sys
@@ -112,8 +111,6 @@ def base_of(where: str, loaded: run_model.Loaded) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a file could not be written, or 2 for a user's mistake."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("train").setLevel(logging.INFO)
     try:
         options = command_line.read(ExportOptions, "python -m train.export", arguments)
         export(

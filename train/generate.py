@@ -8,7 +8,6 @@ if __name__ == "__main__":
     start.begin("python -m train.generate")  # the imports below take seconds
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -60,8 +59,6 @@ class GenerateOptions:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("train").setLevel(logging.INFO)
     try:
         options = command_line.read(GenerateOptions, "python -m train.generate", arguments)
         from train.models.generation import generate, pieces  # which take seconds to import

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -17,13 +18,17 @@ NOBODY_READS = 128 + signal.SIGPIPE
 
 
 def begin(program: str) -> None:
-    """Makes a signal end the process in one line, and XLA keep the programs that it compiles.
+    """Makes a signal end the process in one line, what `train` logs be shown as it is, and XLA keep
+    the programs that it compiles.
 
-    They lie in the user's cache folder, unless JAX's own variables say otherwise: the next process,
-    a resumed run or the next of a sweep, loads in seconds what took a minute. A program that is
-    loaded gives the same bits as the one that was saved. Without such a folder none are kept.
+    The programs lie in the user's cache folder, unless JAX's own variables say otherwise: the next
+    process, a resumed run or the next of a sweep, loads in seconds what took a minute. A program
+    that is loaded gives the same bits as the one that was saved. Without such a folder none are
+    kept.
     """
     signals.stop_at_once(program)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)  # before a library does
+    logging.getLogger("train").setLevel(logging.INFO)
     programs = files.default_cache_dir() / "programs"
     with contextlib.suppress(OSError):
         if COMPILED not in os.environ:

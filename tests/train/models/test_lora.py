@@ -7,14 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from train.config import TrainConfig
 from train.models import lora
 from train.models.config import ADAPTED, Lora, ModelConfig
 from train.models.decoder import Decoder
-from train.run.options import TrainedOptions
-from train.run.trained import frozen
+from train.run import loop
+from train.run.options import LossOptions, StepOptions, TrainedOptions
+from train.run.step import train_step
+from train.run.trained import divide, frozen
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -143,3 +147,43 @@ def test_targets_are_patterns_of_projections():
 def test_flags_that_make_no_adapters_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         TrainedOptions(**flags)
+
+
+def test_the_defaults_of_adapters():
+    flags = TrainConfig.defaults("tiny", lora=True).flags()
+    assert (flags["learning_rate"], flags["weight_decay"]) == (2e-4, 0.0)
+    assert TrainConfig.defaults("smollm2-135m", lora=True).optimizer.learning_rate == 2e-4
+
+
+@pytest.mark.slow
+def test_a_step_trains_adapters_alone_and_the_loss_is_that_of_whole_logits():
+    """With bfloat16 weights beside them, which keep their bits, and one kind of A frozen."""
+    shape = dataclasses.replace(SHAPE, weights="bfloat16")
+    names = frozen(shape, ["*.adapter.a"])
+    create = loop.state_maker(shape, optax.identity(), None, names)
+    first = create(0)
+    params = jax.tree.map(lambda x, y: y.astype(x.dtype), first.params, noisy(made(SHAPE)))
+    labels = np.roll(TOKENS, -1, axis=1)
+    batch = {"tokens": TOKENS, "labels": labels, "segments": WHERE[0], "positions": WHERE[1]}
+
+    def naive(params):
+        model = nnx.merge(first.graphdef, params)
+        z = jnp.matmul(model(TOKENS, *WHERE), model.head.T, precision="highest")
+        lse = jax.nn.logsumexp(z, axis=-1)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 61), 0.1)
+        return jnp.mean(lse - jnp.sum(targets * z, axis=-1) + 1e-3 * lse**2)
+
+    expected, gradient = jax.jit(jax.value_and_grad(naive))(params)
+    kept = jax.tree.map(np.asarray, params)  # the step takes the arrays
+    state, loss = dataclasses.replace(first, params=params), LossOptions(z_loss=1e-3)
+    after, metrics = train_step(state, batch, 1.0, loss, StepOptions(batch_size=1, accumulate=2))
+    assert metrics.loss == pytest.approx(float(expected), rel=1e-5)
+    (learnt, same), (before, still) = divide(after.params, names), divide(kept, names)
+    jax.tree.map(np.testing.assert_array_equal, same, still)
+    assert {x.dtype for x in jax.tree.leaves(learnt)} == {np.dtype("float32")}
+    assert len(jax.tree.leaves(learnt)) == len(ADAPTED) + 1  # B everywhere, and the head's A
+    for new, old, g in zip(
+        *map(jax.tree.leaves, (learnt, before, divide(gradient, names)[0])), strict=True
+    ):
+        assert np.abs(g).max() > 1e-3
+        np.testing.assert_allclose(old - new, g, rtol=1e-3, atol=1e-6)

@@ -119,6 +119,7 @@ def test_the_weights_of_a_run_are_those_of_its_last_checkpoint(trained, checkpoi
 def test_any_checkpoint_can_be_taken_and_it_is_said_which(
     trained, checkpoint, tmp_path, capsys, caplog
 ):
+    caplog.set_level("INFO", "train")
     run = shutil.copytree(trained, tmp_path / "run")
     assert export.main([str(run), str(tmp_path / "last")]) == 0
     assert caplog.messages == [f"weights: step 2 of {run} (last)"]
