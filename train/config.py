@@ -32,10 +32,11 @@ FREE = {
 """Flags that leave the weights at the end of a run as they are."""
 TOLD = {
     *("learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "clip_norm"),
-    *("steps", "epochs", "remat", "mesh", "autotune", "implementation"),
+    *("steps", "epochs", "remat", "memory", "mesh", "autotune", "implementation"),
 }
 """Flags that a run may go on with changed, though not to the same end: how it is optimised and
-computed. What is learnt (the data, the model, the loss, the seed) makes another run."""
+computed. What is learnt (the data, the model, the loss, the seed) makes another run. How the rows
+of a step are divided may change, too, if there are as many."""
 
 
 FINE_TUNING: Mapping[str, Any] = {

@@ -47,8 +47,12 @@ def find(config: TrainConfig) -> Path:
     """
     if config.run.resume:
         out = config.run.out or newest()
-        changed = config.changed_since(load(out))
-        refused = {name: values for name, values in changed.items() if name not in TOLD}
+        before = load(out)
+        told = TOLD
+        if config.step.rows == before.step.rows:
+            told = told | {"batch_size", "accumulate"}
+        changed = config.changed_since(before)
+        refused = {name: values for name, values in changed.items() if name not in told}
         if refused:
             raise ValueError(
                 f"cannot resume {out}: {described(refused)}. Leave these flags out to go on as"

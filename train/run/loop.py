@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import rich.console
 from flax import nnx
@@ -29,14 +30,14 @@ from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.run import folder as run_folder
-from train.run import samples, tracker, trained
+from train.run import memory, samples, tracker, trained
 from train.run.checkpoint import Checkpointer
 from train.run.folder import METRICS, RELIABILITY
 from train.run.metrics import Monitor, cut_rows_after
 from train.run.model import choose
 from train.run.model import write as write_model
 from train.run.optimizer import Schedule, learning_rate, optimizer
-from train.run.options import DEFAULT_STEPS
+from train.run.options import DEFAULT_STEPS, StepOptions
 from train.run.samples import Prompts
 from train.run.signals import stop_requests
 from train.run.step import StepMetrics, TrainState, arguments, train_step, train_step_autotuned
@@ -128,10 +129,17 @@ def prepare(config: TrainConfig) -> Run:
     if total_steps >= 2**31:
         raise ValueError(f"{total_steps:,} steps are more than the optimizer can count (2**31 - 1)")
     rate = learning_rate(config.optimizer, total_steps)
-    shape = written_out(model.shape) if config.step.autotune else model.shape
     on = mesh.make(config.step.mesh_shape)
-    frozen = trained.frozen(shape, config.trained.freeze)
-    create = state_maker(shape, optimizer(config.optimizer), on, frozen)
+    frozen = trained.frozen(model.shape, config.trained.freeze)
+
+    def maker(remat: str) -> Callable[[int], TrainState]:
+        shape = dataclasses.replace(model.shape, remat=remat)
+        shape = written_out(shape) if config.step.autotune else shape
+        return state_maker(shape, optimizer(config.optimizer), on, frozen)
+
+    if config.step.memory is not None and not _chosen_before(config, out):
+        config = fitting(config, maker, data)
+    create = maker(config.model.remat)
 
     first_step, state = 0, None
     if config.run.resume:
@@ -196,6 +204,32 @@ def prepare(config: TrainConfig) -> Run:
     return Run(config, out, data, exam, prompts, rate, checkpointer, state, first_step, total_steps)
 
 
+def _chosen_before(config: TrainConfig, out: Path) -> bool:
+    """Whether the run that goes on was given as much memory, so that its flags say what fits."""
+    return config.run.resume and run_folder.load(out).step.memory == config.step.memory
+
+
+def fitting(
+    config: TrainConfig, maker: Callable[[str], Callable[[int], TrainState]], data: dataset.Data
+) -> TrainConfig:
+    """The configuration with a way to compute a step that fits into `--memory`.
+
+    What is compiled for that is kept as XLA's other programs are, so that the first step need not
+    compile it again.
+    """
+    rows = data.train.rows[np.arange(config.step.rows) % len(data.train.rows)]
+
+    def size(remat: str, step: StepOptions) -> int:
+        state = jax.eval_shape(maker(remat), config.run.seed)
+        if (on := mesh.make(step.mesh_shape)) is not None:
+            state = mesh.placed(state, on)
+        lowered = _step_of(config).lower(state, rows, 0.0, config.loss, step)
+        return memory.compiled_bytes(lowered.compile())
+
+    remat, step = memory.choose(config.step, size)
+    return config.replace(remat=remat, batch_size=step.batch_size, accumulate=step.accumulate)
+
+
 def written_out(shape: ModelConfig) -> ModelConfig:
     """The shape with its layers as lines of the program, on a GPU and where they are not too many.
 
@@ -226,7 +260,7 @@ def train(run: Run) -> Evaluation:
       NotFiniteError: at a NaN or an infinity, which is in no checkpoint.
     """
     config, data, state = run.config, run.data, run.state
-    take_step = train_step_autotuned if config.step.autotune else train_step
+    take_step = _step_of(config)
     monitor = Monitor(
         run.out,
         run.total_steps,
@@ -337,6 +371,10 @@ def first_state(
         return TrainState.create(model, new.optimizer, new.key, new.frozen)
 
     return complete(source.load(on, dtype=like.model.config.weights), seed)
+
+
+def _step_of(config: TrainConfig) -> Any:
+    return train_step_autotuned if config.step.autotune else train_step
 
 
 def scoring_options(config: TrainConfig) -> ScoringOptions:

@@ -91,10 +91,14 @@ class StepOptions:
     autotune: bool = False
     """Let XLA time a GPU's programs and choose: a step of SmolLM2 135M takes a fifth less time, and
     a minute longer to compile. Runs then differ in their last bits."""
+    memory: Annotated[float | None, shown("GB", "as the flags say")] = None
+    """What a step may take of a device, in 10⁹ bytes: chooses --remat, and divides --batch-size
+    over more --accumulate, by compiling one way after the other until one fits."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate"):
             require_count(name, getattr(self, name))
+        require_positive("memory", self.memory)
         require(
             self.batch_size % self.mesh_shape.size == 0,
             f"--batch-size {self.batch_size} must be a multiple of the {self.mesh_shape.size}"
