@@ -218,6 +218,13 @@ def fitting(
     compile it again.
     """
     rows = data.train.rows[np.arange(config.step.rows) % len(data.train.rows)]
+    held, given = jax.eval_shape(maker(config.model.remat), config.run.seed), config.step.memory
+    held = mesh.bytes_per_device(mesh.placed(held, mesh.make(config.step.mesh_shape))) / memory.GB
+    if given is not None and held > given:
+        raise ValueError(
+            f"--memory {given:g}: weights and moments alone take {held:.3g} GB of each device;"
+            f" {memory.LESS} take less"
+        )
 
     def size(remat: str, step: StepOptions) -> int:
         state = jax.eval_shape(maker(remat), config.run.seed)

@@ -12,6 +12,7 @@ from train.run.options import StepOptions
 logger = logging.getLogger(__name__)
 
 GB = 10**9
+LESS = "--weights bfloat16, --freeze or more devices (--mesh fsdp=)"
 Remat = Literal["none", "block", "full"]
 
 
@@ -51,7 +52,7 @@ def choose(
     least, how = min(sizes)
     raise ValueError(
         f"--memory {step.memory:g}: a step takes {least / GB:.3g} GB at least, with {how};"
-        " --weights bfloat16, shorter rows (--max-length) or more devices (--mesh fsdp=) take less"
+        f" {LESS}, or shorter rows (--max-length), take less"
     )
 
 

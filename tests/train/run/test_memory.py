@@ -96,6 +96,9 @@ def test_a_run_is_computed_as_was_chosen_and_goes_on_so(tmp_path, monkeypatch):
     assert (run.config.model.remat, run.config.step.accumulate) == ("full", 2)
     assert run.state.model.config.remat == "full"
 
+    with pytest.raises(ValueError, match=r"weights and moments alone take 0\.\d+ GB"):
+        loop.prepare(config.replace(memory=1e-4, out=tmp_path / "other"))
+
     again = folder.load(tmp_path / "run").replace(resume=True)
     resumed = loop.prepare(again).config
     assert asked == tried
