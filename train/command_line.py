@@ -43,9 +43,9 @@ def read[F](kind: type[F], program: str, arguments: Sequence[str] | None, **opti
 
 
 def said(error: Exception) -> str:
-    """What a user is told of an error: of the system's own, the file and the reason."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    """What a user is told of an error: of the system's own, the reason and the file, if any."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 

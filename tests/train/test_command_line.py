@@ -83,3 +83,11 @@ def test_every_command_says_it_so(command, arguments, message, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"{program}: {message}")
     assert said.count("\n") == 1
+
+
+def test_an_error_of_the_system_is_told_without_its_number():
+    assert command_line.said(PermissionError(13, "Permission denied", "a.jsonl")) == (
+        "a.jsonl: Permission denied"
+    )
+    assert command_line.said(OSError(28, "No space left on device")) == "No space left on device"
+    assert command_line.said(OSError("in our words")) == "in our words"

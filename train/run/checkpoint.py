@@ -75,41 +75,6 @@ class Checkpointer:
             if step != self._best.step:
                 self._manager.delete(step)
 
-    def choose(self, which: str) -> int:
-        """The step that `last`, `best` or a number names.
-
-        Raises:
-            ValueError: for another name, for a step without a checkpoint, and where none is noted
-                as the best.
-        """
-        steps = self.steps()
-        if not steps:
-            raise ValueError(f"{self._folder.parent} has no checkpoint yet")
-        if which == "last":
-            return steps[-1]
-        if which == "best":
-            return self._noted()
-        if not which.isdecimal() or int(which) not in steps:
-            raise ValueError(
-                f"--checkpoint must be best, last or one of {', '.join(map(str, steps))}, the steps"
-                f" that {self._folder.parent} has, not {which}"
-            )
-        return int(which)
-
-    def _noted(self) -> int:
-        if not self._note.is_file():
-            raise ValueError(
-                f"{self._folder.parent} has no best checkpoint, since none was evaluated on"
-                " held-out records: --eval-every does that"
-            )
-        try:
-            step = json.loads(self._note.read_text("utf-8"))["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._note} is damaged ({error!r})") from None
-        if step not in self.steps():
-            raise ValueError(f"{self._note} names step {step}, whose checkpoint is gone")
-        return step
-
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Writes the state after `step` steps, and the data loader's `position`, as JSON.
 
@@ -158,6 +123,45 @@ class Checkpointer:
 
     def __exit__(self, *_exception: object) -> None:
         self._manager.close()
+
+
+def choose(out: Path, which: str) -> int:
+    """The step that `last`, `best` or a number names among the checkpoints of the run in `out`.
+
+    Only looks: the run may be writing its next one.
+
+    Raises:
+      ValueError: for another name, for a step without a checkpoint, and where none is noted as the
+        best.
+    """
+    folder = out / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    if not steps:
+        raise ValueError(f"{out} has no checkpoint yet")
+    if which == "last":
+        return steps[-1]
+    step = _noted(out / BEST) if which == "best" else int(which) if which.isdecimal() else None
+    if step not in steps:
+        have = f"one of {', '.join(map(str, steps))}, the steps that {out} has"
+        raise ValueError(
+            f"{out / BEST} names step {step}, whose checkpoint is gone: --checkpoint takes {have}"
+            if which == "best"
+            else f"--checkpoint must be best, last or {have}, not {which}"
+        )
+    return step
+
+
+def _noted(note: Path) -> int:
+    if not note.is_file():
+        raise ValueError(
+            f"{note.parent} has no best checkpoint, since none was evaluated on held-out records:"
+            " --eval-every does that"
+        )
+    try:
+        return int(json.loads(note.read_text("utf-8"))["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{note} is damaged ({error!r})") from None
 
 
 @dataclasses.dataclass

@@ -25,7 +25,8 @@ from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.models.weights.load import abstract
 from train.run import files
-from train.run.checkpoint import Checkpointer, said_once
+from train.run.checkpoint import choose as choose_step
+from train.run.checkpoint import said_once
 from train.run.folder import CHECKPOINTS, MODEL, RUN_FILE, load
 from train.text import pretrained
 from train.text.bpe import BPE
@@ -221,8 +222,7 @@ def read(
     config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
     shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
     shape = dataclasses.replace(shape, lora=run.trained.lora)
-    with Checkpointer(out, keep=run.run.keep) as checkpoints:
-        step = checkpoints.choose(checkpoint)
+    step = choose_step(out, checkpoint)
     params = _params(out / CHECKPOINTS / str(step) / "state", shape)
     why = f" ({checkpoint})" if checkpoint in ("best", "last") else ""
     logger.info("weights: step %d of %s%s", step, out, why)

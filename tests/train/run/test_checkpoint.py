@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from paths import ROOT
 
-from train.run.checkpoint import Checkpointer
+from train.run.checkpoint import Checkpointer, choose
 from train.run.folder import BEST, CHECKPOINTS
 from train.run.optimizer import adamw
 from train.run.step import TrainState
@@ -86,7 +86,7 @@ def test_the_best_is_kept_besides_the_newest_and_noted(tmp_path):
         checkpointer.mark_best(scores)
         checkpointer.save(5, create(5), POSITION)
         assert saved(tmp_path) == {2, 5}
-        assert checkpointer.choose("best") == 2
+        assert choose(tmp_path, "best") == 2
         checkpointer.mark_best(scores | {5: 1.5, 6: 1.0})  # evaluated after it was saved
         assert saved(tmp_path) == {5}
         assert note() == {"step": 5, "token_nll": 1.5}
@@ -95,23 +95,34 @@ def test_the_best_is_kept_besides_the_newest_and_noted(tmp_path):
 
 
 def test_a_checkpoint_is_named_by_its_step_or_its_rank(tmp_path):
-    with Checkpointer(tmp_path, keep=3) as checkpointer:
+    for _ in range(2):
         with pytest.raises(ValueError, match="has no checkpoint yet"):
-            checkpointer.choose("last")
+            choose(tmp_path, "last")
+        (tmp_path / CHECKPOINTS).mkdir(exist_ok=True)
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
         for step in (2, 10):
             checkpointer.save(step, create(step), POSITION)
-        assert [checkpointer.choose(which) for which in ("last", "2", "10")] == [10, 2, 10]
-        with pytest.raises(ValueError, match=r"must be best, last or one of 2, 10, .*, not 3$"):
-            checkpointer.choose("3")
-        with pytest.raises(ValueError, match=r"has no best checkpoint, .* --eval-every does that$"):
-            checkpointer.choose("best")
-        for damaged in ("[2]", "{}", "{"):
-            (tmp_path / BEST).write_text(damaged)
-            with pytest.raises(ValueError, match=r"best\.json is damaged"):
-                checkpointer.choose("best")
-        (tmp_path / BEST).write_text('{"step": 7}')
-        with pytest.raises(ValueError, match="names step 7, whose checkpoint is gone"):
-            checkpointer.choose("best")
+        checkpointer.mark_best({2: 1.0, 10: 2.0})
+    writing = tmp_path / CHECKPOINTS / "12.orbax-checkpoint-tmp"  # by the run, which goes on
+    writing.mkdir()
+    found = [choose(tmp_path, which) for which in ("last", "best", "2", "10")]
+    assert found == [10, 2, 2, 10]
+    assert writing.is_dir()
+    for other in ("3", "12", "first"):
+        with pytest.raises(ValueError, match=rf"best, last or one of 2, 10, .*, not {other}$"):
+            choose(tmp_path, other)
+    (tmp_path / BEST).write_text('{"step": 7}')
+    with pytest.raises(
+        ValueError, match=r"step 7, whose checkpoint is gone: .* takes one of 2, 10"
+    ):
+        choose(tmp_path, "best")
+    for damaged in ("[2]", "{}", "{"):
+        (tmp_path / BEST).write_text(damaged)
+        with pytest.raises(ValueError, match=r"best\.json is damaged"):
+            choose(tmp_path, "best")
+    (tmp_path / BEST).unlink()
+    with pytest.raises(ValueError, match=r"has no best checkpoint, .* --eval-every does that$"):
+        choose(tmp_path, "best")
 
 
 @pytest.mark.parametrize("damage", ["state", "position"])
