@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import batching
 from jaxtyping import Array, Float
@@ -23,6 +22,7 @@ from lsce.backends import Arrays, Differentiated, Fused
 from lsce.primitive import one_by_one, primitive
 from lsce.problem import Problem
 from lsce.stats import TokenStats
+from lsce.varying import varying
 from lsce.wanted import Wanted
 
 
@@ -176,23 +176,6 @@ def _marked(grads: Arrays, marks: Float[Array, " examples"]) -> Arrays:
 def _values(primals: Any) -> Any:
     """What a forward rule with symbolic zeros gets, without the word who is differentiated."""
     return jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
-
-
-def varying(arrays: Any, *, like: Any) -> Any:
-    """`arrays`, inside `shard_map` as varying over the devices as the most varying of `like`.
-
-    The gradient of an input then is the device's own, and JAX sums it where the input was the same
-    on all of them.
-    """
-    axes = frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like))
-    )
-
-    def cast(x: Any) -> Any:
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, arrays)
 
 
 def _batch(itself, args, axes, *, function, backend, call):

@@ -37,10 +37,10 @@ from lsce.backends.hopper.kernels.hidden_gradient import accumulate_hidden
 from lsce.backends.hopper.kernels.lse_forward import LOG2E
 from lsce.backends.hopper.kernels.probabilities import Vectors, probabilities
 from lsce.backends.hopper.tiles import fused_layout
-from lsce.loss import varying
 from lsce.problem import cdiv
 from lsce.sparse import plan
 from lsce.sparse.tokens import BLOCK, arrange, order_tokens
+from lsce.varying import varying
 from lsce.wanted import Wanted
 
 SHIFT = 16.0
