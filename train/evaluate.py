@@ -157,7 +157,7 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
     result = dataclasses.replace(result, tasks=found)
     if options.tokens:
         rows = {"max_length": options.max_length, "batch_tokens": options.batch_tokens}
-        rows["batch_tokens"] = rows["batch_tokens"] or _batch_tokens()
+        rows["batch_tokens"] = rows["batch_tokens"] or batch_tokens()
         tokens = token_level.score(loaded, options.tokens, **rows, **measuring)
         result = dataclasses.replace(
             result, tokens=tokens, tokens_data=" ".join(map(str, options.tokens))
@@ -210,7 +210,7 @@ def _how(name: str, page: Any, options: EvaluateOptions) -> Any:
         answer=answer_by(page, prompt, options.answer),
         shots=shots,
         max_length=options.max_length,
-        batch_tokens=options.batch_tokens or _batch_tokens(),
+        batch_tokens=options.batch_tokens or batch_tokens(),
     )
 
 
@@ -261,7 +261,8 @@ def _max_length(asking: Any, options: EvaluateOptions, loaded: Any) -> int | Non
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
-def _batch_tokens() -> int:
+def batch_tokens() -> int:
+    """Tokens that go through a model together, where nobody says."""
     import jax
 
     return 2048 if jax.default_backend() == "cpu" else 16384
