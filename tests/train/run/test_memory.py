@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 import pytest
 
 from train.config import TrainConfig
+from train.models.config import PRESETS
 from train.run import folder, loop
-from train.run.memory import choose, compiled_bytes, ways
+from train.run.memory import GB, choose, compiled_bytes, ways
+from train.run.optimizer import optimizer
 from train.run.options import StepOptions
+from train.run.step import train_step
 
 
 def test_more_is_recomputed_before_rows_are_divided_and_each_device_keeps_some():
@@ -67,6 +71,18 @@ def test_a_program_holds_its_arguments_its_results_and_what_is_between():
     )
     assert kept - reused == 4 * x.size
     assert reused >= 4 * x.size + 8 * x.size
+
+
+@pytest.mark.slow
+def test_a_step_of_smollm2_leaves_room_in_4_gb():
+    """With the flags of fine-tuning; the process itself takes half a gigabyte beside it."""
+    config = TrainConfig.defaults("smollm2-135m")
+    shape = dataclasses.replace(PRESETS["smollm2-135m"], remat=config.model.remat)
+    create = loop.state_maker(shape, optimizer(config.optimizer), None)
+    ids = jax.ShapeDtypeStruct((config.step.rows, config.data.max_length), jnp.int32)
+    batch = dict.fromkeys(("tokens", "labels", "segments", "positions"), ids)
+    lowered = train_step.lower(jax.eval_shape(create, 0), batch, 1e-5, config.loss, config.step)
+    assert 1.5 < compiled_bytes(lowered.compile()) / GB < 3
 
 
 def test_a_run_is_computed_as_was_chosen_and_goes_on_so(tmp_path, monkeypatch):
