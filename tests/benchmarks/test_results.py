@@ -9,6 +9,7 @@ from paths import ROOT
 from benchmarks.implementations.settings import Run, Settings
 from benchmarks.measure import report
 from benchmarks.measure.report import Row
+from benchmarks.steps.memory import StepMemory
 from benchmarks.train_step import from_json
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,6 +60,8 @@ def test_every_report_can_be_read():
     for path in RESULTS.glob("h?00-*.json"):
         if "-train-step" in path.name:
             assert [from_json(row) for row in json.loads(path.read_text())], path.name
+        elif "-step-memory" in path.name:
+            assert [StepMemory(**row["found"]) for row in json.loads(path.read_text())], path.name
         elif "-tune-" not in path.name:
             assert report.read(path).rows, path.name
 
@@ -106,7 +109,13 @@ def test_other_figures_of_the_readme_are_measured():
         next(row.p50_ms for row in pairs if row.n == n and row.run.settings == SMOOTHED)
         for n in (16384, 8192)
     )
+    memory = {
+        row["mesh"]: row for row in json.loads((RESULTS / "h100-step-memory.json").read_text())
+    }
+    share = memory["data=1,fsdp=2"]["found"]
     for said in (
+        f"{share['state'] / 1e9:.1f} GB of weights and moments on each of two H100s",
+        f"{share['peak'] / 1e9:.1f} GB in all",
         f"{exact.p50_ms:.1f} ms and {exact.extra_mb:,.0f} MiB",
         '{:.2f} products on random inputs, None {:.2f}, "fused" {:.2f}, optax {:.2f}'.format(*flat),
         f"{rare['rows_left_out']:.0%} of the rows",

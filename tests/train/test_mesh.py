@@ -15,11 +15,15 @@ from train.models.weights.load import shapes
 from train.run.options import MeshShape
 
 SCRIPT = """
-    import json, sys
+    import dataclasses, json, sys
     import jax
     import numpy as np
     from train import export, mesh
     from train.models import resolve
+    from train.models.config import PRESETS, Lora
+    from train.models.weights.load import shapes
+    from train.run.optimizer import optimizer
+    from train.run.options import MeshShape
     from train.run import loop
     from train.run import step
     from train.run.checkpoint import Checkpointer
@@ -100,6 +104,30 @@ SCRIPT = """
     for x, y, z in zip(*map(jax.tree.leaves, (loaded, third, again.params)), strict=True):
         assert x.sharding == z.sharding
         np.testing.assert_array_equal(x, y)
+
+    # Bfloat16 weights that mostly stay as they are, adapters and a head of its own, all together.
+    def adapted(devices):
+        lora = Lora(rank=2, alpha=4.0, targets=("attention.query", "head"))
+        shape = dataclasses.replace(
+            PRESETS["nano"], vocab_size=300, tied_head=False, lora=lora, weights="bfloat16"
+        )
+        frozen = tuple(name for name in map(".".join, shapes(shape)) if "adapter" not in name)
+        make = loop.state_maker(
+            shape, optimizer(ready.config.optimizer), mesh.make(devices), frozen
+        )
+        ready.data.train.set_state(position)
+        state, losses = make(0), []
+        for _ in range(2):
+            state, metrics = take(state, next(ready.data.train), ready.config)
+            losses.append([float(x) for x in metrics])
+        return losses, state
+
+    one, _ = adapted(MeshShape())
+    four, state = adapted(MeshShape(data=2, fsdp=2))
+    np.testing.assert_allclose(four, one, rtol=1e-3)
+    kernel, adapter = state.params.blocks.attention.query.kernel, state.params.head_adapter.a
+    assert kernel[...].sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 2
+    assert adapter[...].sharding.is_fully_replicated
     print("the same")
 """
 
