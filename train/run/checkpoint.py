@@ -57,6 +57,11 @@ class Checkpointer:
         """The steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def would_be_best(self, step: int, scores: Mapping[int, float | None]) -> bool:
+        """Whether `step` has a held-out NLL, and none that is saved has one as low."""
+        nll, saved = scores.get(step), (scores.get(other) for other in self.steps())
+        return nll is not None and all(other is None or nll < other for other in saved)
+
     def mark_best(self, scores: Mapping[int, float | None]) -> None:
         """Notes in best.json which checkpoint is the best, and keeps that one besides the newest.
 

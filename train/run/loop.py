@@ -302,11 +302,6 @@ def train(run: Run) -> Evaluation:
             with monitor.paused(), stop.at_once():
                 evaluate_at(step)
 
-    def improves(step: int) -> bool:
-        scores, saved = monitor.evaluated, run.checkpointer.steps()
-        nll, before = scores.get(step), (scores.get(s) for s in saved)
-        return nll is not None and all(other is None or nll < other for other in before)
-
     def saves(step: int) -> bool:
         return step % config.run.checkpoint_every == 0 or step == run.total_steps
 
@@ -327,7 +322,8 @@ def train(run: Run) -> Evaluation:
             if stop.signum or evaluates(step) or saves(step):
                 measure(*unread.pop())
                 evaluate_during(step)
-                if stop.signum or saves(step) or improves(step):
+                best = run.checkpointer.would_be_best(step, monitor.evaluated)
+                if stop.signum or saves(step) or best:
                     with monitor.paused():
                         run.checkpointer.save(step, state, data.train.state())
                         run.checkpointer.mark_best(monitor.evaluated)
