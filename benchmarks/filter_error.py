@@ -5,6 +5,9 @@ a CPU can say what a filter does to a real model's gradients, in float32, withou
 ACTIVATIONS are a folder that `benchmarks.extract` wrote, or an .npz file of your own, with arrays
 `hidden` [N, D], `head` [V, D] and `labels` [N].
 
+With --tail the pairs left out are computed in 8 bits, as `lsce.sparse.tail` says, and not dropped.
+No block then needs to be kept whole.
+
 Two things differ on a GPU: bfloat16 products add an error of about 0.0024 in quadrature, and the
 kernel, which knows only the maximum so far, keeps a little more than is counted here.
 """
@@ -30,10 +33,12 @@ from benchmarks.inputs import arrays, real
 from benchmarks.measure import report, runner
 from benchmarks.measure.errors import relative_error
 from lsce.backends.hopper.tiles import Tiles
-from lsce.problem import cdiv
+from lsce.problem import Problem, cdiv
 from lsce.sparse import columns
 from lsce.sparse import filter as filtering
-from lsce.sparse.bound import most_frequent
+from lsce.sparse import tail as eight_bits
+from lsce.sparse.bound import most_frequent, of_mean_logit
+from lsce.sparse.coefficients import Coefficients
 from lsce.sparse.tokens import BLOCK, order_tokens
 
 BETA = 0.1
@@ -63,6 +68,8 @@ class Row(NamedTuple):
     """‖·‖ of those rows of the exact dC over ‖dC‖."""
     rows_error: float | None
     """The error of those rows alone; None where there are none."""
+    tail: bool
+    """Whether what is left out was computed in 8 bits instead of dropped."""
     commit: str
     time: str
 
@@ -78,6 +85,8 @@ class FilterFlags(flags.Flags):
     """Only the first so many classes."""
     power: Annotated[tuple[float, ...] | None, shown("POWER ...", "the default filter")] = None
     """ε = 2^POWER, such as -10."""
+    tail: bool = False
+    """Compute what is left out in 8 bits."""
 
     def check(self) -> None:
         super().check()
@@ -104,7 +113,8 @@ def measure_all(options: FilterFlags) -> int:
         found = read(options.activations, n, options.v)
         for power in options.power or [None]:
             epsilon = "auto" if power is None else 2.0**power
-            rows.append(measure(options.activations.name, found, epsilon, options.commit))
+            name = options.activations.name
+            rows.append(measure(name, found, epsilon, options.commit, tail=options.tail))
             print(line(rows[-1]), flush=True)
             if options.json:
                 report.write_json([row._asdict() for row in rows], options.json)
@@ -139,8 +149,13 @@ def measure(
     epsilon: float | str,
     commit: str | None = None,
     tile_c: int = Tiles().sparse.tile_c,
+    *,
+    tail: bool = False,
 ) -> Row:
-    """The errors of a filter on hidden [N, D], head [V, D] and labels [N], N in whole blocks."""
+    """The errors of a filter on hidden [N, D], head [V, D] and labels [N], N in whole blocks.
+
+    With `tail` those of a filter whose rest is computed in 8 bits.
+    """
     n, d = found.hidden.shape
     v = found.head.shape[0]
     if n < 1 or n % BLOCK:
@@ -150,6 +165,9 @@ def measure(
     log_epsilon = filtering.log_epsilon(epsilon, jnp.int32(n), v)
     head = jnp.asarray(found.head, jnp.float32)
     hidden, labels, bound = ordered(jnp.asarray(found.hidden, jnp.float32), head, found.labels)
+    center = head.mean(0)
+    if tail:
+        bound = jnp.maximum(bound, of_mean_logit(hidden @ center, v))
 
     blocks = n // BLOCK
     lse, kept = np.zeros(n, np.float32), np.zeros(blocks)
@@ -158,12 +176,12 @@ def measure(
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
         lse[rows], marked, kept[block] = marks(hidden[rows], head, bound[rows], log_epsilon)
         bits[block // 32] |= np.where(marked, np.uint32(1) << np.uint32(block % 32), np.uint32(0))
-    whole = 1 - kept > filtering.FLAT
+    whole = (1 - kept > filtering.FLAT) & (not tail)
     needed = columns.with_labels(jnp.asarray(bits), labels, jnp.asarray(whole))
     order, active = columns.order_columns(needed, None, blocks, tile_c)
     tile = np.asarray(order.position) // tile_c
 
-    center = head.mean(0)
+    scales = eight_bits.scales(hidden, jnp.int32(n), head, v) if tail else None
     exact, error = (np.zeros((n, d), np.float32) for _ in range(2))
     exact_head, error_head = jnp.zeros_like(head), jnp.zeros_like(head)
     dropped, left_out = 0.0, np.ones(v, bool)
@@ -172,7 +190,16 @@ def measure(
         computed = np.asarray(active)[tile, block]
         left_out &= ~computed
         exact[rows], error[rows], exact_head, error_head, mass = gradients(
-            hidden[rows], head, center, labels[rows], lse[rows], computed, exact_head, error_head
+            hidden[rows],
+            head,
+            center,
+            labels[rows],
+            lse[rows],
+            computed,
+            exact_head,
+            error_head,
+            log_epsilon,
+            scales,
         )
         dropped += float(mass) / blocks
     rare, rare_error = exact_head[left_out], error_head[left_out]
@@ -191,6 +218,7 @@ def measure(
         rows_left_out=float(left_out.mean()),
         rows_norm=float(jnp.linalg.norm(rare) / jnp.linalg.norm(exact_head)),
         rows_error=relative_error(rare + rare_error, rare) if left_out.any() else None,
+        tail=tail,
         commit=commit or runner.current_commit(),
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -231,8 +259,13 @@ def gradients(
     computed: Any,
     exact_head: Any,
     error_head: Any,
+    log_epsilon: Any,
+    scales: Any,
 ) -> tuple[Any, Any, Any, Any, Any]:
-    """A block's exact dE, the filter's error in it, both of dC so far, and the dropped mass."""
+    """A block's exact dE, the filter's error in it, both of dC so far, and the mass left out.
+
+    Without `scales` that is dropped.
+    """
     p = jnp.exp(hidden @ head.T - lse[:, None])
     lost = jnp.where(computed[None, :], 0.0, p)
     mass = lost.sum(1)
@@ -240,8 +273,33 @@ def gradients(
     dz = p - (1 - BETA) * target - BETA / head.shape[0]
     # What is dropped comes back along the mean row, in dE only.
     error = mass[:, None] * center[None, :] - lost @ head
-    exact_head, error_head = exact_head + dz.T @ hidden, error_head - lost.T @ hidden
+    lost_head = lost.T @ hidden
+    if scales is not None:
+        tail = eight_bits.emulated(
+            problem_of(hidden, head),
+            scales,
+            c := coefficients_of(lse, head),
+            eight_bits.row_factors(c, log_epsilon),
+            hidden,
+            head,
+            None,
+            jnp.broadcast_to(~computed, p.shape),
+        )
+        error, lost_head = error + tail.hidden, lost_head - tail.head
+    exact_head, error_head = exact_head + dz.T @ hidden, error_head - lost_head
     return dz @ head, error, exact_head, error_head, mass.mean()
+
+
+def problem_of(hidden: Any, head: Any) -> Problem:
+    return Problem(
+        *hidden.shape, head.shape[0], hidden.dtype, head.dtype, "cpu", "", label_smoothing=BETA
+    )
+
+
+def coefficients_of(lse: Any, head: Any) -> Coefficients:
+    """Of tokens whose losses are summed, one by one."""
+    one = jnp.ones_like(lse)
+    return Coefficients(lse, one, (1 - BETA) * one, BETA / head.shape[0] * one, one, one[0])
 
 
 if __name__ == "__main__":

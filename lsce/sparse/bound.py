@@ -1,9 +1,12 @@
-"""The columns that bound a token's log-sum-exp from below before the forward: frequent labels."""
+"""What bounds a token's log-sum-exp from below before the forward: the columns of frequent labels,
+and, where nothing stands out, the mean logit."""
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 
 def most_frequent(
@@ -25,3 +28,8 @@ def most_frequent(
     label = (key & jnp.uint32((1 << room) - 1)).astype(jnp.int32)
     ids = jnp.zeros(most, jnp.int32).at[place].set(label, mode="drop", unique_indices=True)
     return ids, jnp.minimum(fresh.sum(dtype=jnp.int32), most)
+
+
+def of_mean_logit(mean: Float[Array, " N"], v: int) -> Float[Array, " N"]:
+    """ln V + the mean of V logits: no log-sum-exp is less, and that of equal logits is no more."""
+    return math.log(v) + mean

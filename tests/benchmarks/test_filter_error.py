@@ -74,6 +74,28 @@ def test_errors_are_those_of_leaving_the_inactive_tiles_out(
     assert (row.n, row.d, row.v, row.epsilon) == (N, D, V, pytest.approx(0.05))
 
 
+def test_the_tail_in_8_bits_leaves_little_of_the_error(arrays: Arrays):
+    plain = filter_error.measure("drawn", arrays, 0.05, "abc")
+    tail = filter_error.measure("drawn", arrays, 0.05, "abc", tail=True)
+    assert (plain.tail, tail.tail) == (False, True)
+    assert tail.pairs == plain.pairs
+    assert tail.dropped == plain.dropped > 0
+    for name in ("hidden_error", "head_error", "rows_error"):
+        assert 0 < getattr(tail, name) < 0.3 * getattr(plain, name), name
+
+
+def test_the_tail_needs_no_block_kept_whole(arrays: Arrays):
+    flat = Arrays(arrays.hidden * 0.05, arrays.head, arrays.labels)
+    plain = filter_error.measure("drawn", flat, 0.05, "abc")
+    tail = filter_error.measure("drawn", flat, 0.05, "abc", tail=True)
+    assert plain.whole_blocks == N // 128
+    assert tail.whole_blocks == 0
+    assert tail.pairs < 1
+    assert tail.dropped > 0.1
+    assert tail.hidden_error < 0.003
+    assert tail.head_error < 0.003
+
+
 def test_no_filter_to_speak_of_makes_no_error(arrays: Arrays):
     row = filter_error.measure("drawn", arrays, 1e-30, "abc")
     assert row.hidden_error < 1e-6

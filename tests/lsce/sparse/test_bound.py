@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsce.sparse.bound import most_frequent
+from scipy.special import logsumexp
+
+from lsce.sparse.bound import most_frequent, of_mean_logit
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -18,3 +20,10 @@ def test_hot_columns_are_the_most_frequent_labels(v):
     expected = values[np.lexsort((values, -counts))][:64]
     assert count == len(expected)
     np.testing.assert_array_equal(ids[: len(expected)], expected)
+
+
+def test_the_mean_logit_bounds_the_log_sum_exp():
+    z = np.random.default_rng(0).standard_normal((5, 300)) * np.array([[0, 0.1, 1, 3, 9]]).T
+    bound = of_mean_logit(jnp.asarray(z.mean(1)), 300)
+    assert (bound <= logsumexp(z, axis=1) + 1e-5).all()
+    np.testing.assert_allclose(bound[:2], logsumexp(z[:2], axis=1), atol=0.01)
