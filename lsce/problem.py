@@ -11,7 +11,7 @@ from lsce.arguments import boolean, integer, number
 
 HeadLayout = Literal["vd", "dv"]
 Reduction = Literal["mean", "sum", "none"]
-GradientFilter = float | None | Literal["auto", "fused", "hidden"]
+GradientFilter = float | None | Literal["auto", "fused", "hidden", "fp8"]
 INT32 = np.iinfo(np.int32)
 SMALLEST_WEIGHT = float(np.finfo(np.float32).smallest_normal)
 LARGEST_WEIGHT = float(np.finfo(np.float32).max)
@@ -71,11 +71,11 @@ class Problem:
 
     def _check_gradient_filter(self):
         choice = self.gradient_filter
-        known = choice is None or choice in ("auto", "fused", "hidden")
+        known = choice is None or choice in get_args(get_args(GradientFilter)[-1])
         if not known and not (isinstance(choice, float) and 0.0 <= choice < 1.0):
             raise ValueError(
-                f"gradient_filter={choice!r}; must be 'auto', 'fused', 'hidden', None (exact), or "
-                "the largest probability that may be dropped, in [0, 1)"
+                f"gradient_filter={choice!r}; must be 'auto', 'fused', 'hidden', 'fp8', None "
+                "(exact), or the largest probability that may be dropped, in [0, 1)"
             )
 
 

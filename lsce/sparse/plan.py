@@ -49,8 +49,6 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
     t, b = active.shape
     if b % group or slots < 2 * b or tiles < 2:
         raise ValueError(f"{slots=} and {tiles=} are too few for {b} blocks in groups of {group}")
-    tile = jnp.arange(t, dtype=jnp.int32)[:, None]
-    block = jnp.arange(b, dtype=jnp.int32)[None, :]
     by_tile = jnp.cumsum(active, axis=1, dtype=jnp.int32)
     by_block = jnp.cumsum(active, axis=0, dtype=jnp.int32)
     count = by_tile[:, -1]
@@ -65,6 +63,41 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
     ids = jnp.arange(cdiv(t, most) + cdiv(t * b, spare) + 3)
     before = (chunk[None, :] < ids[:, None]).sum(1, dtype=jnp.int32)
     first_tile = jnp.minimum(before, used)
+    cut = chunk, chunks, first_tile
+    return _listed(active, (by_tile, by_block), (count, groups), group, cut)
+
+
+def even_work(active: Bool[Array, "T B"], *, tiles: int, group: int) -> Work:
+    """The active pairs in chunks of `tiles` column tiles each, whether any is active or not.
+
+    A chunk takes at most tiles · B slots.
+    """
+    t, b = active.shape
+    if b % group:
+        raise ValueError(f"{b} blocks make no groups of {group}")
+    by_tile = jnp.cumsum(active, axis=1, dtype=jnp.int32)
+    by_block = jnp.cumsum(active, axis=0, dtype=jnp.int32)
+    count = by_tile[:, -1]
+    groups = (count + group - 1) // group
+    chunk, chunks = jnp.arange(t, dtype=jnp.int32) // tiles, -(-t // tiles)
+    first_tile = jnp.minimum(jnp.arange(chunks + 1, dtype=jnp.int32) * tiles, t)
+    cut = chunk, jnp.int32(chunks), first_tile
+    return _listed(active, (by_tile, by_block), (count, groups), group, cut)
+
+
+def _listed(
+    active: Bool[Array, "T B"],
+    so_far: tuple[Int[Array, "T B"], Int[Array, "T B"]],
+    of_each: tuple[Int[Array, " T"], Int[Array, " T"]],
+    group: int,
+    cut: tuple[Int[Array, " T"], Int[Array, ""], Int[Array, " chunks"]],
+) -> Work:
+    """The lists of the active pairs, from their running counts by tile and by block, each tile's
+    pairs and groups of pairs, and each tile's chunk, the chunks' number and where each begins."""
+    t, b = active.shape
+    (by_tile, by_block), (count, groups), (chunk, chunks, first_tile) = so_far, of_each, cut
+    tile = jnp.arange(t, dtype=jnp.int32)[:, None]
+    block = jnp.arange(b, dtype=jnp.int32)[None, :]
     ends = jnp.pad(jnp.cumsum(groups), (1, 0))
     group_before = ends[:-1]
     first_item = ends[first_tile]

@@ -2,11 +2,13 @@
 
 With ē the mean hidden state, c̄ the mean row of the head, and hidden channels brought to one size,
 
-    E₈ = e4m3((E − ē) · h)      C₈ = e4m3((C − c̄) · c)      h_d·c_d·unit = 1 for every channel d
-    z  ≈ unit · E₈·C₈ᵀ + ē·C_v + (E_n − ē)·c̄                the last two exact, of rank 1
-    T  = a·p·J − s·(J − κ)                                  (`coefficients`) p from that z
-    T₈ = e4m3(T · r_n)                                      of pairs that the filter leaves out, else 0
-    dE_n += Σ_v T₈·C₈ / (r_n·c) + (Σ_v T_nv)·c̄              dC_v += Σ_n T₈·E₉      E₉ = e4m3(E_n/r_n)
+    E₈ = e4m3((E − ē)·h)      C₈ = e4m3((C − c̄)·c)      h_d·c_d·unit = 1 for every channel d
+    z  ≈ unit·E₈·C₈ᵀ + ē·C_v + (E_n − ē)·c̄              the last two exact, of rank 1
+    T  = a·p·J − s·(J − κ)                               (`coefficients`), p from that z
+    T₈ = e4m3(T·r_n) of the pairs that the filter leaves out, else 0
+    E₉ = e4m3(E_n / r_n)
+
+    dE_n += Σ_v T₈·C₈ / (r_n·c) + (Σ_v T_nv)·c̄          dC_v += Σ_n T₈·E₉
 
 where r_n makes of the largest T, ε·a_n, a sixteenth of what e4m3 holds: p is off by the error of
 z, up to a factor of e^2.7 on real activations, and what exceeds e4m3 saturates.
@@ -69,21 +71,17 @@ def scales(
     root = jnp.sqrt(both)
     top = jnp.max(root)
     top = jnp.where(top > 0.0, top / LARGEST, 1.0)
-    factor = lambda largest: jnp.where(both > 0.0, root / jnp.where(both > 0.0, largest, 1.0), 0.0)
-    return Scales(
-        hidden_mean,
-        head_mean,
-        factor(largest_hidden) / top,
-        factor(largest_head) / top,
-        jnp.square(top),
+    hidden_factor, head_factor = (
+        jnp.where(both > 0.0, root / jnp.where(both > 0.0, largest, 1.0), 0.0) / top
+        for largest in (largest_hidden, largest_head)
     )
+    return Scales(hidden_mean, head_mean, hidden_factor, head_factor, jnp.square(top))
 
 
 def _farthest(x: Array, mean: Float[Array, " D"], where: Array | None) -> Float[Array, " D"]:
     """The largest |x − mean| of each channel, from its largest and smallest x."""
-    options = {} if where is None else {"where": where}
-    most = jnp.max(x, axis=0, initial=-jnp.inf, **options).astype(jnp.float32)
-    least = jnp.min(x, axis=0, initial=jnp.inf, **options).astype(jnp.float32)
+    most = jnp.max(x, axis=0, initial=-jnp.inf, where=where).astype(jnp.float32)
+    least = jnp.min(x, axis=0, initial=jnp.inf, where=where).astype(jnp.float32)
     return jnp.maximum(jnp.maximum(most - mean, mean - least), 0.0)
 
 
@@ -100,17 +98,22 @@ def quantised(
 
 
 def row_factors(c: Coefficients, log_epsilon: float | Float[Array, ""]) -> Float[Array, " rows"]:
-    """r: what T is multiplied by before it is rounded; 1 in rows whose T is 0."""
+    """r: what T is multiplied by before it is rounded; 0 in rows whose T is 0."""
     most = jnp.abs(c.a) * jnp.exp(log_epsilon) + jnp.abs(c.s)
     usable = most > jnp.finfo(jnp.float32).tiny * LARGEST
-    return jnp.where(usable, LARGEST / HEADROOM / jnp.where(usable, most, 1.0), 1.0)
+    return jnp.where(usable, LARGEST / HEADROOM / jnp.where(usable, most, 1.0), 0.0)
+
+
+def inverse(r: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    """1/r, and 0 where r is."""
+    return jnp.where(r > 0.0, 1.0 / jnp.where(r > 0.0, r, 1.0), 0.0)
 
 
 def of_tokens(
     hidden: Float[Array, "rows D"], r: Float[Array, " rows"]
 ) -> tuple[Float8e4m3fn[Array, "rows D"], Float[Array, " D"]]:
     """E₉ with one more factor a channel, and by what a product of it is to be multiplied."""
-    x = hidden.astype(jnp.float32) / r[:, None]
+    x = hidden.astype(jnp.float32) * inverse(r)[:, None]
     largest = jnp.max(jnp.abs(x), axis=0)
     unit = jnp.where(largest > 0.0, largest / LARGEST, 1.0)
     return e4m3(x / unit[None, :]), unit
@@ -136,9 +139,11 @@ def emulated(
     left_out: Bool[Array, "rows V"],
 ) -> Tail:
     """The tail of the pairs `left_out` in plain JAX, with exact sums: what kernels are held to."""
-    product = lambda a, b: jnp.dot(
-        a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST
-    )
+
+    def product(a: Array, b: Array) -> Array:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+
     e8 = quantised(hidden, s.hidden_mean, s.hidden)
     c8 = quantised(head, s.head_mean, s.head)
     z = s.unit * product(e8, c8.T) + product(head, s.hidden_mean)[None, :]
@@ -152,7 +157,7 @@ def emulated(
     t8 = e4m3(terms * r[:, None])
     e9, unit = of_tokens(hidden, r)
     return Tail(
-        product(t8, c8) * (s.unit * s.hidden)[None, :] / r[:, None],
+        product(t8, c8) * (s.unit * s.hidden)[None, :] * inverse(r)[:, None],
         product(t8.T, e9) * unit[None, :],
         terms.sum(1),
     )

@@ -21,14 +21,19 @@ class Call:
     """What is static in one call; its arrays are `padded`."""
 
     problem: Problem
-    epsilon: float | Literal["auto"] | None
-    """The filter; "auto" is that of `lsce.sparse.filter` and None exact."""
+    epsilon: float | Literal["auto", "fp8"] | None
+    """The filter; "auto" and "fp8" are those of `lsce.sparse.filter` and None exact."""
     tiles: Tiles
     ctas: int
     filters_head: bool = True
     """Whether the filter, where there is one, is that of dC and db too."""
     interpret: Any = None
     """Parameters of Mosaic GPU's interpreter, or None on a GPU."""
+
+    @property
+    def tail(self) -> bool:
+        """Whether what the filter leaves out is computed in 8 bits instead of dropped."""
+        return self.epsilon == "fp8"
 
     @property
     def dense_smoothing(self) -> bool:
@@ -42,6 +47,7 @@ def call_of(problem: Problem) -> Call:
     if epsilon == "hidden":
         epsilon, filters_head = "auto", False
     pointless = epsilon == "auto" and not filtering.worthwhile(problem)
+    pointless |= epsilon == "fp8" and not filtering.tail_worthwhile(problem)
     if pointless or epsilon in ("fused", 0.0):
         epsilon = None
     ctas = streaming_multiprocessors()

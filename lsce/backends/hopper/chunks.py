@@ -7,6 +7,7 @@ P lies in one buffer, which every chunk reuses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,9 @@ from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
 
 
+Rest = Callable[[Float[Array, " padded_d"]], Any]
+
+
 class Products(NamedTuple):
     """Sums over P: rows of dE, dC with the constant row, column sums; () where nobody asked."""
 
@@ -34,7 +38,9 @@ class Products(NamedTuple):
     head: Any
     bias: Any
     kept: Float[Array, " rows"]
-    """The probability that the computed tiles hold."""
+    """The probability that the computed tiles hold, those of 16 bits."""
+    tail: Float[Array, " rows"] | None = None
+    """Σ_v T of the tail, where it follows from nothing else."""
 
 
 class Loop:
@@ -65,7 +71,9 @@ class Loop:
             "ctas": call.ctas,
             "interpret": call.interpret,
         }
-        padded_d = tiles.padded_d(d)
+        self.padded_d = padded_d = tiles.padded_d(d)
+        if call.tail:
+            self.padded_d = padded_d = max(padded_d, call.tiles.tail.padded_d(d))
         # dL/dC of a column that no tile holds: the smoothing alone, the same for all of them.
         self.constant = jnp.zeros(padded_d, jnp.float32)
         if p.label_smoothing > 0.0 and wanted.head:
@@ -77,8 +85,12 @@ class Loop:
         sums = (tiles.hidden_splits, rows, padded_d) if wanted.hidden else (1, 0, 0)
         self.dh_ref = jax.new_ref(jnp.zeros(sums, jnp.float32))
 
-    def products(self, chunk, head, bias, dhead_ref) -> None:
-        """P of a chunk and what follows from it; `head` is the whole head or the chunk's rows."""
+    def products(self, chunk, head, bias, dhead_ref, rest: Rest | None = None) -> None:
+        """P of a chunk and what follows from it; `head` is the whole head or the chunk's rows.
+
+        `rest` adds to dE what the tiles leave out, and begins dC: it takes the constant row and
+        returns the reference to what rounding cuts off.
+        """
         p, saved = self.call.problem, self.saved
         at = jnp.asarray(chunk, jnp.int32).reshape(1)
         probabilities(
@@ -102,9 +114,14 @@ class Loop:
             accumulate_hidden(
                 self.p_ref, head, self.work, at, self.dh_ref, dense=not self.gathered, **same
             )
+        constant = self.constant
+        if rest is not None:
+            low_ref = rest(constant)
+            same |= {"carry": (low_ref, True, False), "only_some": True}
+            constant = jnp.zeros_like(constant)
         if self.wanted.head:
             same["after"] = self.dh_ref if self.wanted.hidden else None
-            head_gradient(self.p_ref, saved.hidden, self.work, at, self.constant, dhead_ref, **same)
+            head_gradient(self.p_ref, saved.hidden, self.work, at, constant, dhead_ref, **same)
 
     def dhidden(self) -> Float[Array, "rows D"]:
         return self.dh_ref[...].sum(0)[:, : self.saved.hidden.shape[1]]

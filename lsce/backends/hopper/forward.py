@@ -13,7 +13,7 @@ from lsce.backends import Arrays, Outputs
 from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.kernels.lse_forward import Sums, lse_forward
 from lsce.sparse import filter as filtering
-from lsce.sparse.bound import most_frequent
+from lsce.sparse.bound import most_frequent, of_mean_logit
 from lsce.sparse.tokens import BLOCK, arrange, order_tokens
 from lsce.stats import TokenStats
 
@@ -54,7 +54,10 @@ def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
         bound = jnp.zeros_like(target).at[rows.row_of_token].set(hot.lse, unique_indices=True)
         drop = filtering.log_epsilon(call.epsilon, rows.live, call.problem.v)
-        bound = jnp.maximum(bound, target) + drop
+        bound = jnp.maximum(bound, target)
+        if call.tail and call.problem.softcap is None and bias is None:
+            bound = jnp.maximum(bound, _mean_bound(call, rows.hidden, head))
+        bound = bound + drop
         # An infinite threshold keeps rows without a loss from marking anything.
         threshold = jnp.where(rows.in_use, bound, jnp.inf)
     sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live, drop=drop)
@@ -64,6 +67,14 @@ def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
         rows.hidden, head, bias, rows.labels, vocab_order, rows.row_of_token, rows.live, sums
     )
     return out, saved
+
+
+def _mean_bound(call: Call, hidden, head) -> Float[Array, " rows"]:
+    """The bound of the lse by the mean logit, which flat tokens need: of them little else is known,
+    and what they may keep then is everything."""
+    center = jnp.mean(head[: call.problem.v], axis=0, dtype=jnp.float32)
+    mean = jnp.dot(hidden.astype(jnp.float32), center, precision="highest")
+    return of_mean_logit(mean * call.problem.logit_scale, call.problem.v)
 
 
 def run_forward(call: Call, hidden, head, bias, threshold, live, **changes: Any) -> Sums:

@@ -42,7 +42,7 @@ def gradients(
     products = _products(call, saved, c, wanted)
     dhidden = dbias = None
     if wanted.hidden:
-        dhidden = _with_rank_one(call, saved, c, products.hidden, products.kept)
+        dhidden = _with_rank_one(call, saved, c, products)
         dhidden = dhidden[saved.row_of_token].astype(saved.hidden.dtype)
     if wanted.bias and saved.bias is not None:
         dbias = (products.bias - (c.s * c.kappa).sum()) / p.logit_scale + c.poison
@@ -64,24 +64,20 @@ def _products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Prod
 
 
 def _with_rank_one(
-    call: Call,
-    saved: Saved,
-    c: Coefficients,
-    dhidden: Float[Array, "rows D"],
-    kept: Float[Array, " rows"],
+    call: Call, saved: Saved, c: Coefficients, found: Products
 ) -> Float[Array, "rows D"]:
-    """Adds what acts on all columns alike, through one row of the head that stands for many.
+    """Adds to dE what acts on all columns alike, through one row of the head that stands for many.
 
     The smoothing acts through the mean row, and what the filter dropped through that or its own.
     """
-    p = call.problem
+    p, dhidden = call.problem, found.hidden
     if call.epsilon is None and p.label_smoothing == 0.0:
         return dhidden
     smoothing = -c.s * c.kappa * p.v
     center = jnp.mean(saved.head[: p.v], axis=0, dtype=jnp.float32)
     if call.epsilon is None:
         return dhidden + smoothing[:, None] * center[None, :]
-    dropped, row = filtered.dropped_pull(call, saved, c, kept)
+    dropped, row = filtered.dropped_pull(call, saved, c, found)
     if row is None:
         return dhidden + (smoothing + dropped)[:, None] * center[None, :]
     return dhidden + smoothing[:, None] * center[None, :] + dropped[:, None] * row[None, :]

@@ -50,5 +50,6 @@ def small_tiles() -> Tiles:
         sparse=sparse,
         exact=exact,
         fused=exact,
+        tail=exact,
         hot=128,
     )

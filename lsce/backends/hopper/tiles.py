@@ -174,6 +174,8 @@ class Tiles:
     exact: BackwardTiles = BackwardTiles(slots=0, slots_per_block=44, tile_c=256)
     fused: BackwardTiles = BackwardTiles(slots=0, tile_c=256)
     """With the gradients in the forward, all columns at once."""
+    tail: BackwardTiles = BackwardTiles(slots=0, slots_per_block=22, tile_c=256)
+    """With a filter whose rest is computed in 8 bits: `slots_per_block` tiles are a chunk."""
     hot: int = 2048
     """Columns of the pass that bounds the log-sum-exp before the forward."""
 

@@ -41,6 +41,8 @@ def head_gradient(
     carry: tuple[Any, bool, bool] | None = None,
     after: Any = None,
     panels: int = 1,
+    factors: Any = None,
+    only_some: bool = False,
     ctas: int,
     interpret: Any,
 ) -> None:
@@ -53,20 +55,29 @@ def head_gradient(
 
     `carry` = (low_ref, add, split) sums over calls in more than bfloat16: with `add` the result so
     far, dc_ref + low_ref, is added; with `split` low_ref receives what rounding cuts off dc_ref.
+    `only_some` leaves out the tiles that no block needs, whose result so far is whole.
+
+    With `factors` of hidden entries P and E are of 8 bits and come transposed, P as tiles of
+    [tile_c, BLOCK] and E as [D, rows], and their product is multiplied by them.
     """
     low_ref, add, split = carry or (constant, False, False)
     within = p_ref is dc_ref
     after = constant if after is None else after
-    d_tiles = pl.cdiv(hidden.shape[1], tiles.head_d)
+    turned = factors is not None
+    d_tiles = pl.cdiv(hidden.shape[0 if turned else 1], tiles.head_d)
     parts = tiles.tile_c // tiles.head_c
     half_c = tiles.head_c // 2
-    per_block = BLOCK // tiles.stage
+    stage = 2 * tiles.stage if turned else tiles.stage  # as many bytes
+    per_block = BLOCK // stage
     # Two CTAs with parts of one column tile read the same hidden states, two with the same columns
     # the same P.
     share_hidden = parts % tiles.cluster == 0
     cluster = tiles.cluster if share_hidden or d_tiles % tiles.cluster == 0 else 1
     shared = "member" if cluster > 1 else None
-    dtype = hidden.dtype
+    dtype = dc_ref.dtype
+    a_shape, b_shape = (stage, tiles.head_c), (stage, tiles.head_d)
+    if turned:
+        a_shape, b_shape = a_shape[::-1], b_shape[::-1]
 
     def body(
         p_gmem,
@@ -80,6 +91,7 @@ def head_gradient(
         dc_gmem,
         low_gmem,
         _,
+        *factors_gmem,
     ):
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
         member = lax.axis_index("member") if cluster > 1 else i32(0)
@@ -103,42 +115,64 @@ def head_gradient(
         def copy(tile, k, a_stage, b_stage, barrier):
             t, part, dt, slot, _ = tile
             rank = lax.div(k, i32(per_block))
-            inner = lax.rem(k, i32(per_block)) * tiles.stage
-            row, column = p_address(slot + rank, panels, tiles.tile_c)
-            p_rows = pl.ds(row + inner, tiles.stage)
-            p_columns = pl.ds(column + part * tiles.head_c, tiles.head_c)
+            inner = lax.rem(k, i32(per_block)) * stage
+            if turned:
+                row = (slot + rank) * tiles.tile_c + part * tiles.head_c
+                p_part = p_gmem.at[pl.ds(row, tiles.head_c), pl.ds(inner, stage)]
+            else:
+                row, column = p_address(slot + rank, panels, tiles.tile_c)
+                p_rows = pl.ds(row + inner, stage)
+                p_columns = pl.ds(column + part * tiles.head_c, tiles.head_c)
+                p_part = (dc_gmem if within else p_gmem).at[p_rows, p_columns]
             plgpu.copy_gmem_to_smem(
-                (dc_gmem if within else p_gmem).at[p_rows, p_columns],
+                p_part,
                 a_stage,
                 barrier,
                 collective_axes=None if share_hidden else shared,
             )
-            e_rows = pl.ds(of_tile_gmem[t, rank] * BLOCK + inner, tiles.stage)
+            e_rows = pl.ds(of_tile_gmem[t, rank] * BLOCK + inner, stage)
+            e_part = e_rows, pl.ds(dt * tiles.head_d, tiles.head_d)
             plgpu.copy_gmem_to_smem(
-                e_gmem.at[e_rows, pl.ds(dt * tiles.head_d, tiles.head_d)],
+                e_gmem.at[e_part[::-1] if turned else e_part],
                 b_stage,
                 barrier,
                 collective_axes=shared if share_hidden else None,
             )
 
+        def operands(a, b, wg):
+            mine = pl.ds(wg * half_c, half_c)
+            if turned:
+                return a.at[mine], b.transpose((1, 0))
+            return a.at[:, mine].transpose((1, 0)), b
+
         stream = Stream(
             steps=tiles.fitting(tiles.head_c + tiles.head_d, (half_c, tiles.head_d)),
-            a=(tiles.stage, tiles.head_c),
-            b=(tiles.stage, tiles.head_d),
+            a=a_shape,
+            b=b_shape,
             accumulator=(half_c, tiles.head_d),
             length=lambda tile: tile[4] * per_block,
             copy=copy,
-            operands=lambda a, b, wg: (a.at[:, pl.ds(wg * half_c, half_c)].transpose((1, 0)), b),
+            operands=operands,
         )
 
         def consume(consumer, out_smem):
             wg = consumer.number
 
             def visit(tile, ring):
-                t, part, dt, _, _ = tile
                 acc, ring = consumer.multiply(tile, ring)
+                if not only_some:
+                    finish(tile, acc)
+                else:
+                    pl.when(tile[4] > 0)(lambda: finish(tile, acc))
+                return ring
+
+            def finish(tile, acc):
+                t, part, dt, _, _ = tile
                 columns = pl.ds(dt * tiles.head_d, tiles.head_d)
                 row = plgpu.load(constant_gmem.at[columns], layout=COLUMN, optimized=False)
+                if turned:
+                    some = plgpu.load(factors_gmem[0].at[columns], layout=COLUMN, optimized=False)
+                    acc = acc * lax.broadcast_in_dim(some, acc.shape, [1])
                 out = acc + lax.broadcast_in_dim(row, acc.shape, [1])
                 first = (t - first_tile if gathered else t) * tiles.tile_c
                 first = first + part * tiles.head_c + wg * half_c
@@ -153,14 +187,13 @@ def head_gradient(
                 if split:
                     rest = (out - rounded.astype(jnp.float32)).astype(dtype)
                     store_tile(rest, out_smem.at[wg], low_gmem.at[here])
-                return ring
 
             every_tile(visit, i32(0))
             plgpu.wait_smem_to_gmem(0)
 
         run(
             stream,
-            dtype,
+            hidden.dtype,
             tiles=every_tile,
             consume=consume,
             cluster=cluster > 1,
@@ -186,4 +219,5 @@ def head_gradient(
         dc_ref,
         low_ref,
         after,
+        *([factors] if turned else ()),
     )

@@ -8,7 +8,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
 
-from lsce.backends.hopper.kernels.pipeline import Stream, i32, launch, run, share
+from lsce.backends.hopper.kernels.pipeline import COLUMN, ROW, Stream, i32, launch, run, share
 from lsce.backends.hopper.kernels.probabilities import HALF, p_address
 from lsce.backends.hopper.tiles import BackwardTiles
 from lsce.sparse.plan import Work
@@ -26,21 +26,34 @@ def accumulate_hidden(
     gathered: bool,
     dense: bool,
     panels: int = 1,
+    factors: tuple[Any, Any] | None = None,
     ctas: int,
     interpret: Any,
 ) -> None:
     """dh_ref [splits, rows, D] += P·C of a chunk, float32, each split over a part of the columns.
 
     `dense` says that neighbouring blocks have the same tiles, so that they can share the head's.
+    With `factors` of rows and of hidden entries P and C are of 8 bits, C transposed to [D, columns],
+    and what is added is their product times both.
     """
     cluster = tiles.cluster if dense else 1
     splits = dh_ref.shape[0]
     blocks = dh_ref.shape[1] // BLOCK
-    d_tiles = pl.cdiv(head.shape[1], tiles.hidden_d)
-    per_tile = tiles.tile_c // tiles.stage
+    d_tiles = pl.cdiv(head.shape[0 if factors else 1], tiles.hidden_d)
+    stage = tiles.stage if factors is None else 2 * tiles.stage  # as many bytes
+    per_tile = tiles.tile_c // stage
+    b_shape = (stage, tiles.hidden_d) if factors is None else (tiles.hidden_d, stage)
 
     def body(
-        p_gmem, c_gmem, first_gmem, first_tile_gmem, of_block_gmem, slot_gmem, chunk_gmem, dh_gmem
+        p_gmem,
+        c_gmem,
+        first_gmem,
+        first_tile_gmem,
+        of_block_gmem,
+        slot_gmem,
+        chunk_gmem,
+        dh_gmem,
+        *factors_gmem,
     ):
         cta, num = lax.axis_index("cta"), lax.axis_size("cta")
         member = lax.axis_index("member") if cluster > 1 else i32(0)
@@ -65,25 +78,29 @@ def accumulate_hidden(
         def copy(tile, k, a_stage, b_stage, barrier):
             _, block, dt, first, _ = tile
             at = first + lax.div(k, i32(per_tile))
-            inner = lax.rem(k, i32(per_tile)) * tiles.stage
+            inner = lax.rem(k, i32(per_tile)) * stage
             row, column = p_address(slot_gmem[block, at], panels, tiles.tile_c)
-            p_part = p_gmem.at[pl.ds(row, BLOCK), pl.ds(column + inner, tiles.stage)]
+            p_part = p_gmem.at[pl.ds(row, BLOCK), pl.ds(column + inner, stage)]
             plgpu.copy_gmem_to_smem(p_part, a_stage, barrier)
             t = of_block_gmem[block, at]
-            c_rows = pl.ds((t - first_tile if gathered else t) * tiles.tile_c + inner, tiles.stage)
-            c_part = c_gmem.at[c_rows, pl.ds(dt * tiles.hidden_d, tiles.hidden_d)]
+            c_rows = pl.ds((t - first_tile if gathered else t) * tiles.tile_c + inner, stage)
+            c_part = c_rows, pl.ds(dt * tiles.hidden_d, tiles.hidden_d)
+            c_part = c_gmem.at[c_part if factors is None else c_part[::-1]]
             plgpu.copy_gmem_to_smem(
                 c_part, b_stage, barrier, collective_axes="member" if cluster > 1 else None
             )
 
         stream = Stream(
             steps=tiles.fitting(BLOCK + tiles.hidden_d),
-            a=(BLOCK, tiles.stage),
-            b=(tiles.stage, tiles.hidden_d),
+            a=(BLOCK, stage),
+            b=b_shape,
             accumulator=(HALF, tiles.hidden_d),
             length=lambda tile: tile[4] * per_tile,
             copy=copy,
-            operands=lambda a, b, wg: (a.at[pl.ds(wg * HALF, HALF)], b),
+            operands=lambda a, b, wg: (
+                a.at[pl.ds(wg * HALF, HALF)],
+                b if factors is None else b.transpose((1, 0)),
+            ),
         )
 
         def consume(consumer):
@@ -96,9 +113,17 @@ def accumulate_hidden(
                 @pl.when(count > 0)
                 def _():
                     rows = pl.ds(block * BLOCK + wg * HALF, HALF)
-                    at = dh_gmem.at[split, rows, pl.ds(dt * tiles.hidden_d, tiles.hidden_d)]
+                    entries = pl.ds(dt * tiles.hidden_d, tiles.hidden_d)
+                    at = dh_gmem.at[split, rows, entries]
                     old = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
-                    at[...] = old + acc
+                    new = acc
+                    if factors is not None:
+                        of_row, of_entry = factors_gmem
+                        of_row = plgpu.load(of_row.at[rows], layout=ROW, optimized=False)
+                        of_entry = plgpu.load(of_entry.at[entries], layout=COLUMN, optimized=False)
+                        new = acc * lax.broadcast_in_dim(of_row, acc.shape, [0])
+                        new = new * lax.broadcast_in_dim(of_entry, acc.shape, [1])
+                    at[...] = old + new
 
                 return ring
 
@@ -122,4 +147,5 @@ def accumulate_hidden(
         work.of_block_slot,
         chunk,
         dh_ref,
+        *(factors or ()),
     )

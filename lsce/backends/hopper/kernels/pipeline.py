@@ -29,14 +29,19 @@ def i32(value) -> Any:
     return jnp.asarray(value, jnp.int32)
 
 
-def smem_tile(shape: tuple[int, ...], dtype, steps: int | None = None):
-    """A shared-memory tile in the swizzled layout that TMA writes and wgmma reads."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
-    transforms = (
+def swizzled(row_bytes: int, itemsize: int = 1) -> tuple[Any, Any]:
+    """The layout of a shared-memory tile whose rows have so many bytes."""
+    swizzle = plgpu.find_swizzle(row_bytes * 8)
+    return (
         plgpu.TilingTransform((8, swizzle // itemsize)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
     )
+
+
+def smem_tile(shape: tuple[int, ...], dtype, steps: int | None = None):
+    """A shared-memory tile in the swizzled layout that TMA writes and wgmma reads."""
+    itemsize = jnp.dtype(dtype).itemsize
+    transforms = swizzled(shape[-1] * itemsize, itemsize)
     return plgpu.SMEM((*(() if steps is None else (steps,)), *shape), dtype, transforms=transforms)
 
 
