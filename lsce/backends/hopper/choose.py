@@ -50,6 +50,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     width = max(min(19_000_000 // d, v // 5, 32_768) // 512, 4) * 512
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
     splits = min(max(ctas // (cdiv(n, BLOCK) * cdiv(d, wide) or 1), 1), 4)
+    of_tail = max(2, min(Tiles().tail.slots_per_block, most, tail_within_a_quarter(n, d, v)))
     width, slots = within_a_quarter(n, d, v, width, BackwardTiles().slots_per_block)
     return Tiles(
         sparse=BackwardTiles(
@@ -63,6 +64,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
         ),
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas, dividing=True),
+        tail=filling(Tiles().tail, n, d, column_tiles, range(2, of_tail + 1), ctas),
     )
 
 
@@ -79,6 +81,17 @@ def within_a_quarter(n: int, d: int, v: int, width: int, slots: int) -> tuple[in
         return width, slots
     width = max(width // 1024, 4) * 512
     return width, min(max((left - 2 * width * d) // (blocks * p_tile_bytes), 4), slots)
+
+
+def tail_within_a_quarter(n: int, d: int, v: int) -> int:
+    """Column tiles of a chunk of the tail, as many as keep the same promise, 4 at least.
+
+    A column takes 4 bytes a token, of P in 16 and in 8 bits, and 8 bytes a hidden entry: the rows
+    of the head, in 8 bits twice, and dC's in two parts. Where nothing is to be won, as many as may.
+    """
+    tile_c, most = Tiles().tail.tile_c, Tiles().tail.slots_per_block
+    left = n * v - 6 * n * d - 3 * (n + v) * d // 2 - 20_000_000
+    return most if left <= 0 else max(left // (tile_c * (4 * n + 8 * d)), 4)
 
 
 WIDTHS = {256: 1.0, 192: 1.04, 128: 1.15, 64: 1.5}

@@ -27,7 +27,6 @@ from lsce.sparse.plan import Work
 from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
 
-
 Rest = Callable[[Float[Array, " padded_d"]], Any]
 
 

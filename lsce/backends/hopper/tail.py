@@ -70,7 +70,8 @@ class Tail:
         lse = c.lse * LOG2E
         centred = saved.hidden.astype(jnp.float32) - s.hidden_mean[None, :]
         row = self.unit * jnp.dot(centred, s.head_mean, precision="highest")
-        self.of_rows = (row - lse if p.softcap is None else row, lse, c.a * r, c.s * r, c.kappa)
+        kappa = c.kappa if call.dense_smoothing else c.s  # read by nobody
+        self.of_rows = (row - lse if p.softcap is None else row, lse, c.a * r, c.s * r, kappa)
         pad = lambda x: jnp.pad(x, (0, padded_d - d))
         self.hidden_factors = self.inverse, pad(s.unit * s.hidden)
         e9, e9_unit = tail.of_tokens(saved.hidden, r)
@@ -101,7 +102,9 @@ class Tail:
         """The terms of a chunk's columns, `head` and `ids`, of which some are `mine`; then dE's
         part to what dh_ref has, and dC's as the sum of dc_ref and the reference returned."""
         p, s, at = self.call.problem, self.scales, jnp.asarray(number, jnp.int32).reshape(1)
-        column = jnp.sum(head.astype(jnp.float32) * s.hidden_mean[None, :], axis=1) * self.unit
+        # As one kernel with what turns C₈, XLA would turn the rows in 32 bits too.
+        again = lax.optimization_barrier(head).astype(jnp.float32)
+        column = jnp.sum(again * s.hidden_mean[None, :], axis=1) * self.unit
         bias = finite_bias(self.saved)
         if bias is not None:
             column = column + bias.at[ids].get(mode="clip") * (self.unit / p.logit_scale)

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from scipy.special import logsumexp
 
 from lsce.sparse.bound import most_frequent, of_mean_logit

@@ -1,9 +1,7 @@
 """What the filter leaves out, in 8 bits, in Mosaic GPU's interpreter."""
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from contract import Case, assert_no_worse, assert_stats, case, ours
+from contract import assert_no_worse, assert_stats, case, ours
 from hopper_on_cpu import CANDIDATE
 
 from lsce.backends import hopper
