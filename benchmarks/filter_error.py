@@ -112,7 +112,8 @@ def measure_all(options: FilterFlags) -> int:
     for n in options.n:
         found = read(options.activations, n, options.v)
         for power in options.power or [None]:
-            epsilon = "auto" if power is None else 2.0**power
+            usual = "fp8" if options.tail else "auto"
+            epsilon = usual if power is None else 2.0**power
             name = options.activations.name
             rows.append(measure(name, found, epsilon, options.commit, tail=options.tail))
             print(line(rows[-1]), flush=True)
@@ -291,9 +292,8 @@ def gradients(
 
 
 def problem_of(hidden: Any, head: Any) -> Problem:
-    return Problem(
-        *hidden.shape, head.shape[0], hidden.dtype, head.dtype, "cpu", "", label_smoothing=BETA
-    )
+    (n, d), v = hidden.shape, head.shape[0]
+    return Problem(n, d, v, hidden.dtype, head.dtype, "cpu", "", label_smoothing=BETA)
 
 
 def coefficients_of(lse: Any, head: Any) -> Coefficients:

@@ -42,10 +42,10 @@ class LossFlags(flags.TimedFlags):
     """The loss alone, and with its gradients."""
     label_smoothing: Annotated[tuple[float, ...], shown("BETA ...")] = (0.1,)
     """β in [0, 1]."""
-    gradient_filter: Annotated[tuple[str, ...], shown("{auto,none,fused,hidden,EPSILON} ...")] = (
-        "auto",
-    )
-    """Which gradients: none is exact, hidden filters dE alone."""
+    gradient_filter: Annotated[
+        tuple[str, ...], shown("{auto,none,fused,hidden,fp8,EPSILON} ...")
+    ] = ("auto",)
+    """Which gradients: none is exact, hidden filters dE alone, fp8 drops nothing."""
     softcap: Annotated[float | None, shown("CAP", "off")] = None
     """cap·tanh(z/cap) on the logits."""
     vocab_order: bool = False

@@ -50,6 +50,7 @@ LINES = (
     Line("lsce, no filter (exact)", "auto", EXACT),
     Line("lsce, dE filtered, dC not", "auto", Settings(gradient_filter="hidden")),
     Line("lsce, fused gradients", "auto", Settings(gradient_filter="fused")),
+    Line("lsce, the filter's rest in 8 bits", "auto", Settings(gradient_filter="fp8")),
     Line("optax, one-hot labels", "naive"),
     Line("optax, integer labels", "naive-integer"),
     Line("jax-cce", "jax-cce"),

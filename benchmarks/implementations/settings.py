@@ -48,8 +48,8 @@ class Run:
 
 
 def gradient_filter(text: str) -> float | str | None:
-    """Reads a gradient filter from the command line: auto, none, fused, hidden or a number."""
-    if text in ("auto", "fused", "hidden"):
+    """Reads a gradient filter from the command line: auto, none, fused, hidden, fp8 or a number."""
+    if text in ("auto", "fused", "hidden", "fp8"):
         return text
     if text == "none":
         return None
@@ -57,7 +57,8 @@ def gradient_filter(text: str) -> float | str | None:
         return float(text)
     except ValueError:
         raise ValueError(
-            f"gradient filter {text!r}; must be auto, none (exact), fused, hidden or a number ε"
+            f"gradient filter {text!r}; must be auto, none (exact), fused, hidden, fp8 or a number "
+            "ε"
         ) from None
 
 

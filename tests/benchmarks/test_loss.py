@@ -27,7 +27,7 @@ def test_one_command_measures_the_whole_grid(
     [
         ("--case huge", "no case 'huge'; must be one of gemma2-2b"),
         ("--implementation fast", "no implementation 'fast'; must be any of auto"),
-        ("--gradient-filter some", "must be auto, none (exact), fused, hidden or a number"),
+        ("--gradient-filter some", "must be auto, none (exact), fused, hidden, fp8 or a number"),
         ("--inputs spiky", "must be one of flat, peaked"),
         ("--inputs absent.npz", "absent.npz"),
         ("--dtype int8", "must be one of bfloat16, float32"),

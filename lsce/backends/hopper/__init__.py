@@ -1,7 +1,7 @@
 """The loss on Hopper GPUs: Pallas kernels for Mosaic GPU (TMA, wgmma, warp specialisation).
 
 `forward.py` makes the losses and `gradients.py` what follows from them, by `exact.py` or
-`filtered.py`, both of which loop as `chunks.py` says; `fused.py` makes losses and gradients in one
+`filtered.py`, both of which loop as `chunks.py` says, and `tail.py` what a filter leaves out; `fused.py` makes losses and gradients in one
 pass. `kernels/` is what runs on the GPU: `pipeline.py` the loop that all products share, and one
 kernel a file beside it. `call.py` is the static side of a call, `choose.py` its tile sizes. What
 any GPU would share of the filter is in `lsce.sparse`.
@@ -66,7 +66,12 @@ class Hopper:
         return None
 
     def remark(self, problem: Problem) -> str | None:
-        return copies(problem)
+        new = None
+        if problem.gradient_filter == "fp8":
+            new = "gradient_filter='fp8' has run in the interpreter only, on no GPU yet"
+            if not call_of(problem).tail:
+                new = "gradients are exact: too few for 8 bits to pay"
+        return "; ".join(filter(None, (new, copies(problem)))) or None
 
     def call(self, problem: Problem) -> Call:
         return call_of(problem)

@@ -75,9 +75,7 @@ def head_gradient(
     cluster = tiles.cluster if share_hidden or d_tiles % tiles.cluster == 0 else 1
     shared = "member" if cluster > 1 else None
     dtype = dc_ref.dtype
-    a_shape, b_shape = (stage, tiles.head_c), (stage, tiles.head_d)
-    if turned:
-        a_shape, b_shape = a_shape[::-1], b_shape[::-1]
+    shape = lambda width: (width, stage) if turned else (stage, width)
 
     def body(
         p_gmem,
@@ -147,8 +145,8 @@ def head_gradient(
 
         stream = Stream(
             steps=tiles.fitting(tiles.head_c + tiles.head_d, (half_c, tiles.head_d)),
-            a=a_shape,
-            b=b_shape,
+            a=shape(tiles.head_c),
+            b=shape(tiles.head_d),
             accumulator=(half_c, tiles.head_d),
             length=lambda tile: tile[4] * per_block,
             copy=copy,

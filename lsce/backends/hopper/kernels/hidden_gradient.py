@@ -33,8 +33,8 @@ def accumulate_hidden(
     """dh_ref [splits, rows, D] += P·C of a chunk, float32, each split over a part of the columns.
 
     `dense` says that neighbouring blocks have the same tiles, so that they can share the head's.
-    With `factors` of rows and of hidden entries P and C are of 8 bits, C transposed to [D, columns],
-    and what is added is their product times both.
+    With `factors` of rows and of hidden entries P and C are of 8 bits, C as [D, columns], and what
+    is added is their product times both.
     """
     cluster = tiles.cluster if dense else 1
     splits = dh_ref.shape[0]

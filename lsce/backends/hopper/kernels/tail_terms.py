@@ -1,6 +1,6 @@
 """The tail's terms in 8 bits, in the two orders that its two products need (`lsce.sparse.tail`).
 
-    T₈ = e4m3((a·p·J − s·(J − κ)) · r)       0 in the (block of tokens, column tile) pairs kept in 16
+    T₈ = e4m3((a·p·J − s·(J − κ))·r)      0 in the (block of tokens, column tile) pairs kept in 16
 
 An 8-bit product takes both operands with the summed index last: dE wants T₈ by columns, dC by
 tokens. Nothing transposes bytes on Hopper, but `stmatrix` does transpose words of 16 bits. So two
@@ -96,8 +96,8 @@ def tail_terms(
     """Writes T₈ of a chunk's tiles, c8 [columns, D] being the chunk's rows of the head.
 
     t_ref is [slots · BLOCK, tile_c], transposed_ref [slots · tile_c, BLOCK], and mass_ref
-    [2 · slots · BLOCK] receives each row's Σ T·r in both halves of a tile. `marked` says which halves of
-    column tiles, by block, are none of the tail's.
+    [2 · slots · BLOCK] receives each row's Σ T·r in both halves of a tile. `marked` says which
+    halves of column tiles, by block, are none of the tail's.
     """
     blocks = e8.shape[0] // BLOCK
     tile_c, half_c = tiles.tile_c, tiles.tile_c // CONSUMERS
@@ -246,7 +246,7 @@ def tail_terms(
 
 
 def store_transposed(x, stage, *, interpret: bool) -> None:
-    """stage [columns, BLOCK] = the e4m3 of x [BLOCK, columns] transposed, its tokens interleaved."""
+    """stage [columns, BLOCK] = the e4m3 of x [BLOCK, columns], its tokens interleaved."""
     if interpret:
         stage[...] = interleaved(e4m3(x)).swapaxes(0, 1)
         return

@@ -6,6 +6,7 @@ shape: it takes seconds for a chip's microseconds.
 """
 
 import dataclasses
+import itertools
 import logging
 from types import SimpleNamespace
 
@@ -100,20 +101,26 @@ def test_no_hidden_size_keeps_gradients_from_being_fused(n, d, v):
     assert hopper.BACKEND.unfused(p) is None
 
 
-@pytest.mark.parametrize("epsilon", [None, "auto"], ids=["exact", "filtered"])
+OPTIONS = {
+    "gemma2-2b": {"label_smoothing": 0.1},
+    "all options": {
+        "label_smoothing": 0.1,
+        "softcap": 30.0,
+        "z_loss": 1e-4,
+        "return_stats": True,
+    },
+    "smollm2": {"d": 576, "v": 49152, "n": 2048},
+    "llama3-8b": {"d": 4096, "v": 128256, "n": 32768},
+    "qwen3-0.6b, ragged": {"d": 1024, "v": 151936, "softcap": 30.0},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"label_smoothing": 0.1},
-        {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4, "return_stats": True},
-        {"d": 576, "v": 49152, "n": 2048},
-        {"d": 4096, "v": 128256, "n": 32768},
-        {"d": 1024, "v": 151936, "softcap": 30.0},
-    ],
-    ids=["gemma2-2b", "all options", "smollm2", "llama3-8b", "qwen3-0.6b, ragged"],
+    ("options", "epsilon"),
+    [*itertools.product(OPTIONS, [None, "auto"]), ("all options", "fp8")],
 )
 def test_lowers_for_cuda_without_a_gpu(options, epsilon):
-    p = problem(**options)
+    p = problem(**OPTIONS[options])
     call = Call(p, epsilon, choose.tiles_for(p), ctas=132)
 
     def loss(hidden, head, labels):

@@ -1,32 +1,104 @@
 """What the filter leaves out, in 8 bits, in Mosaic GPU's interpreter."""
 
-import pytest
-from contract import assert_no_worse, assert_stats, case, ours
-from hopper_on_cpu import CANDIDATE
+import dataclasses
+import math
 
-from lsce.backends import hopper
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import Case, Result, assert_no_worse, assert_stats, case, ours
+from hopper_on_cpu import CANDIDATE, problem
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from tail_check import assert_terms
+
+from lsce.backends import Arrays, hopper
+from lsce.backends.hopper.call import call_of
+from lsce.sparse import columns
 from lsce.sparse import filter as filtering
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled")]
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+EPSILON = 2.0**-4
 
 
 @pytest.fixture
-def of_any_size(monkeypatch):
+def of_any_size(monkeypatch) -> list[np.ndarray]:
+    """The tail where it would not pay, beside few pairs kept whole, which are listed."""
+    seen, order_columns = [], columns.order_columns
+
+    def recorded(*args):
+        found, pairs = order_columns(*args)
+        jax.debug.callback(lambda pairs: seen.append(np.asarray(pairs)), pairs)
+        return found, pairs
+
+    monkeypatch.setattr(columns, "order_columns", recorded)
     monkeypatch.setattr(filtering, "tail_worthwhile", lambda problem: True)
+    monkeypatch.setattr(filtering, "log_epsilon", lambda *_: jnp.float32(math.log(EPSILON)))
+    return seen
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"label_smoothing": 0.1, "spread": 5.0, "weights": True, "z_loss": 1e-3},
-        {"label_smoothing": 0.1, "spread": 5.0, "softcap": 15.0, "bias": True},
-        {"label_smoothing": 0.1, "spread": 0.1},
-    ],
-    ids=["peaked", "softcap and bias", "flat"],
-)
-def test_the_contract(options, of_any_size):
-    this = case((150, 64, 600), "bfloat16", **options)
-    with hopper.interpreted():
-        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter="fp8")
+def run(this: Case, gradient_filter: float | str, *, detect_races: bool = False) -> Result:
+    with hopper.interpreted(detect_races=detect_races):
+        got = ours(CANDIDATE, this.inputs, **this.options, gradient_filter=gradient_filter)
+        jax.effects_barrier()
+    return got
+
+
+def error(got: Result, this: Case, name: str) -> float:
+    true = this.truth.grads[name]
+    return float(np.linalg.norm(got.grads[name] - true) / np.linalg.norm(true))
+
+
+@pytest.mark.slow
+def test_it_leaves_little_of_the_filters_error(of_any_size):
+    """Also of classes of which no pair is kept: a filter's errors are .0084, .0047, and all."""
+    this = case((150, 64, 600), "bfloat16", spread=2.0, label_smoothing=0.1)
+    got = run(this, "fp8")
+    assert 0 < of_any_size[0].mean() < 0.5
     assert_no_worse(got, this)
     assert_stats(got, this, filtered=True)
+    assert error(got, this, "hidden") < 0.0065
+    assert error(got, this, "head") < 0.0035
+    others = ~np.isin(np.arange(600), this.inputs.labels)
+    true = this.truth.grads["head"][others]
+    assert np.linalg.norm(got.grads["head"][others] - true) < 0.02 * np.linalg.norm(true)
+
+
+@pytest.mark.slow
+def test_not_a_bit_of_the_loss_depends_on_it(of_any_size):
+    given = case((150, 64, 600), "bfloat16", spread=2.0).inputs
+    p = problem(n=150, d=64, v=600, label_smoothing=0.1)
+    arrays = Arrays(*map(jnp.asarray, given[:2]), jnp.maximum(given.labels, -1))
+    losses = []
+    for gradient_filter in ("fp8", EPSILON):
+        with hopper.interpreted():
+            call = call_of(dataclasses.replace(p, gradient_filter=gradient_filter))
+            forward = jax.jit(lambda x, call=call: hopper.BACKEND.forward(call, x, keep=True)[0][0])
+            losses.append(np.asarray(forward(arrays)))
+    assert np.all(losses[0][given.labels >= 0] > 0)
+    np.testing.assert_array_equal(*losses)
+
+
+@pytest.mark.slow
+def test_with_every_option(of_any_size):
+    """What a filter drops is in none of these, nor what the cap makes of the smoothing."""
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 15.0}
+    this = case((150, 64, 600), "bfloat16", spread=2.0, bias=True, weights=True, **options)
+    got = run(this, "fp8", detect_races=True)
+    assert not gpu_callbacks.get_races().races_found
+    assert 0 < of_any_size[0].mean() < 0.5
+    assert_no_worse(got, this)
+    assert_stats(got, this, filtered=True)
+    for name, most in {"hidden": 0.004, "head": 0.003, "bias": 0.003}.items():
+        assert error(got, this, name) < most, name  # a filter's are .0098, .0047 and .0046
+
+
+@pytest.mark.parametrize("cap", [pytest.param(None, marks=pytest.mark.slow), 9.0])
+def test_terms_in_both_orders(cap):
+    """To the bit what the formula makes of the 8-bit operands, and no race."""
+    with hopper.interpreted(detect_races=True):
+        assert hopper.interpret.active is not None
+        params, tiles = hopper.interpret.active
+        assert_terms(tiles.tail, cap, most=1e-4, interpret=params)
+    assert not gpu_callbacks.get_races().races_found
