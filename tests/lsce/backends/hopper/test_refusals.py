@@ -76,3 +76,11 @@ def test_the_head_is_copied_where_it_says_so(changes):
     made = jax.make_jaxpr(lambda head: padded(p, arrays._replace(head=head)).head)(head)
     read_in_place = made.jaxpr.outvars == made.jaxpr.invars
     assert read_in_place == (copies(p) is None) == (not changes)
+
+
+def test_explain_says_what_8_bits_are():
+    paper = dataclasses.replace(PROBLEM, n=8192, d=2304, v=256_000, gradient_filter="fp8")
+    assert "on no GPU yet" in backends.explain(paper).reasons["hopper"]
+    small = dataclasses.replace(PROBLEM, gradient_filter="fp8")
+    assert "gradients are exact: too few" in backends.explain(small).reasons["hopper"]
+    assert "fp8" not in backends.explain(PROBLEM).reasons["hopper"]
