@@ -51,15 +51,17 @@ def error(got: Result, this: Case, name: str) -> float:
 
 
 @pytest.mark.slow
-def test_it_leaves_little_of_the_filters_error(of_any_size):
-    """Also of classes of which no pair is kept: a filter's errors are .0084, .0047, and all."""
-    this = case((150, 64, 600), "bfloat16", spread=2.0, label_smoothing=0.1)
+def test_where_it_holds_nearly_all(of_any_size):
+    """Also of classes of which no pair is kept, which a filter leaves without a gradient."""
+    this = case((150, 64, 600), "bfloat16", spread=1.0, label_smoothing=0.1)
     got = run(this, "fp8")
     assert 0 < of_any_size[0].mean() < 0.5
     assert_no_worse(got, this)
     assert_stats(got, this, filtered=True)
-    assert error(got, this, "hidden") < 0.0065
-    assert error(got, this, "head") < 0.0035
+    assert got.stats is not None
+    assert got.stats.below_filter[this.inputs.labels >= 0].mean() > 0.5
+    assert error(got, this, "hidden") < 0.006
+    assert error(got, this, "head") < 0.005
     others = ~np.isin(np.arange(600), this.inputs.labels)
     true = this.truth.grads["head"][others]
     assert np.linalg.norm(got.grads["head"][others] - true) < 0.02 * np.linalg.norm(true)
