@@ -79,7 +79,7 @@ def even_work(active: Bool[Array, "T B"], *, tiles: int, group: int) -> Work:
     by_block = jnp.cumsum(active, axis=0, dtype=jnp.int32)
     count = by_tile[:, -1]
     groups = (count + group - 1) // group
-    chunk, chunks = jnp.arange(t, dtype=jnp.int32) // tiles, -(-t // tiles)
+    chunk, chunks = jnp.arange(t, dtype=jnp.int32) // tiles, cdiv(t, tiles)
     first_tile = jnp.minimum(jnp.arange(chunks + 1, dtype=jnp.int32) * tiles, t)
     cut = chunk, jnp.int32(chunks), first_tile
     return _listed(active, (by_tile, by_block), (count, groups), group, cut)

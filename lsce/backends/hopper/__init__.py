@@ -1,10 +1,10 @@
 """The loss on Hopper GPUs: Pallas kernels for Mosaic GPU (TMA, wgmma, warp specialisation).
 
 `forward.py` makes the losses and `gradients.py` what follows from them, by `exact.py` or
-`filtered.py`, both of which loop as `chunks.py` says, and `tail.py` what a filter leaves out; `fused.py` makes losses and gradients in one
-pass. `kernels/` is what runs on the GPU: `pipeline.py` the loop that all products share, and one
-kernel a file beside it. `call.py` is the static side of a call, `choose.py` its tile sizes. What
-any GPU would share of the filter is in `lsce.sparse`.
+`filtered.py`, both of which loop as `chunks.py` says, with `tail.py` for what a filter leaves out;
+`fused.py` makes losses and gradients in one pass. `kernels/` is what runs on the GPU: `pipeline.py`
+the loop that all products share, and one kernel a file beside it. `call.py` is the static side of a
+call, `choose.py` its tile sizes. What any GPU would share of the filter is in `lsce.sparse`.
 """
 
 from __future__ import annotations

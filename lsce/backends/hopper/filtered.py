@@ -20,6 +20,7 @@ from lsce.backends.hopper.chunks import Loop, Products, finite_bias
 from lsce.backends.hopper.forward import Saved
 from lsce.backends.hopper.kernels import marks, rows
 from lsce.backends.hopper.tail import Tail
+from lsce.problem import cdiv
 from lsce.sparse import columns, plan
 from lsce.sparse import filter as filtering
 from lsce.sparse.coefficients import Coefficients
@@ -96,7 +97,7 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     left = jnp.zeros_like(c.a) if tail is not None and call.problem.softcap is not None else None
     carry = *carry, left
     if tail is not None:
-        carry = lax.fori_loop(0, -(-column_tiles // per_chunk), body, carry)
+        carry = lax.fori_loop(0, cdiv(column_tiles, per_chunk), body, carry)
     else:
         static = tiles.static_chunks(column_tiles, blocks, slots)
         carry = lax.fori_loop(0, static, body, carry)

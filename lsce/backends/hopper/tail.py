@@ -21,6 +21,7 @@ from lsce.backends.hopper.kernels.hidden_gradient import accumulate_hidden
 from lsce.backends.hopper.kernels.lse_forward import LOG2E, LOWEST
 from lsce.backends.hopper.kernels.tail_terms import Terms, interleaved, tail_terms
 from lsce.backends.hopper.tiles import CONSUMERS
+from lsce.problem import cdiv
 from lsce.sparse import filter as filtering
 from lsce.sparse import tail
 from lsce.sparse.coefficients import Coefficients
@@ -49,7 +50,7 @@ class Tail:
         self.call, self.saved, self.wanted = call, saved, wanted
         self.blocks, self.per_chunk = rows // BLOCK, tiles.slots_per_block
         self.live = live_blocks(saved)
-        self.column_tiles = -(-p.v // tiles.tile_c)
+        self.column_tiles = cdiv(p.v, tiles.tile_c)
         slots = self.per_chunk * self.blocks
         self.work = dense_work(
             self.blocks,
