@@ -22,7 +22,7 @@ from benchmarks.implementations.settings import MODES, Mode, Run, Settings, grad
 from benchmarks.inputs import cases
 from benchmarks.measure import errors, report, runner
 
-KNOWN = implementations.of("jax")
+KNOWN = implementations.of_framework("jax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def measure_all(options: LossFlags) -> int:
 def measure(case: cases.Case, runs: list[Run], options: LossFlags) -> report.Report:
     """All runs at one case's shapes."""
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    data = inputs.of(options.inputs, case, dtype, seed=options.seed)
+    data = inputs.named(options.inputs, case, dtype, seed=options.seed)
     return runner.measure_runs(
         JaxFramework(data, options.devices),
         data,

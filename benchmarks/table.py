@@ -102,7 +102,7 @@ def make(options: TableOfPeersFlags) -> int:
         measured = one_case(sum(map(report.read, options.from_files), Report()))
     else:
         case = cases.find(options.case, options.n)
-        data = inputs.of(options.inputs, case, options.dtype, seed=options.seed)
+        data = inputs.named(options.inputs, case, options.dtype, seed=options.seed)
         measured = measure(
             data,
             case.name,

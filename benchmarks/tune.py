@@ -405,7 +405,7 @@ def tune_all(options: TuneFlags) -> int:
     entries = []
     for case in shapes:
         typical = options.inputs == "typical"
-        data = like_models.draw(case) if typical else inputs.of(options.inputs, case, "bfloat16")
+        data = like_models.draw(case) if typical else inputs.named(options.inputs, case, "bfloat16")
         bench = Bench(data, options.seconds)
         record: dict[str, Any] = dataclasses.asdict(case) | {"rounds": []}
         report["cases"].append(record)

@@ -33,7 +33,7 @@ IMPLEMENTATIONS = {
 """The registry, by name."""
 
 
-def of(framework: FrameworkName) -> dict[str, Implementation]:
+def of_framework(framework: FrameworkName) -> dict[str, Implementation]:
     """Those of one framework, by name."""
     return {
         name: implementation

@@ -8,10 +8,10 @@ from benchmarks.inputs.arrays import Inputs
 from benchmarks.inputs.cases import Case
 
 CHOICES = f"one of {', '.join(random.KINDS)}, an .npz file or a folder of activations"
-"""What `of` takes."""
+"""What `named` takes."""
 
 
-def of(name: str, case: Case, dtype: str, seed: int = 0) -> Inputs:
+def named(name: str, case: Case, dtype: str, seed: int = 0) -> Inputs:
     """Inputs by name for a case: a kind, or the path of real ones, cut to the case's N tokens.
 
     That is an .npz file, or a folder for `real.read`, whose activations are lifted to the case's D.

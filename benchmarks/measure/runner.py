@@ -73,7 +73,7 @@ def measure_runs(
     before anything runs.
     """
     runs = list(runs)
-    known = implementations.of(framework.name)
+    known = implementations.of_framework(framework.name)
     for run in runs:
         if run.implementation not in known:
             raise ValueError(

@@ -17,7 +17,7 @@ def test_a_plain_file_is_cast_cut_and_named_after_itself(tmp_path: pathlib.Path)
     data = random.make("flat", cases.CASES["tiny"], "float32")
     path = tmp_path / "mine.npz"
     np.savez(path, hidden=data.hidden, head=data.head, labels=data.labels.astype(np.int64))
-    loaded = inputs.of(str(path), cases.find("tiny", 5), "bfloat16")
+    loaded = inputs.named(str(path), cases.find("tiny", 5), "bfloat16")
     assert loaded.kind == "mine"
     assert loaded.hidden.shape == (5, 72)
     assert loaded.hidden.dtype.name == "bfloat16"
@@ -26,11 +26,11 @@ def test_a_plain_file_is_cast_cut_and_named_after_itself(tmp_path: pathlib.Path)
 
 def test_wrong_inputs_are_refused_with_what_would_be_right(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match=r"'spiky'; must be one of flat, peaked, an \.npz file"):
-        inputs.of("spiky", SMALL, "float32")
+        inputs.named("spiky", SMALL, "float32")
     arrays.save(random.make("flat", SMALL, "float32"), tmp_path / "small.npz")
     for other in (cases.CASES["tiny"], dataclasses.replace(SMALL, n=34)):
         with pytest.raises(ValueError, match=r"holds flat .*33, 24, 201\), too little or not of"):
-            inputs.of(str(tmp_path / "small.npz"), other, "float32")
+            inputs.named(str(tmp_path / "small.npz"), other, "float32")
 
 
 def test_a_file_that_is_not_numpy_s_is_named(tmp_path: pathlib.Path):
@@ -38,4 +38,4 @@ def test_a_file_that_is_not_numpy_s_is_named(tmp_path: pathlib.Path):
         (tmp_path / name).write_text("no array")
         path = tmp_path / name if name.endswith("z") else tmp_path
         with pytest.raises(ValueError, match=rf"{name} is not a file of NumPy arrays"):
-            inputs.of(str(path), SMALL, "float32")
+            inputs.named(str(path), SMALL, "float32")

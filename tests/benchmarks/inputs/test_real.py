@@ -67,13 +67,13 @@ def test_a_missing_piece_is_named(pieces):
 
 def test_pieces_are_inputs_of_a_case(pieces):
     folder, hidden, head, labels = pieces
-    same = inputs.of(str(folder), Case("same", 5, 64, 25), "bfloat16")
+    same = inputs.named(str(folder), Case("same", 5, 64, 25), "bfloat16")
     np.testing.assert_array_equal(same.hidden, hidden[:5])
     hidden, head = hidden.astype(np.float32), head.astype(np.float32)
-    wide = inputs.of(str(folder), Case("wide", 5, 128, 25), "bfloat16")
+    wide = inputs.named(str(folder), Case("wide", 5, 128, 25), "bfloat16")
     logits = hidden[:5] @ head.T
     got = wide.hidden.astype(np.float32) @ wide.head.astype(np.float32).T
     assert np.linalg.norm(got - logits) < 0.02 * np.linalg.norm(logits)
     np.testing.assert_array_equal(wide.labels, labels[:5])
     with pytest.raises(ValueError, match="not of"):
-        inputs.of(str(folder), Case("more classes", 5, 64, 26), "bfloat16")
+        inputs.named(str(folder), Case("more classes", 5, 64, 26), "bfloat16")
