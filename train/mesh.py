@@ -34,7 +34,7 @@ AXES: Mapping[str, tuple[str, str]] = {
     "mlp.down.kernel": ("mlp", "hidden"),
 }
 """The last two axes of a weight by the end of its path; an axis of layers may stand before them.
-What is not here is small, a norm's scale or a bias, and whole on every device."""
+What is not here is small, a norm's scale, a bias or an adapter, and whole on every device."""
 RULES: Mapping[str, str] = {"hidden": "fsdp"}
 """The axis of the mesh that splits an axis of a weight: every matrix has `hidden` once. Where fsdp
 does not divide it, it splits the weight's other axis; where it divides neither, none."""
@@ -74,7 +74,7 @@ def spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Partiti
         sizes: of the mesh's axes.
     """
     for end, names in AXES.items():
-        if f".{end}." in f".{path}.":
+        if f".{end}." in f".{path}." and len(shape) >= len(names):
             which = next(i for i, name in enumerate(names) if name in RULES)
             axis = RULES[names[which]]
             for i in (which - 2, -1 - which):

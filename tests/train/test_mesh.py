@@ -157,6 +157,8 @@ def test_four_devices_train_as_one(tmp_path: Path):
         ("embedding.embedding", (49152, 576), P(None, "fsdp")),
         ("blocks.attention.query.bias", (30, 576), P()),
         ("blocks.mlp_norm.scale", (30, 576), P()),
+        ("blocks.attention.query.adapter.a", (30, 576, 8), P()),
+        ("opt_state.1.count.mlp.down.kernel", (), P()),  # a number for each weight
         ("step", (), P()),
     ],
 )
