@@ -145,6 +145,16 @@ def test_any_checkpoint_can_be_taken_and_it_is_said_which(
         assert np.abs(np.asarray(later) - np.asarray(one)).max() > 1e-5
 
 
+def test_a_run_s_softcap_is_part_of_its_model(trained, tmp_path):
+    """config.json of a family without one cannot say it."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    flags = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(flags | {"softcap": 7.0}))
+    assert run_model.read(str(trained)).shape.final_softcap == flags["softcap"] != 7
+    assert run_model.read(str(run)).shape.final_softcap == 7
+
+
 def test_a_run_in_place_of_a_model_is_told_how_to_become_one(trained):
     with pytest.raises(ValueError, match=r"run is a run: python -m train\.export .* makes a model"):
         run_model.choose(TrainConfig.of(model=str(trained)), None)
