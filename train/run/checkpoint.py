@@ -130,6 +130,13 @@ class Checkpointer:
         self._manager.close()
 
 
+def saved_steps(out: Path) -> list[int]:
+    """The steps that the run in `out` has checkpoints of, oldest first. Only looks."""
+    folder = out / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def choose(out: Path, which: str) -> int:
     """The step that `last`, `best` or a number names among the checkpoints of the run in `out`.
 
@@ -139,9 +146,7 @@ def choose(out: Path, which: str) -> int:
       ValueError: for another name, for a step without a checkpoint, and where none is noted as the
         best.
     """
-    folder = out / CHECKPOINTS
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    steps = sorted(int(name) for name in names if name.isdecimal())
+    steps = saved_steps(out)
     if not steps:
         raise ValueError(f"{out} has no checkpoint yet")
     if which == "last":

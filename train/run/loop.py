@@ -31,7 +31,7 @@ from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.run import folder as run_folder
 from train.run import memory, samples, tracker, trained
-from train.run.checkpoint import Checkpointer
+from train.run.checkpoint import Checkpointer, saved_steps
 from train.run.folder import METRICS, RELIABILITY
 from train.run.metrics import Monitor, cut_rows_after
 from train.run.model import choose
@@ -102,7 +102,8 @@ def prepare(config: TrainConfig) -> Run:
     configuration, the folder or the data. Nothing in the folder has changed then.
     """
     out = run_folder.find(config)
-    model = choose(config, out if config.run.resume else None)
+    # A run that was killed before its first checkpoint begins again, with the weights in files.
+    model = choose(config, out if config.run.resume and saved_steps(out) else None)
     config = check(config, model.shape)
     for name, paths in config.data.files_by_flag.items() if config.run.resume else ():
         for path in paths:

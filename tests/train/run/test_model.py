@@ -195,6 +195,21 @@ def test_a_run_goes_on_without_the_files_that_it_began_with(trained, checkpoint,
     assert chosen.tokenizer is not None
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_weights_in_files(
+    trained, checkpoint, tmp_path
+):
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    prepared = loop.prepare(loop.run_folder.load(run).replace(resume=True))
+    prepared.checkpointer.__exit__()
+    assert prepared.first_step == 0
+    expected = run_model.read(str(checkpoint)).params
+    for one, other in zip(
+        jax.tree.leaves(prepared.state.params), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_an_untouched_model_is_exported_to_the_bit(checkpoint, tmp_path):
     export.export(str(checkpoint), tmp_path / "out")
     before = safetensors.SafetensorsFolder(checkpoint)
