@@ -91,7 +91,7 @@ def read(paths: Sequence[Path]) -> tuple[list[Entry], list[Unfinished]]:
                     unfinished.append(run)
     if not entries:
         raise ValueError("none of these is finished, so there is nothing to report")
-    return _named_apart(entries), unfinished
+    return _named_apart(_merged(entries)), unfinished
 
 
 def _expand(path: Path) -> Sequence[tuple[str, Path | Unfinished]]:
@@ -165,7 +165,7 @@ def _result(result: results.Result, path: Path) -> Entry:
         blocks[words] = _block(words, scored, task.chance, task.against, task.reported)
         if scored.temperature:
             fitted = scored.temperature
-            named = f"{words}, T = {fitted.value:.3g}"
+            named = f"{words}, with a fitted temperature"
             blocks[named] = Block(named, scored.n, task.chance, fitted.measures, fitted.bins, None)
     if result.tokens:
         blocks["held-out tokens"] = _block("held-out tokens", result.tokens, None, None, "")
@@ -249,6 +249,25 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Means over neighbours, at most `MOST_POINTS` of them."""
     parts = np.array_split(np.array(points), min(len(points), MOST_POINTS))
     return [(int(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
+
+
+def _merged(entries: list[Entry]) -> list[Entry]:
+    """A run and results of `train.evaluate` on it are one entry."""
+    merged: list[Entry] = []
+    for entry in entries:
+        for k, other in enumerate(merged):
+            same = entry.settings and (entry.name, entry.settings) == (other.name, other.settings)
+            if same and not entry.blocks.keys() & other.blocks.keys():
+                merged[k] = dataclasses.replace(
+                    other,
+                    blocks=other.blocks | entry.blocks,
+                    source=f"{other.source}, {entry.source}",
+                    command=other.command or entry.command,
+                )
+                break
+        else:
+            merged.append(entry)
+    return merged
 
 
 def _named_apart(entries: list[Entry]) -> list[Entry]:

@@ -1,0 +1,93 @@
+"""Figures 6 and 10: do runs with our loss learn what runs with a naive one learn? The same seed,
+the same data, 300 steps: python -m benchmarks.paper.curves.
+
+`reference` makes all logits, as optax does (tests hold the two equal); `chunked` is exact without
+them; `auto` is the kernels with their gradient filter where there is a Hopper GPU. So auto against
+chunked is the filter, chunked against reference the order of sums. `curves.json` has the largest
+relative differences of the losses; the page lays the curves over each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+from benchmarks import flags
+from benchmarks.flags import shown
+from benchmarks.measure import report
+from benchmarks.paper import steps
+from benchmarks.paper.plan import Step, work
+from benchmarks.paper.steps import PaperFlags
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvesFlags(PaperFlags):
+    implementation: Annotated[tuple[str, ...], shown("NAME ...")] = ("auto", "chunked", "reference")
+    """Backends of the loss."""
+    steps: Annotated[int, shown("N")] = 300
+    learning_rate: Annotated[float, shown("RATE")] = 2e-5
+    label_smoothing: Annotated[float, shown("BETA")] = 0.1
+
+
+def plan(options: CurvesFlags) -> Iterator[Step]:
+    out = options.out / "runs"
+    common = steps.training(options)
+    common.pop("epochs", None)
+    yield steps.sweep(
+        "every implementation",
+        out,
+        common
+        | {
+            "implementation": options.implementation,
+            "steps": (2 if options.tiny else options.steps,),
+            "learning_rate": (options.learning_rate,),
+            "label_smoothing": (options.label_smoothing,),
+            "seed": options.seeds[:1],
+        },
+    )
+    found = compare({path.name: path for path in steps.runs(out).values()})
+    report.write_json(found, options.out / "curves.json")
+    for row in found:
+        print(
+            f"{row['a']} and {row['b']}: losses of {row['steps']} steps differ by at most"
+            f" {row['largest']:.2e} of themselves (step {row['step']})"
+        )
+    yield steps.page(options, f"{options.model} on {options.data}: one loss, several ways", [out])
+
+
+def compare(runs: dict[str, pathlib.Path]) -> list[dict[str, object]]:
+    """For each pair of runs the largest |a − b| / b of their training losses, and where it is."""
+    losses = {name: _losses(path / "metrics.jsonl") for name, path in runs.items()}
+    rows: list[dict[str, object]] = []
+    for a, b in itertools.combinations(losses, 2):
+        both = losses[a].keys() & losses[b].keys()
+        apart = {step: abs(losses[a][step] - losses[b][step]) / losses[b][step] for step in both}
+        worst = max(apart, key=lambda step: apart[step])
+        rows.append({"a": a, "b": b, "steps": len(both), "step": worst, "largest": apart[worst]})
+    return rows
+
+
+def _losses(metrics: pathlib.Path) -> dict[int, float]:
+    rows = map(json.loads, metrics.read_text("utf-8").splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return flags.run("paper.curves", parse, make, arguments)
+
+
+def parse(arguments: Sequence[str] | None = None) -> CurvesFlags:
+    return steps.parse(CurvesFlags, "curves", __doc__, arguments)
+
+
+def make(options: CurvesFlags) -> int:
+    return work(plan(options), options.out, options.minutes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

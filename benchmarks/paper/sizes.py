@@ -1,0 +1,68 @@
+"""Figures 3 and 7: calibration against the size of a model: python -m benchmarks.paper.sizes.
+
+nano, tiny and small (D = 64, 128, 512, over one vocabulary of 8,192) are trained from scratch: a
+family that differs in size alone, but far below the paper's, and not instruction tuning of a
+pretrained model. What smoothing does along it says how hidden size acts, not how large models
+behave. SmolLM2 135M and Gemma 3 270M, in `table1`, are no family: they differ in data, vocabulary
+and design as well, so nothing about size follows from that pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+from benchmarks import flags
+from benchmarks.flags import shown
+from benchmarks.paper import steps
+from benchmarks.paper.plan import Step, work
+from benchmarks.paper.steps import PaperFlags
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SizesFlags(PaperFlags):
+    sizes: Annotated[tuple[str, ...], shown("MODEL ...")] = ("nano", "tiny", "small")
+    learning_rate: Annotated[float, shown("RATE")] = 1e-3
+    label_smoothing: Annotated[tuple[float, ...], shown("BETA ...")] = (0.0, 0.1)
+    tasks: Annotated[tuple[str, ...], shown("TASK ...")] = ("arc-easy",)
+    """What is evaluated besides the held-out records; such models guess."""
+
+
+def plan(options: SizesFlags) -> Iterator[Step]:
+    out = options.out / "runs"
+    sizes = options.sizes[:1] if options.tiny else options.sizes
+    yield steps.sweep(
+        "every size",
+        out,
+        steps.training(options)
+        | {
+            "model": sizes,
+            "learning_rate": (options.learning_rate,),
+            "label_smoothing": options.label_smoothing,
+            "seed": options.seeds,
+        },
+    )
+    models = steps.runs(out)
+    shown_there = [out]
+    for result, step in steps.evaluations(options, models):
+        shown_there.append(result)
+        yield step
+    yield steps.page(options, f"Sizes from scratch on {options.data}", shown_there)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return flags.run("paper.sizes", parse, make, arguments)
+
+
+def parse(arguments: Sequence[str] | None = None) -> SizesFlags:
+    return steps.parse(SizesFlags, "sizes", __doc__, arguments)
+
+
+def make(options: SizesFlags) -> int:
+    return work(plan(options), options.out, options.minutes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
