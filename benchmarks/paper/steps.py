@@ -82,7 +82,8 @@ def records(options: PaperFlags) -> pathlib.Path:
         files = sorted(folder.glob("*.jsonl"))
         if not files:
             raise ValueError(f"there is no *.jsonl in {folder}: name its parent by --data-folder")
-        made = [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
+        lines = [line for file in files for line in file.read_text("utf-8").split("\n")]
+        made = [json.loads(line) for line in lines if line.strip()]
         if options.data == "alpaca":
             fields = ("instruction", "input", "output")
             sample = [r for r in made if "random_9k" in r["subsets"] and r["output"].strip()]
