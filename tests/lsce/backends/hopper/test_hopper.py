@@ -95,6 +95,7 @@ def test_fused_says_why_not():
     assert backends.explain(on_a_cpu).reasons["chunked"].endswith("chunked has no other way")
 
 
+@pytest.mark.slow
 @given(n=st.integers(1, 65_536), d=st.integers(1, 1024), v=st.integers(1, 1200))
 def test_no_hidden_size_keeps_gradients_from_being_fused(n, d, v):
     p = problem(n=n, d=8 * d, v=256 * v, gradient_filter="fused", label_smoothing=0.1)
