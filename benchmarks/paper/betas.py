@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
-from benchmarks import flags
 from benchmarks.flags import shown
 from benchmarks.paper import steps
-from benchmarks.paper.plan import Step, work
-from benchmarks.paper.steps import PaperFlags
+from benchmarks.paper.plan import Step
+from benchmarks.paper.steps import Experiment, PaperFlags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,36 +23,14 @@ class BetasFlags(PaperFlags):
 
 
 def plan(options: BetasFlags) -> Iterator[Step]:
-    out = options.out / "runs"
-    yield steps.sweep(
-        "every β",
-        out,
-        steps.training(options)
-        | {
-            "learning_rate": (options.learning_rate,),
-            "label_smoothing": options.label_smoothing,
-            "seed": options.seeds,
-        },
-    )
-    models = steps.runs(out)
-    shown_there = [out]
-    for result, step in steps.evaluations(options, models):
-        shown_there.append(result)
-        yield step
-    yield steps.page(options, f"{options.model} on {options.data}: β", shown_there)
+    varied = {
+        "learning_rate": (options.learning_rate,),
+        "label_smoothing": options.label_smoothing,
+    }
+    return steps.swept(options, "every β", f"{options.model} on {options.data}: β", varied)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return flags.run("paper.betas", parse, make, arguments)
-
-
-def parse(arguments: Sequence[str] | None = None) -> BetasFlags:
-    return steps.parse(BetasFlags, "betas", __doc__, arguments)
-
-
-def make(options: BetasFlags) -> int:
-    return work(plan(options), options.out, options.minutes)
-
+EXPERIMENT = Experiment("betas", __doc__, BetasFlags, plan)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.main())

@@ -14,15 +14,14 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
-from benchmarks import flags
 from benchmarks.flags import shown
 from benchmarks.measure import report
 from benchmarks.paper import steps
-from benchmarks.paper.plan import Step, work
-from benchmarks.paper.steps import PaperFlags
+from benchmarks.paper.plan import Step
+from benchmarks.paper.steps import Experiment, PaperFlags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,17 +76,7 @@ def _losses(metrics: pathlib.Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return flags.run("paper.curves", parse, make, arguments)
-
-
-def parse(arguments: Sequence[str] | None = None) -> CurvesFlags:
-    return steps.parse(CurvesFlags, "curves", __doc__, arguments)
-
-
-def make(options: CurvesFlags) -> int:
-    return work(plan(options), options.out, options.minutes)
-
+EXPERIMENT = Experiment("curves", __doc__, CurvesFlags, plan)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.main())

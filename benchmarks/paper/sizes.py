@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
-from benchmarks import flags
 from benchmarks.flags import shown
 from benchmarks.paper import steps
-from benchmarks.paper.plan import Step, work
-from benchmarks.paper.steps import PaperFlags
+from benchmarks.paper.plan import Step
+from benchmarks.paper.steps import Experiment, PaperFlags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,38 +30,15 @@ class SizesFlags(PaperFlags):
 
 
 def plan(options: SizesFlags) -> Iterator[Step]:
-    out = options.out / "runs"
-    sizes = options.sizes[:1] if options.tiny else options.sizes
-    yield steps.sweep(
-        "every size",
-        out,
-        steps.training(options)
-        | {
-            "model": sizes,
-            "learning_rate": (options.learning_rate,),
-            "label_smoothing": options.label_smoothing,
-            "seed": options.seeds,
-        },
-    )
-    models = steps.runs(out)
-    shown_there = [out]
-    for result, step in steps.evaluations(options, models):
-        shown_there.append(result)
-        yield step
-    yield steps.page(options, f"Sizes from scratch on {options.data}", shown_there)
+    varied = {
+        "model": options.sizes[:1] if options.tiny else options.sizes,
+        "learning_rate": (options.learning_rate,),
+        "label_smoothing": options.label_smoothing,
+    }
+    return steps.swept(options, "every size", f"Sizes from scratch on {options.data}", varied)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return flags.run("paper.sizes", parse, make, arguments)
-
-
-def parse(arguments: Sequence[str] | None = None) -> SizesFlags:
-    return steps.parse(SizesFlags, "sizes", __doc__, arguments)
-
-
-def make(options: SizesFlags) -> int:
-    return work(plan(options), options.out, options.minutes)
-
+EXPERIMENT = Experiment("sizes", __doc__, SizesFlags, plan)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.main())

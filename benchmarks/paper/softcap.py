@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
-from benchmarks import flags
 from benchmarks.flags import shown
 from benchmarks.paper import steps
-from benchmarks.paper.plan import Step, work
-from benchmarks.paper.steps import PaperFlags
+from benchmarks.paper.plan import Step
+from benchmarks.paper.steps import Experiment, PaperFlags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,37 +28,16 @@ class SoftcapFlags(PaperFlags):
 
 
 def plan(options: SoftcapFlags) -> Iterator[Step]:
-    out = options.out / "runs"
-    yield steps.sweep(
-        "every softcap",
-        out,
-        steps.training(options)
-        | {
-            "softcap": options.softcap,
-            "learning_rate": (options.learning_rate,),
-            "label_smoothing": options.label_smoothing,
-            "seed": options.seeds,
-        },
-    )
-    models = steps.runs(out)
-    shown_there = [out]
-    for result, step in steps.evaluations(options, models):
-        shown_there.append(result)
-        yield step
-    yield steps.page(options, f"{options.model} on {options.data}: softcaps", shown_there)
+    varied = {
+        "softcap": options.softcap,
+        "learning_rate": (options.learning_rate,),
+        "label_smoothing": options.label_smoothing,
+    }
+    title = f"{options.model} on {options.data}: softcaps"
+    return steps.swept(options, "every softcap", title, varied)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return flags.run("paper.softcap", parse, make, arguments)
-
-
-def parse(arguments: Sequence[str] | None = None) -> SoftcapFlags:
-    return steps.parse(SoftcapFlags, "softcap", __doc__, arguments)
-
-
-def make(options: SoftcapFlags) -> int:
-    return work(plan(options), options.out, options.minutes)
-
+EXPERIMENT = Experiment("softcap", __doc__, SoftcapFlags, plan)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.main())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from benchmarks import flags
 from benchmarks.flags import shown
 from benchmarks.measure import report
-from benchmarks.paper.plan import Step, python
+from benchmarks.paper.plan import Step, python, work
 
 BATCH_ROWS = 32
 """Packed rows of 512 tokens in a step: about the 128 records of the paper's batches."""
@@ -57,16 +57,41 @@ class PaperFlags:
             raise ValueError(f"--data {self.data}: must be alpaca, dolly or a file")
 
 
-def parse[F: PaperFlags](
-    kind: type[F], module: str, about: str | None, arguments: Sequence[str] | None
-) -> F:
-    """The flags of an experiment, with its own folder where none is given."""
-    found = flags.parse(kind, f"paper.{module}", about, arguments)
-    if found.out == pathlib.Path():
-        found = dataclasses.replace(found, out=pathlib.Path("runs") / module)
-    if found.tiny:
-        found = dataclasses.replace(found, seeds=found.seeds[:1])
-    return found
+@dataclasses.dataclass(frozen=True)
+class Experiment[F: PaperFlags]:
+    """A command: its flags, and the steps that they make."""
+
+    name: str
+    about: str | None
+    """What --help begins with."""
+    flags: type[F]
+    plan: Callable[[F], Iterator[Step]]
+
+    def parse(self, arguments: Sequence[str] | None = None) -> F:
+        """The flags, with the experiment's own folder where none is given."""
+        found = flags.parse(self.flags, f"paper.{self.name}", self.about, arguments)
+        if found.out == pathlib.Path():
+            found = dataclasses.replace(found, out=pathlib.Path("runs") / self.name)
+        return dataclasses.replace(found, seeds=found.seeds[:1]) if found.tiny else found
+
+    def make(self, options: F) -> int:
+        return work(self.plan(options), options.out, options.minutes)
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        return flags.run(f"paper.{self.name}", self.parse, self.make, arguments)
+
+
+def swept(
+    options: PaperFlags, name: str, title: str, varied: Mapping[str, Sequence[object]]
+) -> Iterator[Step]:
+    """Runs that differ in some flags, each evaluated at every task, on one page."""
+    out = options.out / "runs"
+    yield sweep(name, out, {**training(options), "seed": options.seeds, **varied})
+    results = [out]
+    for result, step in evaluations(options, runs(out)):
+        results.append(result)
+        yield step
+    yield page(options, title, results)
 
 
 def records(options: PaperFlags) -> pathlib.Path:

@@ -13,14 +13,13 @@ import dataclasses
 import math
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
-from benchmarks import flags
 from benchmarks.flags import shown
 from benchmarks.paper import steps
-from benchmarks.paper.plan import Step, work
-from benchmarks.paper.steps import PaperFlags
+from benchmarks.paper.plan import Step
+from benchmarks.paper.steps import Experiment, PaperFlags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +33,14 @@ def plan(options: Table1Flags) -> Iterator[Step]:
     """The steps; those behind the choice of learning rates are known when it is made."""
     common = steps.training(options)
     first, *others = options.seeds
+    rates = (1e-3,) if options.tiny else options.learning_rate
     choice = options.out / "choice"
     yield steps.sweep(
         "every learning rate",
         choice,
         common
         | {
-            "learning_rate": options.learning_rate,
+            "learning_rate": rates,
             "label_smoothing": options.label_smoothing,
             "seed": (first,),
         },
@@ -56,12 +56,12 @@ def plan(options: Table1Flags) -> Iterator[Step]:
             if (out / "eval.json").is_file():
                 models[f"seeds/{out.name}"] = out
     before = {} if options.tiny else {f"before/{options.model}": options.model}
-    shown_there = [choice, *(path for path in models.values() if path.parent != choice)]
+    results = [choice, *(path for path in models.values() if path.parent != choice)]
     for result, step in steps.evaluations(options, before | models):
-        shown_there.append(result)
+        results.append(result)
         yield step
     title = f"{options.model} on {options.data}, before and after fine-tuning"
-    yield steps.page(options, title, shown_there)
+    yield steps.page(options, title, results)
 
 
 def chosen(choice: pathlib.Path) -> dict[float, str]:
@@ -75,18 +75,7 @@ def chosen(choice: pathlib.Path) -> dict[float, str]:
     return {beta: name for beta, (_, name) in best.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return flags.run("paper.table1", parse, make, arguments)
-
-
-def parse(arguments: Sequence[str] | None = None) -> Table1Flags:
-    options = steps.parse(Table1Flags, "table1", __doc__, arguments)
-    return dataclasses.replace(options, learning_rate=(1e-3,)) if options.tiny else options
-
-
-def make(options: Table1Flags) -> int:
-    return work(plan(options), options.out, options.minutes)
-
+EXPERIMENT = Experiment("table1", __doc__, Table1Flags, plan)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(EXPERIMENT.main())
