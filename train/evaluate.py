@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from train import command_line
-from train.flags import require, require_count, shown
+from train.flags import flag, require, require_count, shown
 
 TASKS = ("mmlu", "hellaswag", "arc-easy", "arc-challenge", "sciq", "openbookqa")
 EVALUATIONS = Path("evaluations")
-HENDRYCKS_LENGTH = 2048
-"""Tokens up to which the code published with MMLU keeps solved examples."""
+LENGTH = 2048
+"""Tokens up to which the code published with MMLU keeps solved examples, and those of a prompt for
+a model that does not say its context."""
+OF_TASKS = ("task_data", "split", "prompt", "answer", "shots", "shots_from", "limit")
+OF_TASKS += ("temperature_from", "against")
+"""Flags that mean nothing without --task."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,9 @@ class EvaluateOptions:
     """Of a run: the one with the least held-out NLL, the newest, or that of a step."""
     template: Annotated[str, shown("NAME")] = "auto"
     """Chat template of --tokens, as in training."""
-    max_length: Annotated[int | None, shown("N", "the model's context; 2048 for hendrycks")] = None
+    max_length: Annotated[
+        int | None, shown("N", "the model's context, or 2048; 2048 for hendrycks")
+    ] = None
     """Tokens of a prompt: solved examples that have no room are left out."""
     batch_tokens: Annotated[int | None, shown("N", "16384 on a GPU, 2048 on a CPU")] = None
     """Tokens that go through the model together."""
@@ -89,6 +95,9 @@ class EvaluateOptions:
         require(self.resamples >= 0, f"--resamples must be at least 0, not {self.resamples}")
         require(0 <= self.seed < 2**32, f"--seed must be in [0, 2**32), not {self.seed}")
         require(len(set(self.task)) == len(self.task), f"--task names one twice: {self.task}")
+        for name in OF_TASKS if not self.task else ():
+            value = getattr(self, name)
+            require(value is None, f"{flag(name)} {value} is for questions: there is no --task")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,9 +128,19 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
     asked_for = [
         tasks.load(name, options.task_data, split=options.split, **loading) for name in options.task
     ]
-    fitted_on = [_fitted_on(q.name, options, loading) for q in asked_for]
+    for name in ("task_data", "split") if options.task and not {*TASKS} & {*options.task} else ():
+        value = getattr(options, name)
+        require(value is None, f"{flag(name)} {value} is for named tasks: --task names a file")
+    fitted_on = [_fitted_on(q, options, loading) for q in asked_for]
     how = [_how(q.name, q.page, options) for q in asked_for]
-    against = results.read(options.against) if options.against else None
+    against = None
+    if options.against is not None:
+        against = results.read(options.against)
+        for name in options.task:
+            require(
+                name in against.tasks,
+                f"--against {options.against} has no {name}, but {', '.join(against.tasks)}",
+            )
 
     from train.evaluation import choices, comparing, pictures, token_level
     from train.evaluation.table import print_result
@@ -133,13 +152,18 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
         template=options.template,
         checkpoint=options.checkpoint,
     )
+    context = loaded.config_json.get("max_position_embeddings")
+    require(
+        context is None or (options.max_length or 0) <= context,
+        f"--max-length {options.max_length} is more than the model's context, {context}",
+    )
     weights = choices.checksum(loaded.params)
     out = options.out or EVALUATIONS / _slug(options.model, loaded.step)
     result = start_of(options, command, loaded, weights)
     measuring = {"resamples": options.resamples, "seed": options.seed}
     found: dict[str, results.TaskResult] = {}
     for questions, fitting, asking in zip(asked_for, fitted_on, how, strict=True):
-        asking = dataclasses.replace(asking, max_length=_max_length(asking, options, loaded))
+        asking = dataclasses.replace(asking, max_length=_max_length(asking, context))
         where = out / f"{_slug(questions.name)}-{asking.prompt}-{asking.answer}.jsonl"
         indices = questions.sample(options.limit, options.seed)
         path = _cleared(where, options.overwrite)
@@ -163,7 +187,7 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
             result, tokens=tokens, tokens_data=" ".join(map(str, options.tokens))
         )
     out.mkdir(parents=True, exist_ok=True)
-    result = dataclasses.replace(result, tasks=_earlier(out, result) | result.tasks)
+    result = _with_earlier(out, result)
     results.write(out / results.RESULT, result)
     print_result(result, out)
     pictures.write(out, result)
@@ -214,29 +238,36 @@ def _how(name: str, page: Any, options: EvaluateOptions) -> Any:
     )
 
 
-def _fitted_on(name: str, options: EvaluateOptions, loading: dict[str, Any]) -> Any:
+def _fitted_on(asked: Any, options: EvaluateOptions, loading: dict[str, Any]) -> Any:
     """The questions that a temperature is fitted on; None if none is asked for."""
-    from train.evaluation import questions
-    from train.evaluation.tasks import TASKS as BY_NAME
-
     source = options.temperature_from
     if source is None:
         return None
+    found = _fitting_questions(asked.name, source, options, loading)
+    evaluated = {(item.context, item.question, item.choices) for item in asked.items}
+    require(
+        any((item.context, item.question, item.choices) not in evaluated for item in found.items),
+        f"--temperature-from {source} is what is evaluated on: fit on other questions",
+    )
+    return found
+
+
+def _fitting_questions(
+    name: str, source: str, options: EvaluateOptions, loading: dict[str, Any]
+) -> Any:
+    from train.evaluation import questions
+    from train.evaluation.tasks import TASKS as BY_NAME
+
     if source in questions.SPLITS:
         require(
             name in BY_NAME,
             f"--temperature-from {source} is a split of a named task: for {name} give a file",
-        )
-        require(
-            source != (options.split or BY_NAME[name].split),
-            f"--temperature-from {source} is what is evaluated on: fit on other questions",
         )
         return questions.load(name, options.task_data, split=source, **loading)
     require(
         Path(source).is_file(),
         f"--temperature-from must be one of {', '.join(questions.SPLITS)} or a file, not {source}",
     )
-    require(source != name, f"--temperature-from {source} is what is evaluated on")
     if name in BY_NAME:
         return questions.load(name, Path(source), **_own_examples(options, loading))
     return questions.load(source, **loading)
@@ -249,16 +280,11 @@ def _own_examples(options: EvaluateOptions, loading: dict[str, Any]) -> dict[str
     return {**loading, "shots": 0}
 
 
-def _max_length(asking: Any, options: EvaluateOptions, loaded: Any) -> int | None:
-    context = loaded.config_json.get("max_position_embeddings")
-    if options.max_length is not None:
-        require(
-            context is None or options.max_length <= context,
-            f"--max-length {options.max_length} is more than the model's context, {context}",
-        )
-        return options.max_length
-    bounds = [context, HENDRYCKS_LENGTH if asking.prompt == "hendrycks" else None]
-    return min((bound for bound in bounds if bound is not None), default=None)
+def _max_length(asking: Any, context: int | None) -> int:
+    """Tokens of a prompt with its longest choice."""
+    if asking.max_length is not None:
+        return asking.max_length
+    return min(context or LENGTH, LENGTH) if asking.prompt == "hendrycks" else context or LENGTH
 
 
 def batch_tokens() -> int:
@@ -268,16 +294,22 @@ def batch_tokens() -> int:
     return 2048 if jax.default_backend() == "cpu" else 16384
 
 
-def _earlier(out: Path, result: Any) -> dict[str, Any]:
-    """What an earlier call found of other tasks for the same model, computed in the same way."""
+def _with_earlier(out: Path, result: Any) -> Any:
+    """With what an earlier call found of the same model, computed in the same way, and this one
+    was not asked for."""
     from train.evaluation import results
 
     try:
         earlier = results.read(out)
     except ValueError:
-        return {}
+        return result
     same = all(earlier.settings.get(n) == result.settings[n] for n in ("dtype", "limit", "seed"))
-    return earlier.tasks if same and earlier.weights == result.weights else {}
+    if not same or earlier.weights != result.weights:
+        return result
+    found: dict[str, Any] = {"tasks": earlier.tasks | result.tasks}
+    if result.tokens is None:
+        found |= {"tokens": earlier.tokens, "tokens_data": earlier.tokens_data}
+    return dataclasses.replace(result, **found)
 
 
 def _cleared(path: Path, overwrite: bool) -> Path:

@@ -162,7 +162,7 @@ def test_a_temperature_is_fitted_on_other_questions(done):
 def test_what_was_interrupted_goes_on_and_what_differs_is_refused(
     done, model, data, tmp_path, monkeypatch, capsys
 ):
-    """To the same result, of answers kept and new ones."""
+    """To the same result, to the bit, of answers kept and new ones."""
     out = tmp_path / "out"
     flags = ("--task", "mmlu", "--task-data", data, "--shots", 2)
     shutil.copytree(done, out)
@@ -172,18 +172,22 @@ def test_what_was_interrupted_goes_on_and_what_differs_is_refused(
     asked = []
     original = choices.log_likelihoods
 
-    def counted(model, trees, groups, **options):
-        asked.extend(trees)
-        return original(model, trees, groups, **options)
+    def counted(*arguments, **options):
+        for batch in original(*arguments, **options):
+            asked.extend(batch)
+            yield batch
 
     monkeypatch.setattr(choices, "log_likelihoods", counted)
     assert call(model, out, *flags) == 0
-    assert len(asked) == 7
+    assert 7 <= len(asked) < 12
+    assert sorted(path.read_text().splitlines()) == sorted("".join(whole).splitlines())
     scorings = results.read(out).tasks["mmlu"].scorings
-    nll = results.read(done).tasks["mmlu"].scorings["choices"].measures["nll"].value
-    assert scorings["choices"].measures["nll"].value == pytest.approx(nll, abs=1e-5)
+    before = results.read(done).tasks["mmlu"].scorings
+    assert scorings["vocabulary"] == before["vocabulary"]
+    assert scorings["choices"].measures == before["choices"].measures
+    asked.clear()
     assert call(model, out, *flags, "--limit", 5) == 0
-    assert len(asked) == 7
+    assert not asked
     assert results.read(out).tasks["mmlu"].questions == 5
     capsys.readouterr()
     assert call(model, out, *flags[:-1], 1) == 2
@@ -205,6 +209,13 @@ def test_two_models_are_compared_on_the_same_questions(done, model, data, tmp_pa
     assert call(model, out, "--task", path) == 0  # which keeps what was found before
     assert list(results.read(out).tasks) == ["mmlu", str(path)]
     assert results.read(out).tasks["mmlu"].against == against
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"prompt": "?", "completion": "y"}\n')
+    assert call(model, out, "--tokens", records) == 0  # and so are tokens
+    assert call(model, out, "--task", path) == 0
+    assert results.read(out).tokens.n == 2
+    assert results.read(out).tokens_data == str(records)
+    assert call(model, out, "--task", path, "--against", tmp_path / "out2") == 2
     assert call(model, tmp_path / "less", *flags, "--limit", 3, "--against", done) == 2
     assert "with other questions or words (data_sha256" in capsys.readouterr().err
 
@@ -290,6 +301,22 @@ def test_mistakes_are_one_line(flags, message, model, data, tmp_path, capsys):
     assert error.strip().count("\n") == 0
 
 
+def test_the_same_questions_and_others_are_told_apart_before_the_model_is_read(tmp_path, capsys):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "?", "choices": ["a", "b"], "answer": 0}\n')
+    copy = shutil.copy(path, tmp_path / "copy.jsonl")
+    about = {"model": "m", "weights": "0", "command": "", "seed": 0, "versions": {}}
+    results.write(tmp_path / results.RESULT, results.Result(**about, device="cpu", tasks={}))
+    for flags, message in (
+        (("--temperature-from", copy), f"--temperature-from {copy} is what is evaluated on"),
+        (("--against", tmp_path), f"--against {tmp_path} has no {path}"),
+        (("--split", "dev"), "--split dev is for named tasks: --task names a file"),
+        (("--shots-from", copy), "of which none is asked for: --shots K"),
+    ):
+        assert call(tmp_path / "none", tmp_path / "out", "--task", path, *flags) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -297,6 +324,7 @@ def test_mistakes_are_one_line(flags, message, model, data, tmp_path, capsys):
         ({"limit": 0}, "--limit must be at least 1, not 0"),
         ({"task": ("mmlu", "mmlu")}, "--task names one twice"),
         ({"shots": -1}, "--shots must be at least 0"),
+        ({"task": (), "tokens": ("r",), "shots": 2}, "--shots 2 is for questions: there is no"),
     ],
 )
 def test_impossible_flags(changes, message):

@@ -112,6 +112,6 @@ def read(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int]:
     whole = content.rfind(b"\n") + 1
     try:
         head, *rest = map(json.loads, content[:whole].splitlines())
-        return head, {line["index"]: line for line in rest}, whole
+        return dict(head), {line["index"]: line for line in rest}, whole
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of answers: {error}") from None

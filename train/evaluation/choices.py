@@ -63,6 +63,8 @@ def ask(
 ) -> Asked:
     """Has the model answer the questions at `indices`, but for those whose answers `path` holds.
 
+    What is gone on with ends in the same numbers, to the bit, as what was not interrupted.
+
     Raises:
       ValueError: if not one of them fits, and what `encode` and `AnswerFile` raise.
     """
@@ -83,23 +85,23 @@ def ask(
         bool(encoded),
         f"no question of {questions.name} fits into {how.max_length} tokens: --max-length",
     )
-    missing = [i for i in encoded if i not in file.lines]
-    trees = [encoded[i].tree for i in missing]
-    groups = [(items[i].subject, encoded[i].shots) for i in missing]
-    with progress(f"evaluating {questions.name}", len(missing)) as advance:
-        for batch in (
-            log_likelihoods(loaded.model, trees, groups, batch_tokens=how.batch_tokens)
-            if missing
-            else ()
-        ):
-            answered = {missing[n]: found for n, found in batch.items()}
+    order = list(encoded)
+    known = {n for n, i in enumerate(order) if i in file.lines}
+    trees = [encoded[i].tree for i in order]
+    groups = [(items[i].subject, encoded[i].shots) for i in order]
+    batches = log_likelihoods(
+        loaded.model, trees, groups, batch_tokens=how.batch_tokens, known=known
+    )
+    with progress(f"evaluating {questions.name}", len(order) - len(known)) as advance:
+        for batch in batches:
+            answered = {order[n]: found for n, found in batch.items() if n not in known}
             file.add(
                 {
                     i: _line(items[i], encoded[i], found.log_prob, found.greedy)
                     for i, found in answered.items()
                 }
             )
-            advance(len(batch))
+            advance(len(answered))
     continued = [len(c) for e in encoded.values() for c in e.tree.continuations]
     return Asked(
         Answers.of({i: file.lines[i] for i in encoded}),

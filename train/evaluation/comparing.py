@@ -22,16 +22,13 @@ def against(
     Args:
       task: a model's result.
       answers: what it is the result of.
-      other: the other model's result, `path` its file or folder; its answers lie beside it.
+      other: the other model's result, which has the task; `path` is its file or folder, and its
+        answers lie beside it.
 
     Raises:
       ValueError: if the other was not asked the same questions in the same words.
     """
-    theirs = other.tasks.get(task.task)
-    if theirs is None:
-        raise ValueError(
-            f"--against {path} has no {task.task}, but {', '.join(other.tasks) or 'no task'}"
-        )
+    theirs = other.tasks[task.task]
     for what in ("data_sha256", "prompt", "answer", "shots"):
         mine, its = getattr(task, what), getattr(theirs, what)
         require(

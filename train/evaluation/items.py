@@ -17,6 +17,8 @@ LETTERS = string.ascii_uppercase
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 OF_A_SUBJECT = re.compile(r"(.+)_(dev|val|test|validation|train)\.csv")
 """How MMLU names its files."""
+HALF = re.compile("[\ud800-\udfff]")
+csv.field_size_limit(2**31 - 1)  # as long as a question in JSON may be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Item:
             **{f"choice {i}": choice for i, choice in enumerate(self.choices)},
         }.items():
             require(isinstance(text, str), f"the {what} must be text, not {text!r}")
+            require(
+                text.isascii() or not HALF.search(text),
+                f"the {what} holds half of a surrogate pair, which is no character",
+            )
         require(bool(self.question.strip()), "the question is empty")
         require(len(self.choices) > 1, f"a question needs two choices or more: {self.choices}")
         require(
@@ -121,7 +127,9 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                             "answer": letter(row[-1].strip()),
                         },
                     )
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from None
+    except csv.Error as error:
         raise ValueError(f"{path} is a damaged CSV file: {error}") from None
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,12 @@ class Likelihood(NamedTuple):
 
 
 def log_likelihoods(
-    model: Decoder, trees: Sequence[Tree], groups: Sequence[Any], *, batch_tokens: int
+    model: Decoder,
+    trees: Sequence[Tree],
+    groups: Sequence[Any],
+    *,
+    batch_tokens: int,
+    known: Set[int] = frozenset(),
 ) -> Iterator[dict[int, Likelihood]]:
     """The likelihoods of the trees by index, a batch at a time, in an order that suits the device.
 
@@ -68,6 +73,8 @@ def log_likelihoods(
       groups: contexts of the same group may begin alike.
       batch_tokens: how many tokens, padding included, go through the model together, if one row has
         no more.
+      known: indices whose likelihoods nobody needs. Batches of nothing else are passed over; what
+        is in the others is the same to the bit, as batches do not depend on this.
 
     Raises:
       ValueError: for an empty context or continuation.
@@ -79,7 +86,7 @@ def log_likelihoods(
     model = nnx.merge(*nnx.split(model))
     model.config = dataclasses.replace(model.config, scan="on", remat="none")
     programs = _Programs(*nnx.split(model))
-    batches = list(plan(trees, groups, batch_tokens))
+    batches = [b for b in plan(trees, groups, batch_tokens) if not b.trees.keys() <= known]
     prefix, past = None, None
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as compiling:
         for batch in batches:  # the first ones run while the others are compiled
@@ -117,7 +124,7 @@ def plan(trees: Sequence[Tree], groups: Sequence[Any], batch_tokens: int) -> Ite
         prefix = common_beginning([trees[i].context for i in indices])
         long = len(prefix) >= SHORTEST and len(indices) > 1
         alike[tuple(prefix) if long else ()] += indices
-    most_rows = 1 << (len(trees) - 1).bit_length()
+    most_rows = 1 << max(len(trees) - 1, 0).bit_length()
     many = batch_tokens >= MANY
     for prefix, indices in alike.items():
         past = size(len(prefix), many) if prefix else 0

@@ -75,11 +75,13 @@ def load(
             not shots or shots_from is not None,
             f"--shots {shots} needs solved examples: --shots-from FILE",
         )
+        _require_use(shots_from, shots)
         examples = read([shots_from])[0] if shots and shots_from else []
         return Questions(name, name, items, page, by_subject(examples, False))
     paths = find(name, task, split or task.split, data)
     items, page = read(paths, task.page)
     count = task.shots if shots is None else shots
+    _require_use(shots_from, count)
     examples = []
     if count:
         where = [shots_from] if shots_from else find(name, task, task.examples, data)
@@ -88,6 +90,13 @@ def load(
     of_subjects = any(item.subject for item in items)
     return Questions(
         name, f"{source} ({split or task.split})", items, page, by_subject(examples, of_subjects)
+    )
+
+
+def _require_use(shots_from: Path | None, shots: int | None) -> None:
+    require(
+        bool(shots) or shots_from is None,
+        f"--shots-from {shots_from} gives solved examples, of which none is asked for: --shots K",
     )
 
 

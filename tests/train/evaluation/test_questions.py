@@ -91,6 +91,11 @@ def test_csv_with_and_without_a_heading(tmp_path):
     found = questions.load(str(own))
     assert [item.choices for item in found.items] == [("so", "not"), ("red", "green", "blue")]
     assert [item.answer for item in found.items] == [1, 2]
+    own.write_text(f"answer,question,A,B\n1,{'Why? ' * 40_000},so,not\n", encoding="utf-8-sig")
+    assert len(questions.load(str(own)).items[0].question) == 200_000
+    own.write_bytes("answer,question,A,B\n1,Café?,so,not\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"own\.csv is not text in UTF-8"):
+        questions.load(str(own))
 
 
 def test_arrays_gzip_and_parquet(tmp_path):
@@ -111,6 +116,7 @@ def test_arrays_gzip_and_parquet(tmp_path):
 GOOD = {"question": "Why?", "choices": ["so", "not"], "answer": 0}
 BAD = [
     ({"question": " "}, "the question is empty"),
+    ({"choices": ["so", "\ud800"]}, "the choice 1 holds half of a surrogate pair"),
     ({"question": None}, "the question must be text, not None"),
     ({"choices": ["so"]}, r"two choices or more: \('so',\)"),
     ({"choices": []}, "is none of the choices"),
