@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import pathlib
 import shlex
@@ -11,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 from benchmarks.measure import report
@@ -22,6 +24,7 @@ NOT_DONE = 75
 LEAST_SECONDS = 20
 """Of the time that is left, for a step to begin."""
 RECORD = "steps.json"
+LOCK = "steps.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,30 @@ def work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None) -> int
 
     Returns:
       0 when all is done, 1 if a step failed, `NOT_DONE` if time was up, 128 + n after signal n.
+
+    Raises:
+      ValueError: if another process is at work in `out`, be it a step whose caller was killed.
     """
+    with alone(out) as lock:
+        return _work(steps, out, minutes, lock)
+
+
+@contextlib.contextmanager
+def alone(out: pathlib.Path) -> Iterator[int]:
+    """Holds a lock on the folder, and gives its file: who inherits that holds the lock as well."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out {out}: another process is at work there, which may be a step whose command"
+                " was killed: wait for its end, then give the same command again"
+            ) from None
+        yield file.fileno()
+
+
+def _work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None, lock: int) -> int:
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     failed: list[str] = []
     for step in steps:
@@ -61,7 +87,7 @@ def work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None) -> int
             return NOT_DONE
         print(f"{step.name}: {shlex.join(step.command[1:])}", flush=True)
         began = time.monotonic()
-        status, stopped = execute(step.command, left)
+        status, stopped = execute(step.command, left, keep_open=(lock,))
         _record(out, step, "done" if step.done() else f"exit {status}", time.monotonic() - began)
         if stopped == "time":
             print(f"time is up in {step.name}: the same command goes on", flush=True)
@@ -75,10 +101,13 @@ def work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None) -> int
     return 1 if failed else 0
 
 
-def execute(command: tuple[str, ...], seconds: float | None) -> tuple[int, str]:
+def execute(
+    command: tuple[str, ...], seconds: float | None, keep_open: tuple[int, ...] = ()
+) -> tuple[int, str]:
     """Runs a command; asks it to stop when its time is up or this process is asked to.
 
-    Returns its exit status, and "time", the number of the signal, or "" for why it was stopped.
+    It inherits the files in `keep_open`. Returns its exit status, and why it was stopped: "time",
+    the number of the signal, or "".
     """
     stopped = ""
 
@@ -87,7 +116,7 @@ def execute(command: tuple[str, ...], seconds: float | None) -> tuple[int, str]:
         stopped = stopped or str(signum)
         child.send_signal(signum)
 
-    with subprocess.Popen(command, process_group=0) as child:
+    with subprocess.Popen(command, process_group=0, pass_fds=keep_open) as child:
         before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             try:

@@ -1,6 +1,8 @@
 """A plan is worked off in pieces: skipped, stopped, failed and gone on with."""
 
+import fcntl
 import json
+import os
 import pathlib
 import sys
 
@@ -59,6 +61,21 @@ def test_no_step_begins_that_has_no_time(tmp_path):
     assert plan.work([monkey], tmp_path, 0.1) == plan.NOT_DONE
     assert not (tmp_path / "one").exists()
     assert not (tmp_path / plan.RECORD).exists()
+
+
+def test_what_outlives_its_command_keeps_others_away(tmp_path):
+    """As a step does whose command was killed."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    outlives = f"os.fork() or (open({str(fifo)!r}).read(), os._exit(0))"
+    steps = [writes(tmp_path / "one", "import os", outlives)]
+    assert plan.work(steps, tmp_path, None) == 0
+    with pytest.raises(ValueError, match="another process is at work there"):
+        plan.work(steps, tmp_path, None)
+    fifo.write_text("")  # which ends it
+    with (tmp_path / plan.LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    assert plan.work(steps, tmp_path, None) == 0
 
 
 @pytest.mark.parametrize("status", [0, 5])
