@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for ending, content in made.items():
             files.write(options.out.with_suffix(f".{ending}"), content)
     except (ValueError, OSError) as error:
-        print(f"python -m train.report: {error}", file=sys.stderr)
+        print(f"python -m train.report: {command_line.said(error)}", file=sys.stderr)
         return 2
     for run in unfinished:
         print(f"not in the table: {run.name} ({run.status})", file=sys.stderr)

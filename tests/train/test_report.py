@@ -97,6 +97,7 @@ def test_seeds_are_one_row_with_their_range(tmp_path):
         run(tmp_path / f"s{seed}", beta=0.1, seed=seed, accuracy=accuracy)
     found, _ = entries.read([tmp_path / f"s{seed}" for seed in range(3)])
     (group,) = page.groups(found)
+    assert group.name == "s0 and 2 other seeds"
     m = group.measure("held-out tokens", "accuracy")
     assert m is not None
     assert dataclasses.astuple(m) == pytest.approx((0.6, 0.5, 0.7))
@@ -141,9 +142,45 @@ def test_the_interval_of_binned_ece_covers_what_sampling_gives():
     assert entries.ece_from_bins(bins(n=0)).value is None
 
 
+def test_a_run_and_its_evaluation_are_one_row_and_no_two_seeds(tmp_path):
+    """Its tokens and those of --tokens are different ones; a second result is of the same seed."""
+    folder = run(tmp_path / "run", beta=0.1)
+    settings = json.loads((folder / "eval.json").read_text())["config"]
+    written = results.read(result(tmp_path / "a.json", model=str(folder)))
+    tokens = written.tasks["arc-easy"].scorings["sum"]
+    written = dataclasses.replace(
+        written, flags=settings, label_smoothing=0.1, tokens=tokens, tokens_data="d/recs.jsonl"
+    )
+    for name in ("a", "b"):
+        results.write(tmp_path / f"{name}.json", written)
+    found, _ = entries.read([folder, tmp_path / "a.json"])
+    assert [entry.name for entry in found] == ["run"]
+    assert {"held-out tokens", "tokens of recs.jsonl"} < {*found[0].blocks}
+    found, _ = entries.read([folder, tmp_path / "a.json", tmp_path / "b.json"])
+    assert [group.name for group in page.groups(found)] == ["run", "run (2)"]
+
+
+def test_different_questions_are_said_to_be(tmp_path):
+    paths = [result(tmp_path / f"{name}.json", model=name) for name in ("a", "b")]
+    assert "not all models were asked" not in page.render(entries.read(paths)[0], [], "t")["md"]
+    other = results.read(paths[1])
+    other.tasks["arc-easy"] = dataclasses.replace(other.tasks["arc-easy"], data_sha256="1")
+    results.write(paths[1], other)
+    said = page.render(entries.read(paths)[0], [], "t")["md"]
+    assert "At arc-easy, 0-shot, harness text (sum) not all models were asked the same" in said
+
+
+def broken(folder, name, content):
+    (run(folder, beta=0.0) / name).write_text(content)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda p: broken(p / "r", "eval.json", "{"), "eval.json is damaged: "),
+        (lambda p: broken(p / "r", "eval.json", "{}"), "eval.json is damaged or of another"),
+        (lambda p: broken(p / "r", "sweep.json", "{}"), "sweep.json is damaged or of another"),
         (lambda p: p / "nowhere", "there is no "),
         (lambda p: p, "is neither a run"),
         (lambda p: run(p / "r", beta=0.0, done=False), "none of these is finished"),

@@ -29,7 +29,7 @@ def against(
       ValueError: if the other was not asked the same questions in the same words.
     """
     theirs = other.tasks[task.task]
-    for what in ("data_sha256", "prompt", "answer", "shots"):
+    for what in ("prompt", "answer", "shots", "questions", "data_sha256"):
         mine, its = getattr(task, what), getattr(theirs, what)
         require(
             mine == its,

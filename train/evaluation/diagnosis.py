@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from lsce import calibration, theory
 from train.data.packing import IGNORE, Rows
+from train.evaluation.measures import BINS, SHIFTED
 from train.evaluation.results import Measure
 from train.models.decoder import Decoder
 
@@ -31,7 +32,6 @@ TOKENS_AT_ONCE = 64
 """Of which logits are in memory at a time."""
 TEMPERATURES = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 SOFTCAPS = (5.0, 10.0, 15.0, 30.0)
-BINS = 15
 RESAMPLES = 500
 INK, BLUE, RED, GREEN = "#333333", "#4c78a8", "#e45756", "#2a9d8f"
 
@@ -381,7 +381,7 @@ def _is(found: Diagnosis) -> str:
         f" {_with(found.confidence, '.3f')} and its accuracy {_with(found.accuracy, '.3f')}:"
         f" it is {verdict} (confidence − accuracy {_with(gap, '+.3f')}); ECE"
         f" {_with(found.ece, '.3f')}. In brackets 95 % bootstrap intervals over the tokens, as if"
-        " these were independent; they are of one text, and another has other numbers."
+        f" these were independent; they are of one text, and another has other numbers. {SHIFTED}"
     )
 
 
@@ -419,8 +419,10 @@ def _smoothing(found: Diagnosis) -> str:
 def _temperature(found: Diagnosis) -> str:
     before, after = found.before, found.after
     does = "softens" if found.temperature > 1 else "sharpens"
+    ends = {TEMPERATURES[0]: " or less", TEMPERATURES[-1]: " or more"}
+    best = f"{found.temperature:g}{ends.get(found.temperature, '')}"
     return (
-        f"What would a temperature change? T = {found.temperature:g}, fitted on half of the"
+        f"What would a temperature change? T = {best}, fitted on half of the"
         f" tokens, {does} predictions without changing which is first. On the other half ECE goes"
         f" from {before.ece:.3f} to {after.ece:.3f}, NLL from {before.nll:.3f} to {after.nll:.3f}"
         f" nats, confidence from {before.confidence:.3f} to {after.confidence:.3f}."

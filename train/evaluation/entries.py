@@ -6,9 +6,10 @@ entry and not forgotten: it is listed as it stands.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from lsce.calibration import wilson_interval
 from train.evaluation import results
 from train.evaluation.measures import BINS
-from train.evaluation.results import Against, Bin, Curve, Measure, Scored
+from train.evaluation.results import Against, Bin, Curve, Measure
 from train.run import folder as run_folder
 from train.run.metrics import HELD_OUT
 
@@ -34,12 +35,14 @@ class Block:
     """What a model scored at one task, in one scoring."""
 
     task: str
-    """Task, scoring and number of shots, in words; equal for what can be compared."""
+    """Task, number of shots, prompt and scoring, in words."""
     n: int
     chance: float | None
     measures: dict[str, Measure]
     bins: list[Bin]
     curve: Curve | None
+    data: str = ""
+    """What tells whether two models were asked the same; empty where nothing does."""
     against: tuple[Against, dict[str, Measure]] | None = None
     """Another model, and the paired differences from it."""
 
@@ -100,13 +103,13 @@ def _expand(path: Path) -> Sequence[tuple[str, Path | Unfinished]]:
         raise ValueError(f"there is no {path}")
     if not (path / SWEEP).is_file():
         return [(path.resolve().name, path)]
-    runs = _json(path / SWEEP)["runs"]
-    return [
-        (run["name"], path / run["name"])
-        if (path / run["name"] / run_folder.RUN_FILE).is_file()
-        else (run["name"], Unfinished(run["name"], run["status"]))
-        for run in runs
-    ]
+    with _readable(path / SWEEP):
+        return [
+            (run["name"], path / run["name"])
+            if (path / run["name"] / run_folder.RUN_FILE).is_file()
+            else (run["name"], Unfinished(run["name"], run["status"]))
+            for run in _json(path / SWEEP)["runs"]
+        ]
 
 
 def _read(name: str, path: Path) -> Entry | Unfinished:
@@ -126,7 +129,11 @@ def _run(name: str, path: Path) -> Entry | Unfinished:
         curves = _curves(path / run_folder.METRICS)
         last = max((points[-1][0] for points in curves.values()), default=0)
         return Unfinished(name, f"not finished: {last} steps done")
-    found = _json(path / run_folder.EVALUATION)
+    with _readable(path / run_folder.EVALUATION):
+        return _evaluated(name, path, _json(path / run_folder.EVALUATION))
+
+
+def _evaluated(name: str, path: Path, found: Mapping[str, Any]) -> Entry:
     choices = found["choices"]
     blocks = {}
     for task, scores, chance in (
@@ -161,14 +168,26 @@ def _result(result: results.Result, path: Path) -> Entry:
     blocks = {}
     for task in result.tasks.values():
         scored = task.scorings[task.reported]
-        words = f"{Path(task.task).name}, {task.shots}-shot, {task.answer} ({task.reported})"
-        blocks[words] = _block(words, scored, task.chance, task.against, task.reported)
+        asked = f"{Path(task.task).name}, {task.shots}-shot, {task.prompt} {task.answer}"
+        words = f"{asked} ({task.reported})"
+        block = Block(
+            words,
+            scored.n,
+            task.chance,
+            scored.measures,
+            scored.bins,
+            scored.risk_coverage,
+            data=task.data_sha256,
+            against=_paired(task),
+        )
+        blocks[words] = block
         if scored.temperature:
             fitted = scored.temperature
             named = f"{words}, with a fitted temperature"
-            blocks[named] = Block(named, scored.n, task.chance, fitted.measures, fitted.bins, None)
-    if result.tokens:
-        blocks["held-out tokens"] = _block("held-out tokens", result.tokens, None, None, "")
+            blocks[named] = Block(named, scored.n, None, fitted.measures, fitted.bins, None)
+    if (seen := result.tokens) is not None:
+        words = f"tokens of {_names(result.tokens_data)}"
+        blocks[words] = Block(words, seen.n, None, seen.measures, seen.bins, seen.risk_coverage)
     run = Path(result.model)
     settings = {key: value for key, value in result.flags.items() if key not in PATHS}
     if result.label_smoothing is not None:
@@ -185,19 +204,14 @@ def _result(result: results.Result, path: Path) -> Entry:
     )
 
 
-def _block(
-    words: str, scored: Scored, chance: float | None, against: Against | None, scoring: str
-) -> Block:
-    apart = against.scorings.get(scoring) if against else None
-    return Block(
-        words,
-        scored.n,
-        chance,
-        scored.measures,
-        scored.bins,
-        scored.risk_coverage,
-        (against, apart) if against and apart else None,
-    )
+def _paired(task: results.TaskResult) -> tuple[Against, dict[str, Measure]] | None:
+    apart = task.against.scorings.get(task.reported) if task.against else None
+    return (task.against, apart) if task.against and apart else None
+
+
+def _names(paths: str | None) -> str:
+    """Without the folders."""
+    return " ".join(Path(path).name for path in (paths or "held-out responses").split(" "))
 
 
 def ece_from_bins(bins: Sequence[Bin], resamples: int = RESAMPLES) -> Measure:
@@ -238,7 +252,7 @@ def _curves(metrics: Path) -> dict[str, list[tuple[int, float]]]:
                 row = json.loads(line)
             except ValueError:
                 continue  # the last line, where a run was killed
-            for name, value in row.items():
+            for name, value in row.items() if isinstance(row, dict) else ():
                 wanted = name in ("loss", "grad_norm") or name.startswith(HELD_OUT)
                 if wanted and value is not None:
                     found.setdefault(name, []).append((row["step"], value))
@@ -279,6 +293,15 @@ def _named_apart(entries: list[Entry]) -> list[Entry]:
         again = f" ({seen[entry.name]})" if seen[entry.name] > 1 else ""
         named.append(dataclasses.replace(entry, name=entry.name + again))
     return named
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors over what a file holds name it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

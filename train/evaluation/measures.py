@@ -93,7 +93,17 @@ def smooth(log_probs: Float[Array, "N K"], labels: Int[Array, " N"]) -> dict[str
 
 
 GROUPS = ((means, "percentile", 1), (errors, "basic", 1), (smooth, "basic", SMOOTH_SHARE))
-"""Functions, the interval of each, and what its resamples are divided by."""
+"""Functions, the interval of each, and what its resamples are divided by.
+
+Of 2,000 nearly calibrated predictions, of a true ECE of .024 that they show as .032 on average, the
+percentile interval holds the truth in 29 % of samples and the basic one in 88 %; where the ECE is
+.19, both do in 95 %.
+"""
+SHIFTED = (
+    "Calibration errors come out larger in a sample than they are, the more so the smaller they and"
+    " the sample: their intervals take that off, and may end at the number or below it."
+)
+"""What a reader of such intervals must know."""
 
 
 def score(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jinja2
 from train.evaluation import drawings
 from train.evaluation.comparison import name_of, sort_key, text
 from train.evaluation.entries import Block, Entry, Unfinished
-from train.evaluation.measures import NAMES
+from train.evaluation.measures import NAMES, SHIFTED
 from train.evaluation.results import Measure
 from train.run.metrics import HELD_OUT
 
@@ -43,8 +44,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        one = self.entries[0].name
-        return one if len(self.entries) == 1 else f"{one} and {len(self.entries) - 1} other seeds"
+        one, others = self.entries[0].name, len(self.entries) - 1
+        return f"{one} and {others} other seed{'s' * (others > 1)}" if others else one
 
     @property
     def first(self) -> Entry:
@@ -61,17 +62,19 @@ class Group:
 
 
 def groups(entries: Sequence[Entry]) -> list[Group]:
-    """By their settings, β varying fastest; models without settings stand alone and first."""
+    """By their settings, β varying fastest; models without settings stand alone and first.
 
-    def key(entry: Entry) -> tuple[Any, ...]:
-        if not entry.settings:
-            return (0, entry.name)
-        rest = sorted((k, repr(v)) for k, v in entry.settings.items() if k not in FREE)
-        return (1, *rest)
-
+    Of one seed there is one entry in a group: another one is the same run at another step, or asked
+    once more.
+    """
     found: dict[tuple[Any, ...], list[Entry]] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
     for entry in entries:
-        found.setdefault(key(entry), []).append(entry)
+        rest = tuple(sorted((k, repr(v)) for k, v in entry.settings.items() if k not in FREE))
+        key = rest or (entry.name,)
+        seed = (*key, entry.settings.get("seed"))
+        found.setdefault((seen[seed], *key), []).append(entry)
+        seen[seed] += 1
     made = [Group(tuple(same)) for same in found.values()]
     fields = varied(entries)
     fields.sort(key=lambda field: field == "label_smoothing")
@@ -112,6 +115,12 @@ def render(
         "sentences": list(itertools.islice(sentences(made, what), MOST_SENTENCES)),
         "meanings": {name: NAMES[name] for name in (*COLUMNS, *BESIDE) if name in NAMES},
         "several_seeds": any(len(group.entries) > 1 for group in made),
+        "shifted": SHIFTED,
+        "unlike": [
+            task
+            for task in what
+            if len({e.blocks[task].data for e in entries if task in e.blocks} - {""}) > 1
+        ],
         "chance": {
             task: next((e.blocks[task].chance for e in entries if task in e.blocks), None)
             for task in what
@@ -169,9 +178,15 @@ def _paired(entry: Entry, block: Block) -> Iterator[str]:
         sure = "more than chance" if m.low > 0 or m.high < 0 else "chance may explain it"
         yield (
             f"{block.task}: {entry.name} less {Path(other.model).name} on the same {other.n:,}"
-            f" questions, {SHORT.get(name, name)} {m.value:+.4f} [{m.low:+.4f}, {m.high:+.4f}]:"
+            f" questions, {SHORT.get(name, name)} {_signed(m.value)}"
+            f" [{_signed(m.low)}, {_signed(m.high)}]:"
             f" {sure}."
         )
+
+
+def _signed(value: float) -> str:
+    """+0.0123, without a sign of nothing."""
+    return f"{value:+.4f}" if round(value, 4) else "0"
 
 
 def _without_smoothing(group: Group, made: Sequence[Group], task: str) -> Group | None:

@@ -8,7 +8,7 @@ import rich.console
 from rich import box
 from rich.table import Table
 
-from train.evaluation.measures import NAMES
+from train.evaluation.measures import NAMES, SHIFTED
 from train.evaluation.results import Measure, Result, Scored, TaskResult
 from train.run.progress import Console
 
@@ -57,7 +57,7 @@ def caption(task: TaskResult) -> str:
     notes = [f"{where}{task.data}; {task.shots} shots; prompt {task.prompt}; chance"]
     notes[0] += f" {task.chance:.1%}."
     if task.scorings[task.reported].measures["accuracy"].low is not None:
-        notes[0] += " In brackets 95 % bootstrap intervals over questions."
+        notes[0] += f" In brackets 95 % bootstrap intervals over questions. {SHIFTED}"
     if task.letter_tokens is not None and task.letter_tokens > 1:
         notes.append(
             f"Letters are not one token each here, but up to {task.letter_tokens}: log-likelihoods"
