@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from oracles.inputs import weights
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from train import evaluate
-from train.evaluation import answers, choices, encoding, measures, questions, results
+from train.evaluation import answers, choices, encoding, measures, questions, results, table
 from train.evaluation.items import Item
 from train.evaluation.likelihood import Tree
 from train.evaluation.prompts import Worded
@@ -155,6 +156,12 @@ def test_a_temperature_is_fitted_on_other_questions(done):
     assert fitted.fitted_on.endswith("(validation)")
     plain = results.read(done).tasks["mmlu"].scorings["choices"].measures
     assert fitted.measures["accuracy"].value == plain["accuracy"].value
+    task = results.read(done).tasks["mmlu"]
+    scored = task.scorings["choices"]
+    for value, said in ((1.5, False), (1000.0, True), (0.001, True)):
+        at = dataclasses.replace(fitted, value=value)
+        task.scorings["choices"] = dataclasses.replace(scored, temperature=at)
+        assert ("at the end of its range" in table.caption(task)) == said
     assert fitted.measures["auroc"].value != fitted.measures["nll"].value != plain["nll"].value
 
 
@@ -215,9 +222,8 @@ def test_two_models_are_compared_on_the_same_questions(done, model, data, tmp_pa
     assert call(model, out, "--task", path) == 0
     assert results.read(out).tokens.n == 2
     assert results.read(out).tokens_data == str(records)
-    assert call(model, out, "--task", path, "--against", tmp_path / "out2") == 2
     assert call(model, tmp_path / "less", *flags, "--limit", 3, "--against", done) == 2
-    assert "with other questions or words (data_sha256" in capsys.readouterr().err
+    assert "with other questions or words (questions 12, here 3)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

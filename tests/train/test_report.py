@@ -9,7 +9,7 @@ import pytest
 
 from train import report
 from train.config import TrainConfig
-from train.evaluation import entries, page, results
+from train.evaluation import drawings, entries, page, results
 from train.evaluation.results import Bin, Curve, Measure, Scored, TaskResult
 
 
@@ -158,6 +158,19 @@ def test_a_run_and_its_evaluation_are_one_row_and_no_two_seeds(tmp_path):
     assert {"held-out tokens", "tokens of recs.jsonl"} < {*found[0].blocks}
     found, _ = entries.read([folder, tmp_path / "a.json", tmp_path / "b.json"])
     assert [group.name for group in page.groups(found)] == ["run", "run (2)"]
+
+
+def test_words_in_a_drawing_keep_their_digits_and_many_names_stand_below_it():
+    points = [(0.0, 0.123456), (1.0, 0.2)]
+    few, many = (
+        drawings.lines({f"rate 0.00{n}": points for n in range(1, count)}, "step", "loss")
+        for count in (3, 9)
+    )
+    assert ">rate 0.001</text>" in few
+    assert not re.search(r'd="[^"]*\.\d{3}', few)
+    assert ">rate 0.008</text>" in many
+    height = [float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)[1]) for svg in (few, many)]
+    assert height[1] > 1.3 * height[0]
 
 
 def test_different_questions_are_said_to_be(tmp_path):

@@ -492,7 +492,7 @@ def _draw_tokens(ax: Axes, found: Diagnosis, points: dict[str, np.ndarray]) -> N
     ax.axhline(math.log(v), color="0.6", lw=0.8, label="log V")
     ax.set(xscale="log", xlabel="length of the centred logits", ylabel="entropy, nats")
     ax.set_title("This model on this text", fontsize="medium")
-    ax.legend(fontsize="x-small", frameon=False, loc=(0.4, 0.4))
+    _legend_below(ax)
 
 
 def _draw_temperatures(ax: Axes, found: Diagnosis) -> None:
@@ -502,12 +502,19 @@ def _draw_temperatures(ax: Axes, found: Diagnosis) -> None:
     ax.plot(tried, gaps, "s--", color=RED, ms=4, label="confidence − accuracy")
     ax.axhline(0, color=INK, lw=0.8)
     ax.axvline(found.temperature, color=GREEN, lw=1.2, label=f"best NLL: T = {found.temperature:g}")
-    for k, v in enumerate(found.softcaps):
-        label = "ECE at T = 1, softcap as written" if k == 0 else None
-        ax.plot([1.0], [v.ece], "^", color="#b279a2", label=label)
-        ax.annotate(f"{v.softcap:g}", (1.0, v.ece), (5, -3), textcoords="offset points", fontsize=7)
+    if found.softcaps:
+        by_ece = sorted(found.softcaps, key=lambda v: -v.ece)
+        label = f"ECE at softcap {', '.join(f'{v.softcap:g}' for v in by_ece)}, from the top"
+        eces = [v.ece for v in by_ece]
+        ax.plot([1.0] * len(eces), eces, "^", color="#b279a2", alpha=0.7, label=label)
     ax.set(xscale="log", xlabel="temperature")
     ax.set_xticks(tried, [f"{t:g}" for t in tried], fontsize="x-small")
     ax.minorticks_off()
     ax.set_title("What a temperature or a softcap changes", fontsize="medium")
-    ax.legend(fontsize="x-small", frameon=False)
+    _legend_below(ax)
+
+
+def _legend_below(ax: Axes) -> None:
+    """Where there is room among the lines differs from model to model."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+    ax.legend(fontsize="x-small", frameon=False, ncols=2, **place)

@@ -32,6 +32,8 @@ STYLE = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
+INSIDE = 4
+"""Lines whose names have room among them; those of more stand below."""
 _number = itertools.count()
 
 Line = Sequence[tuple[float, float]]
@@ -89,10 +91,12 @@ def lines(
         if not log_y:
             ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
         ax.grid(alpha=0.25)
-        if len(drawn) > 1:
+        if len(drawn) > INSIDE:
+            figure.legend(fontsize=8, loc="outside lower left")
+        elif len(drawn) > 1:
             ax.legend(fontsize=8)
 
-    return _svg(draw, (3.6, 3.2))
+    return _svg(draw, (3.6, 3.2 + 0.16 * len(drawn) * (len(drawn) > INSIDE)))
 
 
 def risk_coverage(curves: Mapping[str, Curve]) -> str:
@@ -121,5 +125,5 @@ def _svg(draw: Any, size: tuple[float, float]) -> str:
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'font: ([^;"]*?)px [^;"]*', r"font-size: \1px", svg)
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), svg)
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)

@@ -229,6 +229,8 @@ def _of_smoothing(plain: Group, smoothed: Group, task: str) -> str:
     else:
         sure = "the intervals do not overlap" if apart else "the intervals overlap"
         sure += "; it is one seed, and another may say otherwise"
+    if f"{b.value:.4f}" == f"{a.value:.4f}":
+        return f"{task}: ECE is {b.value:.4f} with {settings} as it is without smoothing; {sure}."
     way = "lower" if b.value < a.value else "higher"
     return (
         f"{task}: ECE is {way} with {settings} than without smoothing, {b.value:.4f} for"
@@ -279,7 +281,7 @@ def _pictures(made: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
     for field in sorted({f for e in entries for f in e.curves if f.startswith(HELD_OUT)}):
         drawn = {e.name: e.curves[field] for e in entries if len(e.curves.get(field, ())) > 1}
         if drawn:
-            label = field.removeprefix(HELD_OUT).replace("_", " ")
+            label = " ".join(SHORT.get(w, w) for w in field.removeprefix(HELD_OUT).split("_"))
             trained.append((f"Held out: {label}", drawings.lines(drawn, "step", label)))
     return [*rows, ("Training", trained)] if trained else rows
 

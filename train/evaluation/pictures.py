@@ -47,7 +47,7 @@ def panels(result: Result) -> dict[str, tuple[list[Bin], Scored]]:
         scored = task.scorings[task.reported]
         found[f"{task.task}, {WORDS[task.reported]}"] = scored.bins, scored
         if scored.temperature is not None:
-            title = f"{task.task}, T = {scored.temperature.value:.3f}"
+            title = f"{task.task}, T = {scored.temperature.value:.4g}"
             found[title] = scored.temperature.bins, scored
     if result.tokens is not None:
         found["next token"] = result.tokens.bins, result.tokens

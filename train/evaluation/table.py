@@ -8,6 +8,7 @@ import rich.console
 from rich import box
 from rich.table import Table
 
+from lsce.calibration.temperature import LIMIT
 from train.evaluation.measures import NAMES, SHIFTED
 from train.evaluation.results import Measure, Result, Scored, TaskResult
 from train.run.progress import Console
@@ -41,7 +42,7 @@ def _print_task(task: TaskResult, console: rich.console.Console) -> None:
     for name, scored in task.scorings.items():
         columns[WORDS[name]] = scored.measures
         if scored.temperature is not None and name == task.reported:
-            columns[f"T = {scored.temperature.value:.3f}"] = scored.temperature.measures
+            columns[f"T = {scored.temperature.value:.4g}"] = scored.temperature.measures
     if task.against is not None:
         columns[f"less {task.against.model}"] = task.against.scorings[task.reported]
     console.print(_table(f"{task.task}, {task.questions:,} questions", columns))
@@ -71,6 +72,11 @@ def caption(task: TaskResult) -> str:
     if scored.temperature is not None:
         fitted = scored.temperature
         notes.append(f"T is fitted on {fitted.n:,} questions of {fitted.fitted_on}.")
+        if not 1.001 / LIMIT < fitted.value < LIMIT / 1.001:
+            notes[-1] += (
+                " It is at the end of its range: the model is no better than chance there, or"
+                " always right."
+            )
     return "\n".join(notes)
 
 
