@@ -49,10 +49,8 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
     t, b = active.shape
     if b % group or slots < 2 * b or tiles < 2:
         raise ValueError(f"{slots=} and {tiles=} are too few for {b} blocks in groups of {group}")
-    by_tile = jnp.cumsum(active, axis=1, dtype=jnp.int32)
-    by_block = jnp.cumsum(active, axis=0, dtype=jnp.int32)
-    count = by_tile[:, -1]
-    groups = (count + group - 1) // group
+    pairs = _counted(active, group)
+    count, groups = pairs.of_tile, pairs.groups
     # A chunk is full when its slots or its tiles are: each tile costs the larger share, in units
     # of 1 / (spare · most), and the last tile may overshoot by itself.
     spare, most = slots - b, tiles - 1
@@ -63,8 +61,7 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
     ids = jnp.arange(cdiv(t, most) + cdiv(t * b, spare) + 3)
     before = (chunk[None, :] < ids[:, None]).sum(1, dtype=jnp.int32)
     first_tile = jnp.minimum(before, used)
-    cut = chunk, chunks, first_tile
-    return _listed(active, (by_tile, by_block), (count, groups), group, cut)
+    return _listed(pairs, chunk, chunks, first_tile)
 
 
 def even_work(active: Bool[Array, "T B"], *, tiles: int, group: int) -> Work:
@@ -75,29 +72,45 @@ def even_work(active: Bool[Array, "T B"], *, tiles: int, group: int) -> Work:
     t, b = active.shape
     if b % group:
         raise ValueError(f"{b} blocks make no groups of {group}")
+    chunk, chunks = jnp.arange(t, dtype=jnp.int32) // tiles, cdiv(t, tiles)
+    first_tile = jnp.minimum(jnp.arange(chunks + 1, dtype=jnp.int32) * tiles, t)
+    return _listed(_counted(active, group), chunk, jnp.int32(chunks), first_tile)
+
+
+class _Pairs(NamedTuple):
+    """The active pairs, and how many there are up to each."""
+
+    active: Bool[Array, "T B"]
+    group: int
+    tile: Int[Array, "T 1"]
+    block: Int[Array, "1 B"]
+    by_tile: Int[Array, "T B"]
+    """Running counts along a tile's blocks, and by_block along a block's tiles."""
+    by_block: Int[Array, "T B"]
+    of_tile: Int[Array, " T"]
+    groups: Int[Array, " T"]
+
+
+def _counted(active: Bool[Array, "T B"], group: int) -> _Pairs:
+    t, b = active.shape
+    tile = jnp.arange(t, dtype=jnp.int32)[:, None]
+    block = jnp.arange(b, dtype=jnp.int32)[None, :]
     by_tile = jnp.cumsum(active, axis=1, dtype=jnp.int32)
     by_block = jnp.cumsum(active, axis=0, dtype=jnp.int32)
     count = by_tile[:, -1]
     groups = (count + group - 1) // group
-    chunk, chunks = jnp.arange(t, dtype=jnp.int32) // tiles, cdiv(t, tiles)
-    first_tile = jnp.minimum(jnp.arange(chunks + 1, dtype=jnp.int32) * tiles, t)
-    cut = chunk, jnp.int32(chunks), first_tile
-    return _listed(active, (by_tile, by_block), (count, groups), group, cut)
+    return _Pairs(active, group, tile, block, by_tile, by_block, count, groups)
 
 
 def _listed(
-    active: Bool[Array, "T B"],
-    so_far: tuple[Int[Array, "T B"], Int[Array, "T B"]],
-    of_each: tuple[Int[Array, " T"], Int[Array, " T"]],
-    group: int,
-    cut: tuple[Int[Array, " T"], Int[Array, ""], Int[Array, " chunks"]],
+    pairs: _Pairs,
+    chunk: Int[Array, " T"],
+    chunks: Int[Array, ""],
+    first_tile: Int[Array, " chunks"],
 ) -> Work:
-    """The lists of the active pairs, from their running counts by tile and by block, each tile's
-    pairs and groups of pairs, and each tile's chunk, the chunks' number and where each begins."""
+    """The lists of the active pairs, given each tile's chunk, and how the chunks begin."""
+    active, group, tile, block, by_tile, by_block, count, groups = pairs
     t, b = active.shape
-    (by_tile, by_block), (count, groups), (chunk, chunks, first_tile) = so_far, of_each, cut
-    tile = jnp.arange(t, dtype=jnp.int32)[:, None]
-    block = jnp.arange(b, dtype=jnp.int32)[None, :]
     ends = jnp.pad(jnp.cumsum(groups), (1, 0))
     group_before = ends[:-1]
     first_item = ends[first_tile]

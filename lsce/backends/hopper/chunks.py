@@ -39,7 +39,7 @@ class Products(NamedTuple):
     kept: Float[Array, " rows"]
     """The probability that the computed tiles hold, those of 16 bits."""
     tail: Float[Array, " rows"] | None = None
-    """Σ_v T of the tail, where it follows from nothing else."""
+    """Σ_v T of the tail, where there is one."""
 
 
 class Loop:

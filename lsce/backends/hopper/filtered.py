@@ -93,7 +93,6 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
 
     column_tiles = active.shape[0]
     carry = jnp.zeros(v if wanted.bias else 0, jnp.float32), jnp.zeros_like(c.a)
-    # Without a cap the tail's mass is what the tiles of 16 bits lack.
     left = jnp.zeros_like(c.a) if tail is not None and call.problem.softcap is not None else None
     carry = *carry, left
     if tail is not None:
@@ -104,6 +103,8 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
         if static < tiles.most_chunks(column_tiles, blocks, slots):
             carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
     dbias, kept, left = carry
+    if tail is not None and left is None:  # without a cap, what the tiles of 16 bits lack
+        left = c.a * jnp.clip(1.0 - kept, 0.0, 1.0)
     dhead = () if dhead_ref is None else dhead_ref[...]
     return Products(loop.dhidden(), dhead, dbias, kept, left)
 
@@ -124,12 +125,10 @@ def dropped_pull(
     assert call.epsilon is not None
     if found.tail is not None:
         return found.tail, None
-    left = c.a * jnp.clip(1.0 - found.kept, 0.0, 1.0)
-    if call.tail:
-        return left, None
     log_epsilon = filtering.log_epsilon(call.epsilon, saved.live, p.v)
     lse = jnp.where(jnp.isfinite(c.lse), c.lse, 0.0)
-    dropped = left * filtering.dropped_slope(p, lse, log_epsilon)
+    dropped = c.a * jnp.clip(1.0 - found.kept, 0.0, 1.0)
+    dropped = dropped * filtering.dropped_slope(p, lse, log_epsilon)
     if bias is None:
         return dropped, None
     count = jnp.maximum(saved.live, 1).astype(jnp.float32)
