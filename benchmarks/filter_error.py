@@ -279,8 +279,8 @@ def gradients(
         tail = eight_bits.emulated(
             problem_of(hidden, head),
             scales,
-            c := coefficients_of(lse, head),
-            eight_bits.row_factors(c, log_epsilon),
+            coefficients_of(lse, head),
+            log_epsilon,
             hidden,
             head,
             None,

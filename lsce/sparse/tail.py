@@ -10,8 +10,9 @@ With ē the mean hidden state, c̄ the mean row of the head, and hidden channels
 
     dE_n += Σ_v T₈·C₈ / (r_n·c) + (Σ_v T_nv)·c̄          dC_v += Σ_n T₈·E₉
 
-where r_n makes of the largest T, ε·a_n, a sixteenth of what e4m3 holds: p is off by the error of
-z, up to a factor of e^2.7 on real activations, and what exceeds e4m3 saturates.
+where r_n makes of the largest T, of p = ε, the largest number of e4m3. The p of a pair left out is
+no more than ε; made of that z it is off by up to a factor of e^2.7 on real activations, and of any
+on logits of thousands, so it is cut off there.
 
 An e4m3 number has four significant bits over 15 binades, below which it loses them, and products
 are summed with about 14 bits. That is enough because a tail is small. On SmolLM2 135M's
@@ -34,8 +35,9 @@ from lsce.sparse.coefficients import Coefficients
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = float(jnp.finfo(E4M3).max)
-HEADROOM = 16.0
-"""How far beyond ε a probability of the tail may seem to be before it saturates."""
+SMALLEST_REACH = 1 / 16
+"""Of LARGEST: what the head's numbers reach in every channel, however little hidden states differ
+there. Products of such a channel add next to nothing to z, but dE has what the head has there."""
 
 
 class Scales(NamedTuple):
@@ -59,23 +61,26 @@ def scales(
     head: Float[Array, "head_rows D"],
     v: int,
 ) -> Scales:
-    """Of the first `live` hidden states and the first v rows of the head, each read once."""
-    in_use = (jnp.arange(hidden.shape[0]) < live)[:, None]
+    """Of the first `live` hidden states and the first v rows of the head, each read once.
+
+    A hidden state that is not finite spoils no other's.
+    """
+    in_use = (jnp.arange(hidden.shape[0]) < live)[:, None] & jnp.isfinite(hidden)
     some = jnp.maximum(live, 1).astype(jnp.float32)
     hidden_mean = hidden.sum(0, dtype=jnp.float32, where=in_use) / some
     head_mean = jnp.mean(head[:v], axis=0, dtype=jnp.float32)
     largest_hidden = _farthest(hidden, hidden_mean, in_use)
     largest_head = _farthest(head[:v], head_mean, None)
-    # A channel in which either is constant says nothing: 0 of it in both.
-    both = largest_hidden * largest_head
-    root = jnp.sqrt(both)
-    top = jnp.max(root)
-    top = jnp.where(top > 0.0, top / LARGEST, 1.0)
-    hidden_factor, head_factor = (
-        jnp.where(both > 0.0, root / jnp.where(both > 0.0, largest, 1.0), 0.0) / top
-        for largest in (largest_hidden, largest_head)
-    )
-    return Scales(hidden_mean, head_mean, hidden_factor, head_factor, jnp.square(top))
+    reach = jnp.sqrt(largest_hidden * largest_head)
+    top = jnp.max(reach)
+    top = jnp.where(top > 0.0, top, 1.0)
+    reach = jnp.maximum(reach / top, SMALLEST_REACH) * LARGEST
+    unit = jnp.square(top / LARGEST)
+    # A channel in which the head is constant says nothing.
+    some = largest_head > 0.0
+    head_factor = jnp.where(some, reach / jnp.where(some, largest_head, 1.0), 0.0)
+    hidden_factor = jnp.where(some, 1.0 / (jnp.where(some, head_factor, 1.0) * unit), 0.0)
+    return Scales(hidden_mean, head_mean, hidden_factor, head_factor, unit)
 
 
 def _farthest(x: Array, mean: Float[Array, " D"], where: Array | None) -> Float[Array, " D"]:
@@ -101,7 +106,7 @@ def row_factors(c: Coefficients, log_epsilon: float | Float[Array, ""]) -> Float
     """r: what T is multiplied by before it is rounded; 0 in rows whose T is 0."""
     most = jnp.abs(c.a) * jnp.exp(log_epsilon) + jnp.abs(c.s)
     usable = most > jnp.finfo(jnp.float32).tiny * LARGEST
-    return jnp.where(usable, LARGEST / HEADROOM / jnp.where(usable, most, 1.0), 0.0)
+    return jnp.where(usable, LARGEST / jnp.where(usable, most, 1.0), 0.0)
 
 
 def inverse(r: Float[Array, " rows"]) -> Float[Array, " rows"]:
@@ -132,7 +137,7 @@ def emulated(
     problem: Problem,
     s: Scales,
     c: Coefficients,
-    r: Float[Array, " rows"],
+    log_epsilon: float | Float[Array, ""],
     hidden: Float[Array, "rows D"],
     head: Float[Array, "V D"],
     bias: Float[Array, " V"] | None,
@@ -150,10 +155,11 @@ def emulated(
     z = z + product(hidden.astype(jnp.float32) - s.hidden_mean[None, :], s.head_mean)[:, None]
     z = formula.logits(problem, z, bias)
     slope = formula.softcap_slope(problem, z)
-    terms = c.a[:, None] * jnp.exp(z - c.lse[:, None]) * slope
+    terms = c.a[:, None] * jnp.exp(jnp.minimum(z - c.lse[:, None], log_epsilon)) * slope
     if problem.softcap is not None and problem.label_smoothing > 0.0:
         terms = terms - c.s[:, None] * (slope - c.kappa[:, None])
     terms = jnp.where(left_out, terms, 0.0)
+    r = row_factors(c, log_epsilon)
     t8 = e4m3(terms * r[:, None])
     e9, unit = of_tokens(hidden, r)
     return Tail(

@@ -63,7 +63,9 @@ class Tail:
         missing = CONSUMERS * self.column_tiles - active.shape[0]
         self.marked = jnp.pad(active, ((0, missing), (0, 0))).astype(jnp.int32)
         self.scales = s = tail.scales(saved.hidden, saved.live, saved.head, p.v)
-        r = tail.row_factors(c, filtering.log_epsilon(call.epsilon or 0.0, saved.live, p.v))
+        log_epsilon = filtering.log_epsilon("fp8", saved.live, p.v)
+        self.most = jnp.reshape(log_epsilon * LOG2E, 1)
+        r = tail.row_factors(c, log_epsilon)
         self.inverse = tail.inverse(r)
         self.e8 = self._padded(tail.quantised(saved.hidden, s.hidden_mean, s.hidden))
         # log2 p, or under a cap what is capped, in nats.
@@ -115,7 +117,7 @@ class Tail:
         tail_terms(
             self.e8,
             self._padded(c8),
-            Terms(unit, column, *self.of_rows),
+            Terms(unit, self.most, column, *self.of_rows),
             self.marked,
             self.work,
             at,

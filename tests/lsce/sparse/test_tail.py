@@ -57,8 +57,9 @@ def test_it_is_nearly_what_was_left_out(name):
         terms -= np.asarray(c.s)[:, None] * (slope - np.asarray(c.kappa)[:, None])
     terms = np.where(left_out, terms, 0)
     s = tail.scales(jnp.asarray(hidden), jnp.int32(LIVE), jnp.asarray(head), V)
-    r = tail.row_factors(c, np.log(epsilon))
-    got = tail.emulated(p, s, c, r, *map(jnp.asarray, (hidden, head, bias, left_out)))
+    got = tail.emulated(
+        p, s, c, float(np.log(epsilon)), *map(jnp.asarray, (hidden, head, bias, left_out))
+    )
     center = head.mean(0, dtype=np.float64)
     expected = {
         "hidden": terms @ (head - center),
@@ -72,17 +73,34 @@ def test_it_is_nearly_what_was_left_out(name):
         assert 0 < error < 0.12, field
 
 
-def test_a_channel_that_never_changes_adds_nothing():
+def test_a_channel_that_never_changes_adds_nothing_to_a_logit():
+    """But to dE what the head has there."""
     _, hidden, head = inputs()
     hidden[:LIVE, 3], head[:, 5] = 8.0, -2.0
     s = tail.scales(jnp.asarray(hidden), jnp.int32(LIVE), jnp.asarray(head), V)
     alone = np.isin(np.arange(D), (3, 5))
-    assert not np.any(np.asarray(s.hidden * s.head)[alone])
+    assert s.head[5] == 0
     np.testing.assert_allclose((s.hidden * s.head * s.unit)[~alone], 1.0, rtol=1e-5)
     e8 = tail.quantised(jnp.asarray(hidden[:LIVE]), s.hidden_mean, s.hidden)
     c8 = tail.quantised(jnp.asarray(head), s.head_mean, s.head)
+    assert not np.asarray(e8.astype(jnp.float32) * c8[:LIVE].astype(jnp.float32))[:, alone].any()
+    head_again = np.asarray(c8.astype(jnp.float32) * (s.unit * s.hidden)[None, :])
+    true = np.asarray(head - s.head_mean[None, :])
+    off = np.linalg.norm(head_again - true, axis=0)[~np.isin(np.arange(D), 5)]
+    assert (off < 0.04 * np.linalg.norm(true, axis=0)[~np.isin(np.arange(D), 5)]).all()
     largest = max(float(jnp.abs(x.astype(jnp.float32)).max()) for x in (e8, c8))
     assert largest == tail.LARGEST
+
+
+def test_a_token_that_is_not_finite_changes_no_others_scales():
+    _, hidden, head = inputs()
+    hidden[3] = 0.0
+    expected = tail.scales(jnp.asarray(hidden), jnp.int32(LIVE), jnp.asarray(head), V)
+    hidden[3, ::3], hidden[LIVE + 1] = np.nan, np.inf
+    got = tail.scales(jnp.asarray(hidden), jnp.int32(LIVE), jnp.asarray(head), V)
+    for true, same in zip(expected, got, strict=True):
+        assert np.isfinite(true).all()
+        np.testing.assert_allclose(same, true)
 
 
 def test_what_exceeds_the_largest_number_is_it():

@@ -11,7 +11,6 @@ tiles lie one below the other, or `panels` of them side by side in a wider array
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lsce.backends.hopper.kernels.lse_forward import capped
+from lsce.backends.hopper.kernels.lse_forward import LOG2E, capped
 from lsce.backends.hopper.kernels.pipeline import (
     COLUMN,
     ROW,
@@ -37,7 +36,6 @@ from lsce.backends.hopper.tiles import BackwardTiles
 from lsce.sparse.plan import Work
 from lsce.sparse.tokens import BLOCK
 
-LOG2E = math.log2(math.e)
 HALF = BLOCK // 2
 
 

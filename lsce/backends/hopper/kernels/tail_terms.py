@@ -12,7 +12,6 @@ The two consumers of a CTA have the same tokens and neighbouring halves of a col
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -27,7 +26,7 @@ from jax.extend.mlir.dialects import vector
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
-from lsce.backends.hopper.kernels.lse_forward import capped
+from lsce.backends.hopper.kernels.lse_forward import LOG2E, capped
 from lsce.backends.hopper.kernels.pipeline import (
     COLUMN,
     ROW,
@@ -39,13 +38,12 @@ from lsce.backends.hopper.kernels.pipeline import (
     smem_tile,
     swizzled,
 )
+from lsce.backends.hopper.kernels.probabilities import HALF
 from lsce.backends.hopper.tiles import CONSUMERS, BackwardTiles
 from lsce.sparse.plan import Work
 from lsce.sparse.tail import E4M3, e4m3
 from lsce.sparse.tokens import BLOCK
 
-LOG2E = math.log2(math.e)
-HALF = BLOCK // 2
 AT_A_TIME = 64
 """Columns of a consumer's tile that are on their way out at a time."""
 
@@ -58,6 +56,8 @@ class Terms(NamedTuple):
     """
 
     unit: Float[Array, " 1"]
+    most: Float[Array, " 1"]
+    """log2 ε: no p of the tail is more."""
     column: Float[Array, " columns"]
     """Of the chunk's columns, finite; −1e30 where there is no class."""
     row: Float[Array, " rows"]
@@ -109,6 +109,7 @@ def tail_terms(
         e_gmem,
         c_gmem,
         unit_gmem,
+        most_gmem,
         column_gmem,
         row_gmem,
         lse_gmem,
@@ -165,7 +166,7 @@ def tail_terms(
                 t, block = tile
                 rows = pl.ds(block * BLOCK, BLOCK)
                 of_row = lambda ref: plgpu.load(ref.at[rows], layout=ROW, optimized=False)
-                unit = unit_gmem[0]
+                unit, most = unit_gmem[0], most_gmem[0]
                 ours = jnp.where(marked_gmem[t * CONSUMERS + wg, block] == 0, 1.0, 0.0)
                 row, a = of_row(row_gmem), of_row(a_gmem) * ours
                 acc, ring = consumer.multiply(tile, ring)
@@ -179,12 +180,12 @@ def tail_terms(
                     some = plgpu.load(some, layout=COLUMN, optimized=False)
                     x = x + lax.broadcast_in_dim(some, x.shape, [1]) + wide(row)
                     if softcap is None:
-                        out = jnp.exp2(x) * wide(a)
+                        out = jnp.exp2(jnp.minimum(x, most)) * wide(a)
                     else:
                         u = capped(x, softcap)
                         slope = 1.0 - u * u
-                        p = jnp.exp2(softcap * LOG2E * u - wide(of_row(lse_gmem)))
-                        out = p * wide(a) * slope
+                        x = softcap * LOG2E * u - wide(of_row(lse_gmem))
+                        out = jnp.exp2(jnp.minimum(x, most)) * wide(a) * slope
                         if smooth:
                             change = slope - wide(of_row(kappa_gmem))
                             out = out - wide(of_row(s_gmem) * ours) * change
