@@ -100,11 +100,7 @@ def parse[F: Checked](
     ValueError, in one line, for what is wrong; SystemExit after --help.
     """
     found = command_line.read(
-        kind,
-        f"python -m benchmarks.{module}",
-        arguments,
-        description=about,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        kind, f"python -m benchmarks.{module}", arguments, description=about
     )
     found.check()
     return found

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import re
 import sys
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
+import docstring_parser
 import tyro
 
 from train import start
@@ -17,23 +21,31 @@ from train import start
 KINDS = {"int": "a whole number", "float": "a number"}
 
 
-def read[F](kind: type[F], program: str, arguments: Sequence[str] | None, **options: Any) -> F:
+def read[F](
+    kind: type[F],
+    program: str,
+    arguments: Sequence[str] | None,
+    config: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,),
+    **options: Any,
+) -> F:
     """`tyro.cli`, but what it shows in a box and exits with is an error for the caller to show.
 
     Args:
       kind: the dataclass.
       program: what was typed before the flags, `python -m train`.
       arguments: the flags; None for those of this process.
+      config: tyro's markers; without any, no switch has a --no- beside it.
       options: of `tyro.cli`.
 
     Raises:
       ValueError: in one line, with what to do, for flags that are unknown, missing or wrong.
       SystemExit: after --help.
     """
+    _join_lines(kind)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=program, args=arguments, **options)
+            return tyro.cli(kind, prog=program, args=arguments, config=config, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -81,6 +93,18 @@ def in_one_line(box: str, program: str) -> str:
         return f"{name}: {reason}: {see}"
     # Ours, which tyro puts behind the name of the dataclass that raised it.
     return re.sub(r"^Error parsing \w+: ", "", first)
+
+
+def _join_lines(kind: type) -> None:
+    """Makes a paragraph of each field's docstring; tyro would keep the line breaks of the source."""
+    documented = docstring_parser.parse_from_object(kind).params
+    text = {p.arg_name: " ".join((p.description or "").split()) for p in documented}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in text:
+            field.metadata = types.MappingProxyType(field.metadata | {"help": text[field.name]})
+        if dataclasses.is_dataclass(hints[field.name]):
+            _join_lines(hints[field.name])
 
 
 def _is_rule(line: str) -> bool:

@@ -18,7 +18,8 @@ class Flags:
     """Some of each kind."""
 
     rows: Annotated[int, shown("N")] = 1
-    """Rows, of which there may be as many as memory has room for, as this long text says."""
+    """Rows, of which there may be as many as memory has room for, as this long text
+    says in a second line, and no more."""
     rate: float = 1.0
     steps: int | None = None
     cap: float | None = None
@@ -31,9 +32,7 @@ class Flags:
 
 
 def read(line: str) -> Flags:
-    return command_line.read(
-        Flags, "python -m it", line.split(), config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    return command_line.read(Flags, "python -m it", line.split())
 
 
 @pytest.mark.parametrize("columns", ["30", "80", "300"])
@@ -66,7 +65,19 @@ def test_what_is_right_is_read_and_help_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
         read("--help")
     assert stop.value.code == 0
-    assert "as this long text" in capsys.readouterr().out
+    assert "--no-quick" not in capsys.readouterr().out
+
+
+def test_help_breaks_lines_where_they_are_full_and_not_as_the_source_does(monkeypatch, capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Nested:
+        flags: Flags = dataclasses.field(default_factory=Flags)
+
+    monkeypatch.setenv("COLUMNS", "200")
+    for kind in (Flags, Nested):
+        with pytest.raises(SystemExit):
+            command_line.read(kind, "python -m it", ["--help"])
+        assert "as this long text says in a second line, and no more." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
