@@ -36,7 +36,9 @@ class PaperFlags:
     minutes: Annotated[float | None, shown("M", "no limit")] = None
     """Stop in time for a machine that is lent; the same command goes on."""
     epochs: Annotated[float, shown("X")] = 3.0
+    """Times to see all training rows."""
     seeds: Annotated[tuple[int, ...], shown("SEED ...")] = (0, 1, 2)
+    """Of weights, data and dropout: a run of each."""
     tasks: Annotated[tuple[str, ...], shown("TASK ...")] = tuple(TASKS)
     """What is evaluated besides the held-out records."""
     limit: Annotated[int | None, shown("N", "all")] = None

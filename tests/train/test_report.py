@@ -19,10 +19,10 @@ def bins(accuracy=0.5, confidence=0.9, n=200):
     return found
 
 
-def run(folder, *, beta, seed=0, accuracy=0.5, done=True):
+def run(folder, *, beta, seed=0, accuracy=0.5, done=True, **settings):
     """A run's files, as far as a report reads them."""
     folder.mkdir(parents=True)
-    config = TrainConfig.of(label_smoothing=beta, seed=seed).flags()
+    config = TrainConfig.of(label_smoothing=beta, seed=seed, **settings).flags()
     config |= {"data": [], "eval_data": [], "out": str(folder)}
     (folder / "run.json").write_text(json.dumps(config, default=str))
     rows = [{"step": s, "loss": 5 / s, "grad_norm": 1 / s} for s in range(1, 601)]
@@ -90,6 +90,34 @@ def test_runs_and_results_make_one_page_that_stands_alone(tmp_path, capsys):
     assert cells[2].startswith("**60.0%** [53.")
     header, rule = markdown.splitlines()[2:4]
     assert header.count("|") == rule.count("|") == row.count("|")
+
+
+def test_a_sweep_beside_other_runs_is_told_apart_by_what_it_varied(tmp_path):
+    """Of two settings, one is the sweep's own, and the other that of a run of another kind."""
+    for rate in (0.001, 0.003):
+        for beta in (0.0, 0.1):
+            name = f"label_smoothing={beta},learning_rate={rate}"
+            run(tmp_path / name, beta=beta, learning_rate=rate)
+    run(tmp_path / "alone", beta=0.1, learning_rate=2e-5, model="nano", dropout=0.0)
+    found, _ = entries.read([*tmp_path.iterdir()])
+    made = page.render(found, [], "t")
+    (picture,) = re.findall(r"ECE against β</figcaption>(.*?)</figure>", made["html"], re.DOTALL)
+    legend = set(re.findall(r">(learning rate [^<]+)<", picture))
+    assert legend == {"learning rate 0.001", "learning rate 0.003"}  # to the last digit
+    assert "nano" not in picture
+    for rate in (0.001, 0.003):
+        assert f"label_smoothing=0.1,learning_rate={rate}: ECE is" in made["md"]
+    assert "\n\n## What they say\n\n" in made["md"]
+    assert made["md"].splitlines()[2].startswith("| name | β | model |")
+
+
+def test_a_legend_stays_inside_its_picture():
+    """matplotlib gives up, with a warning, where a line of it is wider than the picture."""
+    names = [", ".join(f"setting{k} value{k}" for k in range(9)), "a=0.0001,b=2" * 9]
+    svg = drawings.lines({name: [(0, 1), (1, 2)] for name in names}, "x", "y")
+    said = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert any("setting8 value8" in line for line in said)
+    assert max(map(len, said)) <= drawings.LEGEND_WIDTH
 
 
 def test_seeds_are_one_row_with_their_range(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ STYLE = {
     "legend.frameon": False,
 }
 INSIDE = 4
-"""Lines whose names have room among them; those of more stand below."""
+"""Lines of a legend that have room among what is drawn; one of more stands below."""
+LEGEND_WIDTH = 36
+"""Characters that have room in one of them."""
 _number = itertools.count()
 
 Line = Sequence[tuple[float, float]]
@@ -75,13 +78,17 @@ def lines(
 ) -> str:
     """Lines by their names; with `intervals`, a bar at each point. `best` is a reference line."""
 
+    labels = {name: textwrap.fill(re.sub(", ?", ", ", name), LEGEND_WIDTH) for name in drawn}
+    rows = sum(len(label.splitlines()) for label in labels.values())
+    below = rows if len(drawn) > 1 and rows > INSIDE else 0
+
     def draw(figure: Figure) -> None:
         ax: Axes = figure.subplots()
         for k, (name, points) in enumerate(drawn.items()):
             style: dict[str, Any] = {"color": COLORS[k % len(COLORS)]}
             style["ls"] = ("-", "--", ":")[k // len(COLORS) % 3]
             marker = "o" if intervals is not None or len(points) == 1 else None
-            ax.plot(*np.array(points).T, label=name, lw=1.5, marker=marker, ms=4, **style)
+            ax.plot(*np.array(points).T, label=labels[name], lw=1.5, marker=marker, ms=4, **style)
             for (at, _), m in zip(points, (intervals or {}).get(name, []), strict=False):
                 if m.low is not None and m.high is not None:
                     ax.plot((at, at), (m.low, m.high), color=style["color"], lw=1.2)
@@ -91,12 +98,12 @@ def lines(
         if not log_y:
             ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
         ax.grid(alpha=0.25)
-        if len(drawn) > INSIDE:
+        if below:
             figure.legend(fontsize=8, loc="outside lower left")
         elif len(drawn) > 1:
             ax.legend(fontsize=8)
 
-    return _svg(draw, (3.6, 3.2 + 0.16 * len(drawn) * (len(drawn) > INSIDE)))
+    return _svg(draw, (3.6, 3.2 + 0.16 * below))
 
 
 def risk_coverage(curves: Mapping[str, Curve]) -> str:
@@ -125,5 +132,6 @@ def _svg(draw: Any, size: tuple[float, float]) -> str:
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'font: ([^;"]*?)px [^;"]*', r"font-size: \1px", svg)
+    # Coordinates, which stand in tags; numbers between tags are text.
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), svg)
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)

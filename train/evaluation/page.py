@@ -194,18 +194,22 @@ def _without_smoothing(group: Group, made: Sequence[Group], task: str) -> Group 
     if not group.first.beta or task not in group.first.blocks:
         return None
 
-    def rest(of: Group) -> dict[str, Any]:
-        free = (*FREE, "label_smoothing")
-        return {k: v for k, v in of.first.settings.items() if k not in free}
-
     return next(
         (
             g
             for g in made
-            if g.first.beta == 0 and rest(g) == rest(group) and task in g.first.blocks
+            if g.first.beta == 0
+            and _apart_from_smoothing(g) == _apart_from_smoothing(group)
+            and task in g.first.blocks
         ),
         None,
     )
+
+
+def _apart_from_smoothing(group: Group) -> dict[str, Any]:
+    """The settings that make two groups the same experiment at another β, in one order."""
+    free = (*FREE, "label_smoothing")
+    return {k: v for k, v in sorted(group.first.settings.items()) if k not in free}
 
 
 def _of_smoothing(plain: Group, smoothed: Group, task: str) -> str:
@@ -230,11 +234,14 @@ def _of_smoothing(plain: Group, smoothed: Group, task: str) -> str:
         sure = "the intervals do not overlap" if apart else "the intervals overlap"
         sure += "; it is one seed, and another may say otherwise"
     if f"{b.value:.4f}" == f"{a.value:.4f}":
-        return f"{task}: ECE is {b.value:.4f} with {settings} as it is without smoothing; {sure}."
+        return (
+            f"{task}: {smoothed.name}: ECE is {b.value:.4f} with {settings} as it is without"
+            f" smoothing; {sure}."
+        )
     way = "lower" if b.value < a.value else "higher"
     return (
-        f"{task}: ECE is {way} with {settings} than without smoothing, {b.value:.4f} for"
-        f" {a.value:.4f}; {sure}."
+        f"{task}: {smoothed.name}: ECE is {way} with {settings} than without smoothing,"
+        f" {b.value:.4f} and not {a.value:.4f}; {sure}."
     )
 
 
@@ -287,24 +294,25 @@ def _pictures(made: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _against_beta(made: Sequence[Group], task: str) -> str | None:
-    """ECE against β, a line for each combination of the other settings."""
-    drawn: dict[str, list[tuple[float, Measure]]] = {}
-    entries = [entry for group in made for entry in group.entries]
-    others = [field for field in varied(entries) if field != "label_smoothing"]
+    """ECE against β, a line for each combination of the other settings that several β have."""
+    found: dict[str, list[tuple[float, Measure, Group]]] = {}
     for group in made:
         m = group.measure(task, "ece")
         if group.first.beta is not None and m is not None and m.value is not None:
-            line = ", ".join(f"{name_of(f)} {text(group.first.settings.get(f))}" for f in others)
-            drawn.setdefault(line or "ECE", []).append((group.first.beta, m))
-    several = {name: sorted(p, key=lambda point: point[0]) for name, p in drawn.items()}
-    if not any(len(points) > 1 for points in several.values()):
+            same = repr(_apart_from_smoothing(group))
+            found.setdefault(same, []).append((group.first.beta, m, group))
+    several = [sorted(line, key=lambda p: p[0]) for line in found.values() if len(line) > 1]
+    if not several:
         return None
-    return drawings.lines(
-        {name: [(beta, m.value or 0.0) for beta, m in p] for name, p in several.items()},
-        "β",
-        "ECE",
-        intervals={name: [m for _, m in p] for name, p in several.items()},
-    )
+    fields = varied([entry for line in several for *_, g in line for entry in g.entries])
+    fields = [field for field in fields if field != "label_smoothing"]
+    drawn, intervals = {}, {}
+    for line in several:
+        settings = line[0][2].first.settings
+        name = ", ".join(f"{name_of(f)} {text(settings.get(f))}" for f in fields) or "ECE"
+        drawn[name] = [(beta, m.value or 0.0) for beta, m, _ in line]
+        intervals[name] = [m for _, m, _ in line]
+    return drawings.lines(drawn, "β", "ECE", intervals=intervals)
 
 
 def _versions(entries: Sequence[Entry]) -> list[str]:

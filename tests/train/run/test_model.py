@@ -298,6 +298,8 @@ def test_adapters_are_exported_merged_and_as_peft_has_them(adapted, checkpoint, 
         else:
             np.testing.assert_array_equal(merged.read(name), before)
     assert not adapter
+    written = [*(tmp_path / "merged").iterdir(), *(tmp_path / "adapter").iterdir()]
+    assert len({path.stat().st_mode for path in written}) == 1  # who may read one may read all
     found, expected = run_model.read(str(tmp_path / "merged")), run_model.read(str(adapted))
     assert found.shape == expected.shape
     assert not found.shape.tied_head

@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from train.models import families
 from train.models.config import ModelConfig
 from train.models.lora import matrices
+from train.models.weights.safetensors import write_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -52,7 +52,7 @@ def save(config: ModelConfig, params: nnx.State, base: str, folder: Path, dtype:
         "bias": "none",
         "target_modules": sorted(modules),
     }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", "utf-8")
 
 

@@ -85,6 +85,15 @@ def _listed(folder: Path) -> dict[str, Path]:
     return {name: folder / file for name, file in files.items()}
 
 
+def write_file(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """One safetensors file, which others may read if they may read any new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    # The mark that transformers looks for.
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # save_file leaves the file to its owner alone
+
+
 def save(
     tensors: Iterable[tuple[str, np.ndarray]], folder: Path, shard_bytes: int = 4_000_000_000
 ) -> None:
@@ -95,8 +104,7 @@ def save(
     total = 0
 
     def write() -> None:
-        # The mark that transformers looks for.
-        save_file(kept, folder / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        write_file(kept, folder / f"part-{len(files)}.safetensors")
         files.append(list(kept))
         kept.clear()
 
