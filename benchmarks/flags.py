@@ -99,9 +99,7 @@ def parse[F: Checked](
 
     ValueError, in one line, for what is wrong; SystemExit after --help.
     """
-    found = command_line.read(
-        kind, f"python -m benchmarks.{module}", arguments, description=about
-    )
+    found = command_line.read(kind, f"python -m benchmarks.{module}", arguments, description=about)
     found.check()
     return found
 
@@ -116,5 +114,5 @@ def run[F](
     try:
         return work(parse(arguments))
     except (ValueError, OSError) as error:
-        print(f"benchmarks.{module}: {error}", file=sys.stderr)
+        print(f"benchmarks.{module}: {command_line.said(error)}", file=sys.stderr)
         return 2

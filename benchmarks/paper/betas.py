@@ -19,7 +19,9 @@ from benchmarks.paper.steps import Experiment, PaperFlags
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BetasFlags(PaperFlags):
     learning_rate: Annotated[float, shown("RATE")] = 2e-5
+    """Peak learning rate."""
     label_smoothing: Annotated[tuple[float, ...], shown("BETA ...")] = (0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    """β of each run."""
 
 
 def plan(options: BetasFlags) -> Iterator[Step]:

@@ -29,8 +29,11 @@ class CurvesFlags(PaperFlags):
     implementation: Annotated[tuple[str, ...], shown("NAME ...")] = ("auto", "chunked", "reference")
     """Backends of the loss."""
     steps: Annotated[int, shown("N")] = 300
+    """Optimizer steps."""
     learning_rate: Annotated[float, shown("RATE")] = 2e-5
+    """Peak learning rate."""
     label_smoothing: Annotated[float, shown("BETA")] = 0.1
+    """β of both losses."""
 
 
 def plan(options: CurvesFlags) -> Iterator[Step]:

@@ -23,8 +23,11 @@ from benchmarks.paper.steps import Experiment, PaperFlags
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SizesFlags(PaperFlags):
     sizes: Annotated[tuple[str, ...], shown("MODEL ...")] = ("nano", "tiny", "small")
+    """Shapes that are trained from scratch."""
     learning_rate: Annotated[float, shown("RATE")] = 1e-3
+    """Peak learning rate."""
     label_smoothing: Annotated[tuple[float, ...], shown("BETA ...")] = (0.0, 0.1)
+    """β of each run."""
     tasks: Annotated[tuple[str, ...], shown("TASK ...")] = ("arc-easy",)
     """What is evaluated besides the held-out records; such models guess."""
 

@@ -24,7 +24,9 @@ class SoftcapFlags(PaperFlags):
     softcap: Annotated[tuple[str, ...], shown("CAP ...")] = ("None", "30", "15")
     """None: no cap."""
     learning_rate: Annotated[float, shown("RATE")] = 2e-5
+    """Peak learning rate."""
     label_smoothing: Annotated[tuple[float, ...], shown("BETA ...")] = (0.0, 0.1)
+    """β of each run."""
 
 
 def plan(options: SoftcapFlags) -> Iterator[Step]:

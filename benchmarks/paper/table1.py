@@ -27,6 +27,7 @@ class Table1Flags(PaperFlags):
     learning_rate: Annotated[tuple[float, ...], shown("RATE ...")] = (5e-6, 2e-5, 5e-5, 2e-4)
     """The paper's."""
     label_smoothing: Annotated[tuple[float, ...], shown("BETA ...")] = (0.0, 0.1)
+    """β of each run."""
 
 
 def plan(options: Table1Flags) -> Iterator[Step]:

@@ -52,6 +52,7 @@ def test_what_every_command_refuses_before_anything_is_measured(
         ("everywhere --from", "--from has no value"),
         ("everywhere --from a.json --json b.json", "--from measures nothing that --json"),
         ("table --from a.json --json b.json", "--from measures nothing that --json"),
+        ("filter_error nothere", "nothere/hidden.npy: No such file or directory"),
         ("filter_error folder --v -5", "--v must be at least 1, not -5"),
         ("filter_error folder --power 1e9", "and at least -126, not 1e+09"),
         ("filter_error folder --power 0", "--power must be below 0, as -10 is, and at least -126"),
