@@ -96,7 +96,7 @@ def in_one_line(box: str, program: str) -> str:
 
 
 def _join_lines(kind: type) -> None:
-    """Makes a paragraph of each field's docstring; tyro would keep the line breaks of the source."""
+    """Makes one line of each field's docstring, of which tyro keeps the line breaks."""
     documented = docstring_parser.parse_from_object(kind).params
     text = {p.arg_name: " ".join((p.description or "").split()) for p in documented}
     hints = typing.get_type_hints(kind)

@@ -7,7 +7,6 @@ import re
 from typing import Annotated, Literal
 
 import pytest
-import tyro
 
 from train import command_line, export, generate
 from train.flags import require, shown
