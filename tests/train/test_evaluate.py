@@ -277,6 +277,18 @@ def test_solved_examples_go_where_they_have_no_room(model):
         )
 
 
+def test_a_question_that_is_one_of_the_solved_examples_has_one_fewer(model):
+    """MMLU has five a subject, and one of them stands in its validation split, too."""
+    tokenizer = PretrainedTokenizer.from_folder(model)
+    examples = [Item(question, ("a", "b"), 0) for question in ("first", "second")]
+    items = {0: Item("other", ("a", "b"), 0), 1: examples[0]}
+    found = encoding.encode(
+        tokenizer, items, {"": examples}, mmlu, "harness", "letters", shots=2, max_length=None
+    )
+    assert {i: encoded.shots for i, encoded in found.items()} == {0: 2, 1: 1}
+    assert tokenizer.decode(found[1].tree.context).count("first") == 1
+
+
 def test_texts_are_cut_as_lm_evaluation_harness_cuts_them(model):
     """Blanks go to the continuation, and the two are encoded together."""
     tokenizer = PretrainedTokenizer.from_folder(model)

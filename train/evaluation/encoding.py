@@ -53,7 +53,7 @@ def encode(
         texts = [word(items[i], before[i][:kept], page, prompt, answer) for i in waiting]
         encoded = dict(zip(waiting, trees(tokenizer, texts), strict=True))
         fitting = {i for i, tree in encoded.items() if fits(tree, max_length)}
-        found |= {i: Encoded(encoded[i], kept) for i in fitting}
+        found |= {i: Encoded(encoded[i], min(kept, len(before[i]))) for i in fitting}
         waiting = [i for i in waiting if i not in fitting]
     return found
 
@@ -104,7 +104,8 @@ def _examples(item: Item, examples: Mapping[str, Sequence[Item]], shots: int) ->
         return ()
     of_all = examples.get(item.subject, examples.get("", ()))
     others = [e for e in of_all if (e.question, e.choices) != (item.question, item.choices)]
-    if len(others) < shots:
+    # Where it is one of just enough, as in MMLU's validation split, it has one fewer.
+    if len(of_all) < shots:
         subject = f" of {item.subject}" if item.subject else ""
-        raise ValueError(f"--shots {shots}: there are only {len(others)} solved examples{subject}")
+        raise ValueError(f"--shots {shots}: there are only {len(of_all)} solved examples{subject}")
     return others[:shots]
