@@ -65,7 +65,10 @@ def caption(task: TaskResult) -> str:
             " are summed."
         )
     if task.shots_dropped:
-        notes.append(f"{task.shots_dropped:,} questions had fewer shots: for want of room, or because they are one of them.")
+        notes.append(
+            f"{task.shots_dropped:,} questions had fewer shots: for want of room, or because"
+            " they are one of them."
+        )
     if task.left_out:
         notes.append(f"{task.left_out:,} questions are left out: too long without any shot.")
     scored = task.scorings[task.reported]
