@@ -77,7 +77,7 @@ def run(options: DiagnoseOptions) -> None:
     from train.data import corpus, files, records
     from train.data.encode import encode_records
     from train.data.packing import pack
-    from train.evaluation import diagnosis
+    from train.evaluation import diagnosis, diagnosis_picture, diagnosis_words
     from train.evaluation.report import versions
     from train.run import folder as run_folder
     from train.run import model as run_model
@@ -89,10 +89,6 @@ def run(options: DiagnoseOptions) -> None:
     else:  # what training with default flags holds out
         _, text = records.split(corpus.standard_library_records(), 0.1)
     loaded = run_model.read(options.model, template=options.template, checkpoint=options.checkpoint)
-    is_run = (Path(options.model) / run_folder.RUN_FILE).is_file()
-    softcap = (
-        run_folder.load(Path(options.model)).loss.softcap if is_run else loaded.shape.final_softcap
-    )
     # A record gives a label or more: no more of them are needed.
     usable = [record for record in text if not record.has_empty_response][: options.tokens]
     encoded = encode_records(loaded.tokenizer, usable, options.max_length)
@@ -101,10 +97,10 @@ def run(options: DiagnoseOptions) -> None:
         loaded.model,
         rows,
         tokens=options.tokens,
-        softcap=softcap,
+        softcap=loaded.shape.final_softcap,
         label_smoothing=options.label_smoothing,
     )
-    said = diagnosis.words(found)
+    said = diagnosis_words.words(found)
     print("\n\n".join(textwrap.fill(part, 100) for part in said.split("\n\n")))
     options.out.mkdir(parents=True, exist_ok=True)
     name = Path(options.model).name
@@ -118,7 +114,7 @@ def run(options: DiagnoseOptions) -> None:
     }
     write_json(options.out / JSON, content)
     picture = io.BytesIO()
-    diagnosis.figure(name, found, points).savefig(picture, format="png", dpi=110)
+    diagnosis_picture.figure(name, found, points).savefig(picture, format="png", dpi=110)
     write(options.out / PICTURE, picture.getvalue())
     print(f"\n{options.out / JSON}, {options.out / PICTURE}")
 

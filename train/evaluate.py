@@ -142,7 +142,7 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
                 f"--against {options.against} has no {name}, but {', '.join(against.tasks)}",
             )
 
-    from train.evaluation import choices, comparing, pictures, token_level
+    from train.evaluation import asking, paired, pictures, token_level
     from train.evaluation.table import print_result
     from train.run import model as run_model
 
@@ -157,26 +157,26 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
         context is None or (options.max_length or 0) <= context,
         f"--max-length {options.max_length} is more than the model's context, {context}",
     )
-    weights = choices.checksum(loaded.params)
+    weights = asking.checksum(loaded.params)
     out = options.out or EVALUATIONS / _slug(options.model, loaded.step)
     result = start_of(options, command, loaded, weights)
     measuring = {"resamples": options.resamples, "seed": options.seed}
     found: dict[str, results.TaskResult] = {}
-    for questions, fitting, asking in zip(asked_for, fitted_on, how, strict=True):
-        asking = dataclasses.replace(asking, max_length=_max_length(asking, context))
-        where = out / f"{_slug(questions.name)}-{asking.prompt}-{asking.answer}.jsonl"
+    for questions, fitting, manner in zip(asked_for, fitted_on, how, strict=True):
+        manner = dataclasses.replace(manner, max_length=_max_length(manner, context))
+        where = out / f"{_slug(questions.name)}-{manner.prompt}-{manner.answer}.jsonl"
         indices = questions.sample(options.limit, options.seed)
         path = _cleared(where, options.overwrite)
-        asked = choices.ask(loaded, weights, questions, asking, indices, path)
-        task = choices.result(asked, questions, asking, available=len(questions.items), **measuring)
+        asked = asking.ask(loaded, weights, questions, manner, indices, path)
+        task = asking.result(asked, questions, manner, available=len(questions.items), **measuring)
         if fitting is not None:
             path = _cleared(where.with_suffix(".temperature.jsonl"), options.overwrite)
-            others = choices.ask(loaded, weights, fitting, asking, range(len(fitting.items)), path)
-            task = choices.with_temperature(
+            others = asking.ask(loaded, weights, fitting, manner, range(len(fitting.items)), path)
+            task = asking.with_temperature(
                 task, asked.answers, others.answers, fitting.source, **measuring
             )
         if against is not None and options.against is not None:
-            task = comparing.against(task, asked.answers, against, options.against, **measuring)
+            task = paired.against(task, asked.answers, against, options.against, **measuring)
         found[questions.name] = task
     result = dataclasses.replace(result, tasks=found)
     if options.tokens:
@@ -197,14 +197,14 @@ def start_of(options: EvaluateOptions, command: str, loaded: Any, weights: str) 
     """The result without what was found."""
     import jax
 
-    from train.evaluation.report import plain, versions
+    from train.evaluation.report import versions
     from train.evaluation.results import Result
-    from train.run import folder
+    from train.run import files, folder
 
     run = Path(options.model)
     flags = {}
     if loaded.step is not None:
-        flags = plain(folder.load(run).flags())
+        flags = files.plain(folder.load(run).flags())
     return Result(
         model=options.model,
         weights=weights,
@@ -213,7 +213,7 @@ def start_of(options: EvaluateOptions, command: str, loaded: Any, weights: str) 
         label_smoothing=flags.get("label_smoothing"),
         command=command,
         seed=options.seed,
-        settings=plain(dataclasses.asdict(options)),
+        settings=files.plain(dataclasses.asdict(options)),
         versions=versions(),
         device=jax.devices()[0].device_kind,
         tasks={},
@@ -222,7 +222,7 @@ def start_of(options: EvaluateOptions, command: str, loaded: Any, weights: str) 
 
 def _how(name: str, page: Any, options: EvaluateOptions) -> Any:
     """How the questions of a task are put, before the model's context is known."""
-    from train.evaluation.choices import Asking
+    from train.evaluation.asking import Asking
     from train.evaluation.prompts import answer_by
     from train.evaluation.tasks import TASKS as BY_NAME
 

@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
     try:
         options = command_line.read(ReportOptions, "python -m train.report", arguments)
-        from train.evaluation import entries, page
+        from train.evaluation import page, page_entries
         from train.run import files
         from train.run import folder as run_folder
 
         run_folder.check_place(options.out.parent)
-        found, unfinished = entries.read(options.what)
+        found, unfinished = page_entries.read(options.what)
         made = page.render(found, unfinished, options.title)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         for ending, content in made.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from oracles.inputs import weights
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from train import evaluate
-from train.evaluation import answers, choices, encoding, measures, questions, results, table
+from train.evaluation import answers, asking, encoding, measures, questions, results, table
 from train.evaluation.items import Item
 from train.evaluation.likelihood import Tree
 from train.evaluation.prompts import Worded
@@ -111,11 +112,22 @@ def vocabulary_id(tokenizer: PretrainedTokenizer, letter: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def done(model, data, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("done") / "out"
-    flags = ("--task", "mmlu", "--task-data", data, "--shots", 2)
-    assert call(model, out, *flags, "--temperature-from", "validation") == 0
-    return out
+def evaluated(model, data, tmp_path_factory):
+    """Makes it once, but in a test: `quickly_compiled` begins after what is of the module."""
+
+    @functools.cache
+    def make() -> Path:
+        out = tmp_path_factory.mktemp("done") / "out"
+        flags = ("--task", "mmlu", "--task-data", data, "--shots", 2)
+        assert call(model, out, *flags, "--temperature-from", "validation") == 0
+        return out
+
+    return make
+
+
+@pytest.fixture
+def done(quickly_compiled, evaluated) -> Path:
+    return evaluated()
 
 
 @pytest.mark.slow
@@ -177,14 +189,14 @@ def test_what_was_interrupted_goes_on_and_what_differs_is_refused(
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:6]) + whole[6][:20])
     asked = []
-    original = choices.log_likelihoods
+    original = asking.log_likelihoods
 
     def counted(*arguments, **options):
         for batch in original(*arguments, **options):
             asked.extend(batch)
             yield batch
 
-    monkeypatch.setattr(choices, "log_likelihoods", counted)
+    monkeypatch.setattr(asking, "log_likelihoods", counted)
     assert call(model, out, *flags) == 0
     assert 7 <= len(asked) < 12
     assert sorted(path.read_text().splitlines()) == sorted("".join(whole).splitlines())
@@ -203,7 +215,12 @@ def test_what_was_interrupted_goes_on_and_what_differs_is_refused(
 
 
 @pytest.mark.slow
-def test_two_models_are_compared_on_the_same_questions(done, model, data, tmp_path, capsys):
+def test_two_models_are_compared_on_the_same_questions(
+    done, model, data, tmp_path, capsys, monkeypatch
+):
+    # Without the errors, whose differences take seconds to compile.
+    monkeypatch.setattr(measures, "GROUPS", measures.GROUPS[:1])
+    monkeypatch.setattr(measures, "SIGNED", measures.NAMES)
     flags = ("--task", "mmlu", "--task-data", data, "--shots", 2)
     out = tmp_path / "out"
     shutil.copytree(done, out)
@@ -216,12 +233,6 @@ def test_two_models_are_compared_on_the_same_questions(done, model, data, tmp_pa
     assert call(model, out, "--task", path) == 0  # which keeps what was found before
     assert list(results.read(out).tasks) == ["mmlu", str(path)]
     assert results.read(out).tasks["mmlu"].against == against
-    records = tmp_path / "records.jsonl"
-    records.write_text('{"prompt": "?", "completion": "y"}\n')
-    assert call(model, out, "--tokens", records) == 0  # and so are tokens
-    assert call(model, out, "--task", path) == 0
-    assert results.read(out).tokens.n == 2
-    assert results.read(out).tokens_data == str(records)
     assert call(model, tmp_path / "less", *flags, "--limit", 3, "--against", done) == 2
     assert "with other questions or words (questions 12, here 3)" in capsys.readouterr().err
 
@@ -255,6 +266,9 @@ def test_tasks_whose_answers_are_text_and_responses(model, tmp_path, capsys):
             nll.append(np.logaddexp.reduce(score) - score[rows[n]["answer"]])
         assert found[name] == pytest.approx(np.mean(nll), abs=1e-5)
     assert result.tokens.n == sum(range(1, 9)) + 8  # each ends with one token more
+    assert call(model, out, "--task", path, "--max-length", 256) == 0  # which keeps the tokens
+    assert results.read(out).tokens == result.tokens
+    assert results.read(out).tokens_data == str(records)
     assert set(measures.NAMES) - set(result.tokens.measures) == {
         "sce", "ace", "brier_reliability", "brier_resolution", "brier_uncertainty",
         "brier_within_bins", "outside",
@@ -355,4 +369,4 @@ def test_weights_are_told_apart():
 
     state = nnx.State({"a": np.arange(6, dtype=np.float32), "b": np.ones((2, 2), np.float32)})
     swapped = nnx.State({"a": np.arange(6, dtype=np.float32)[::-1].copy(), "b": state["b"]})
-    assert choices.checksum(state) == choices.checksum(state) != choices.checksum(swapped)
+    assert asking.checksum(state) == asking.checksum(state) != asking.checksum(swapped)

@@ -9,7 +9,7 @@ import pytest
 
 from train import report
 from train.config import TrainConfig
-from train.evaluation import drawings, entries, page, results
+from train.evaluation import page, page_drawings, page_entries, results
 from train.evaluation.results import Bin, Curve, Measure, Scored, TaskResult
 
 
@@ -123,7 +123,7 @@ def test_a_legend_stays_inside_its_picture():
 def test_seeds_are_one_row_with_their_range(tmp_path):
     for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.7)):
         run(tmp_path / f"s{seed}", beta=0.1, seed=seed, accuracy=accuracy)
-    found, _ = entries.read([tmp_path / f"s{seed}" for seed in range(3)])
+    found, _ = page_entries.read([tmp_path / f"s{seed}" for seed in range(3)])
     (group,) = page.groups(found)
     assert group.name == "s0 and 2 other seeds"
     m = group.measure("held-out tokens", "accuracy")
@@ -139,17 +139,17 @@ def test_a_sweep_lists_what_failed(tmp_path):
         {"name": "label_smoothing=0.1", "status": "failed"},
     ]
     (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "runs": jobs}))
-    found, unfinished = entries.read([tmp_path])
+    found, unfinished = page_entries.read([tmp_path])
     assert [e.name for e in found] == ["label_smoothing=0"]
-    assert unfinished == [entries.Unfinished("label_smoothing=0.1", "failed")]
-    assert len(found[0].curves["loss"]) == entries.MOST_POINTS
+    assert unfinished == [page_entries.Unfinished("label_smoothing=0.1", "failed")]
+    assert len(found[0].curves["loss"]) == page_entries.MOST_POINTS
     assert found[0].curves["loss"][-1][0] == 600
 
 
 def test_paired_differences_are_said_with_their_luck(tmp_path):
     apart = {"sum": {"accuracy": Measure(0.1, 0.05, 0.15), "ece": Measure(-0.01, -0.04, 0.02)}}
     against = results.Against("base", "base.json", 200, apart)
-    found, _ = entries.read([result(tmp_path / "result.json", against=against)])
+    found, _ = page_entries.read([result(tmp_path / "result.json", against=against)])
     said = page.render(found, [], "t")["md"]
     assert "model less base on the same 200 questions, accuracy +0.1000" in said
     assert "[+0.0500, +0.1500]: more than chance" in said
@@ -161,13 +161,13 @@ def test_the_interval_of_binned_ece_covers_what_sampling_gives():
     covered = 0
     for _ in range(60):
         right = r.binomial(200, 0.7)
-        m = entries.ece_from_bins(bins(right / 200, 0.9), resamples=300)
+        m = page_entries.ece_from_bins(bins(right / 200, 0.9), resamples=300)
         assert m.value == pytest.approx(abs(right / 200 - 0.9))
         covered += m.low <= 0.2 <= m.high
     assert covered >= 51
-    few, many = (entries.ece_from_bins(bins(0.7, n=n), 300) for n in (100, 10_000))
+    few, many = (page_entries.ece_from_bins(bins(0.7, n=n), 300) for n in (100, 10_000))
     assert many.high - many.low < 0.2 * (few.high - few.low)
-    assert entries.ece_from_bins(bins(n=0)).value is None
+    assert page_entries.ece_from_bins(bins(n=0)).value is None
 
 
 def test_a_run_and_its_evaluation_are_one_row_and_no_two_seeds(tmp_path):
@@ -181,17 +181,17 @@ def test_a_run_and_its_evaluation_are_one_row_and_no_two_seeds(tmp_path):
     )
     for name in ("a", "b"):
         results.write(tmp_path / f"{name}.json", written)
-    found, _ = entries.read([folder, tmp_path / "a.json"])
+    found, _ = page_entries.read([folder, tmp_path / "a.json"])
     assert [entry.name for entry in found] == ["run"]
     assert {"held-out tokens", "tokens of recs.jsonl"} < {*found[0].blocks}
-    found, _ = entries.read([folder, tmp_path / "a.json", tmp_path / "b.json"])
+    found, _ = page_entries.read([folder, tmp_path / "a.json", tmp_path / "b.json"])
     assert [group.name for group in page.groups(found)] == ["run", "run (2)"]
 
 
 def test_words_in_a_drawing_keep_their_digits_and_many_names_stand_below_it():
     points = [(0.0, 0.123456), (1.0, 0.2)]
     few, many = (
-        drawings.lines({f"rate 0.00{n}": points for n in range(1, count)}, "step", "loss")
+        page_drawings.lines({f"rate 0.00{n}": points for n in range(1, count)}, "step", "loss")
         for count in (3, 9)
     )
     assert ">rate 0.001</text>" in few
@@ -203,11 +203,13 @@ def test_words_in_a_drawing_keep_their_digits_and_many_names_stand_below_it():
 
 def test_different_questions_are_said_to_be(tmp_path):
     paths = [result(tmp_path / f"{name}.json", model=name) for name in ("a", "b")]
-    assert "not all models were asked" not in page.render(entries.read(paths)[0], [], "t")["md"]
+    assert (
+        "not all models were asked" not in page.render(page_entries.read(paths)[0], [], "t")["md"]
+    )
     other = results.read(paths[1])
     other.tasks["arc-easy"] = dataclasses.replace(other.tasks["arc-easy"], data_sha256="1")
     results.write(paths[1], other)
-    said = page.render(entries.read(paths)[0], [], "t")["md"]
+    said = page.render(page_entries.read(paths)[0], [], "t")["md"]
     assert "At arc-easy, 0-shot, harness text (sum) not all models were asked the same" in said
 
 

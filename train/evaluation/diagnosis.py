@@ -1,6 +1,7 @@
 """How concentrated a model's head can be, how concentrated it is, and what that says of smoothing.
 
-`diagnose` measures; `words` says what was found, `figure` draws it. The bounds are `lsce.theory`'s.
+`diagnose` measures, with the bounds of `lsce.theory`; `diagnosis_words` says what was found, and
+`diagnosis_picture` draws it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from lsce import calibration, theory
 from train.data.packing import IGNORE, Rows
-from train.evaluation.measures import BINS, SHIFTED
+from train.evaluation.measures import BINS
 from train.evaluation.results import Measure
 from train.models.decoder import Decoder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 ROWS_AT_ONCE = 4
 TOKENS_AT_ONCE = 64
@@ -33,7 +30,6 @@ TOKENS_AT_ONCE = 64
 TEMPERATURES = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 SOFTCAPS = (5.0, 10.0, 15.0, 30.0)
 RESAMPLES = 500
-INK, BLUE, RED, GREEN = "#333333", "#4c78a8", "#e45756", "#2a9d8f"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,194 +323,3 @@ def _head(
         usual=Reach.of(float(np.median(lengths)), v),
         capped=capped,
     )
-
-
-def words(found: Diagnosis) -> str:
-    """The diagnosis in plain words, a paragraph a question."""
-    return "\n\n".join(
-        (_can_be(found), _is(found), _smoothing(found), _temperature(found), _softcap(found))
-    )
-
-
-def _can_be(found: Diagnosis) -> str:
-    head = found.head
-    text = (
-        f"How sure can this head be? It has {head.vocab_size:,} tokens over {head.hidden_size}"
-        f" features. At σ_C = {head.sigma_c:.4g} and hidden states of length up to"
-        f" {head.sigma_h:.4g}, logits can be as long as {head.lemma.norm:.4g}; such logits could"
-        f" reach {_sure(head.lemma)}. The longest seen on this text, {head.longest.norm:.4g},"
-        f" could still reach {_sure(head.longest)}, and those of the usual length,"
-        f" {head.usual.norm:.4g}, {_sure(head.usual)}."
-    )
-    if head.usual.entropy < found.target.entropy / 100:
-        text += (
-            " Such lengths bound nothing in practice: many logits that differ make them, not one"
-            " that stands out."
-        )
-    if head.capped:
-        text += f" Its softcap of {head.softcap:g} alone would allow {_sure(head.capped)}."
-    return text
-
-
-def _sure(reach: Reach) -> str:
-    return f"a probability of {_most(reach.confidence)} (entropy {reach.entropy:.2g} nats)"
-
-
-def _most(share: float) -> str:
-    """A probability; 1 only where nothing is missing that one would write."""
-    if share > 0.9999:
-        return "over 0.9999"
-    return f"{share:.4f}" if share > 0.001 else f"{share:.1e}"
-
-
-def _is(found: Diagnosis) -> str:
-    gap = found.gap
-    if (gap.low or 0) > 0:
-        verdict = "over-confident"
-    elif (gap.high or 0) < 0:
-        verdict = "under-confident"
-    else:
-        verdict = "neither over- nor under-confident beyond chance"
-    return (
-        f"How sure is it? On {found.tokens:,} tokens of this text its entropy is"
-        f" {_with(found.entropy, '.2f')} nats on average, its confidence"
-        f" {_with(found.confidence, '.3f')} and its accuracy {_with(found.accuracy, '.3f')}:"
-        f" it is {verdict} (confidence − accuracy {_with(gap, '+.3f')}); ECE"
-        f" {_with(found.ece, '.3f')}. In brackets 95 % bootstrap intervals over the tokens, as if"
-        f" these were independent; they are of one text, and another has other numbers. {SHIFTED}"
-    )
-
-
-def _with(measure: Measure, form: str) -> str:
-    return f"{measure.value:{form}} [{measure.low:{form}}, {measure.high:{form}}]"
-
-
-def _smoothing(found: Diagnosis) -> str:
-    target = found.target
-    asks = (
-        f"Is smoothing likely to help? Smoothing by β = {found.label_smoothing:g} holds a certain"
-        f" prediction at a probability of {target.confidence:.4f} (entropy"
-        f" {target.entropy:.2f} nats), {target.gap:.1f} nats of logit above every other token."
-        f" {found.unable:.0%} of the tokens have logits too short to be that sure. It pulls on the"
-        f" mean distance to the largest logit, {found.distance:.1f} nats here."
-    )
-    if found.unable > 0.5:
-        return (
-            asks + " Not likely: most predictions cannot get there anyhow, so there is little to"
-            " hold back."
-        )
-    if (found.gap.low or 0) > 0:
-        return asks + " Likely: the head has the room to be over-confident, and on this text it is."
-    if (found.gap.high or 0) < 0:
-        return (
-            asks + " Not for this model on this text, which is under-confident already: smoothing"
-            " would make it more so. Fine-tuning can turn that round; diagnose again after it."
-        )
-    return (
-        asks + " The head has the room to become over-confident, but on this text it is not. What"
-        " smoothing can do is keep it so while it is fine-tuned; diagnose again after that."
-    )
-
-
-def _temperature(found: Diagnosis) -> str:
-    before, after = found.before, found.after
-    does = "softens" if found.temperature > 1 else "sharpens"
-    ends = {TEMPERATURES[0]: " or less", TEMPERATURES[-1]: " or more"}
-    best = f"{found.temperature:g}{ends.get(found.temperature, '')}"
-    return (
-        f"What would a temperature change? T = {best}, fitted on half of the"
-        f" tokens, {does} predictions without changing which is first. On the other half ECE goes"
-        f" from {before.ece:.3f} to {after.ece:.3f}, NLL from {before.nll:.3f} to {after.nll:.3f}"
-        f" nats, confidence from {before.confidence:.3f} to {after.confidence:.3f}."
-    )
-
-
-def _softcap(found: Diagnosis) -> str:
-    if not found.softcaps:
-        return f"What would a softcap change? It has one of {found.head.softcap:g} already."
-    lines = [
-        f"c = {v.softcap:g} allows a probability of"
-        f" {_most(theory.softcap_confidence_bound(v.softcap or 0, found.head.vocab_size))} at most:"
-        f" NLL {v.nll:.3f}, confidence {v.confidence:.3f}, ECE {v.ece:.3f}"
-        for v in found.softcaps
-    ]
-    return (
-        "What would a softcap change? Put on this model as it is, without training, and beside"
-        f" NLL {found.nll.value:.3f}, confidence {found.confidence.value:.3f}, ECE"
-        f" {found.ece.value:.3f} now: {'; '.join(lines)}. A model that is trained with a cap learns"
-        " to live with it, which this does not show."
-    )
-
-
-def figure(name: str, found: Diagnosis, points: dict[str, np.ndarray]) -> Figure:
-    """The bound against V and D as in the paper's Figure 4; this model's tokens; T and softcaps."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(9.6, 7.4), layout="constrained")
-    drawn.suptitle(f"{name}: how sure can it be, and how sure is it?", color=INK)
-    by_v, by_d, seen, scaled = drawn.subplots(2, 2).ravel()
-    _draw_bounds(by_v, by_d, found.head)
-    _draw_tokens(seen, found, points)
-    _draw_temperatures(scaled, found)
-    for ax in (by_v, by_d, seen, scaled):
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    return drawn
-
-
-def _draw_bounds(by_v: Axes, by_d: Axes, head: Head) -> None:
-    """With σ_C = 1 and ‖h‖ = √D, as an RMS norm leaves it: what V and D alone do."""
-    sizes = np.unique(np.geomspace(2**8, 2**20, 60).astype(int))
-    widths = np.geomspace(16, 8192, 60)
-    for k, d in enumerate((64, 128, 256, 512)):
-        bound = [float(theory.entropy_lower_bound(math.sqrt(d), int(v))) for v in sizes]
-        by_v.plot(sizes, bound, color=BLUE, alpha=1 - 0.2 * k, label=f"D = {d}")
-    for k, v in enumerate((256_000, 128_256, 32_768, 4_096)):
-        bound = np.asarray(theory.entropy_lower_bound(np.sqrt(widths), v))
-        by_d.plot(widths, bound, color=GREEN, alpha=1 - 0.2 * k, label=f"V = {v:,}")
-    here = float(theory.entropy_lower_bound(math.sqrt(head.hidden_size), head.vocab_size))
-    for ax, x, what in ((by_v, head.vocab_size, "V"), (by_d, head.hidden_size, "D")):
-        ax.plot([x], [here], "o", color=RED, label="this model's V and D", zorder=3)
-        ax.set(xscale="log", xlabel=what, ylabel="least entropy, nats")
-        ax.legend(fontsize="x-small", frameon=False)
-        ax.set_title(f"The bound against {what}, at σ_C = 1, ‖h‖ = √D", fontsize="medium")
-
-
-def _draw_tokens(ax: Axes, found: Diagnosis, points: dict[str, np.ndarray]) -> None:
-    v, length = found.head.vocab_size, points["length"]
-    grid = np.geomspace(min(1.0, length.min()), 1.3 * length.max(), 200)
-    ax.plot(grid, np.asarray(theory.entropy_lower_bound(grid, v)), color=INK, label="the bound")
-    ax.plot(length, points["entropy"], ".", ms=3, color=BLUE, alpha=0.6, label="tokens")
-    if found.head.capped:
-        ax.axhline(found.head.capped.entropy, color=GREEN, ls="--", lw=1, label="softcap's bound")
-    beta = found.label_smoothing
-    ax.axhline(found.target.entropy, color=RED, ls=":", label=f"smoothed target, β = {beta:g}")
-    ax.axhline(math.log(v), color="0.6", lw=0.8, label="log V")
-    ax.set(xscale="log", xlabel="length of the centred logits", ylabel="entropy, nats")
-    ax.set_title("This model on this text", fontsize="medium")
-    _legend_below(ax)
-
-
-def _draw_temperatures(ax: Axes, found: Diagnosis) -> None:
-    tried = [v.temperature for v in found.temperatures]
-    ax.plot(tried, [v.ece for v in found.temperatures], "o-", color=BLUE, ms=4, label="ECE")
-    gaps = [v.confidence - (found.accuracy.value or 0) for v in found.temperatures]
-    ax.plot(tried, gaps, "s--", color=RED, ms=4, label="confidence − accuracy")
-    ax.axhline(0, color=INK, lw=0.8)
-    ax.axvline(found.temperature, color=GREEN, lw=1.2, label=f"best NLL: T = {found.temperature:g}")
-    if found.softcaps:
-        by_ece = sorted(found.softcaps, key=lambda v: -v.ece)
-        label = f"ECE at softcap {', '.join(f'{v.softcap:g}' for v in by_ece)}, from the top"
-        eces = [v.ece for v in by_ece]
-        ax.plot([1.0] * len(eces), eces, "^", color="#b279a2", alpha=0.7, label=label)
-    ax.set(xscale="log", xlabel="temperature")
-    ax.set_xticks(tried, [f"{t:g}" for t in tried], fontsize="x-small")
-    ax.minorticks_off()
-    ax.set_title("What a temperature or a softcap changes", fontsize="medium")
-    _legend_below(ax)
-
-
-def _legend_below(ax: Axes) -> None:
-    """Where there is room among the lines differs from model to model."""
-    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
-    ax.legend(fontsize="x-small", frameon=False, ncols=2, **place)

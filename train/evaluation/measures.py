@@ -133,13 +133,11 @@ def score(
     if np.allclose(np.exp(lp).sum(axis=1), 1, atol=1e-4):
         del measured["outside"]
     confidence, correct = predicted(lp, y)
-    curve = jax.device_get(calibration.risk_coverage(confidence, correct))
-    at = np.unique(np.linspace(0, len(y) - 1, CURVE_POINTS).round().astype(int))
     return Scored(
         n=len(y),
         measures={name: measured[name] for name in NAMES if name in measured},
         bins=bins(confidence, correct),
-        risk_coverage=Curve(*(np.asarray(part, float)[at].tolist() for part in curve)),
+        risk_coverage=curve(confidence, correct),
         subjects=_by_subject(lp, y, confidence, correct, subjects),
     )
 
@@ -176,6 +174,13 @@ def bins(confidence: Float[np.ndarray, " N"], correct: Bool[np.ndarray, " N"]) -
         )
         for b in range(BINS)
     ]
+
+
+def curve(confidence: Float[np.ndarray, " N"], correct: Bool[np.ndarray, " N"]) -> Curve:
+    """The risk–coverage curve at up to `CURVE_POINTS` points."""
+    whole = jax.device_get(calibration.risk_coverage(confidence, correct))
+    at = np.unique(np.linspace(0, len(confidence) - 1, CURVE_POINTS).round().astype(int))
+    return Curve(*(np.asarray(part, float)[at].tolist() for part in whole))
 
 
 def predicted(

@@ -12,10 +12,10 @@ from typing import Any
 
 import jinja2
 
-from train.evaluation import drawings
+from train.evaluation import page_drawings
 from train.evaluation.comparison import name_of, sort_key, text
-from train.evaluation.entries import Block, Entry, Unfinished
 from train.evaluation.measures import NAMES, SHIFTED
+from train.evaluation.page_entries import Block, Entry, Unfinished
 from train.evaluation.results import Measure
 from train.run.metrics import HELD_OUT
 
@@ -271,10 +271,10 @@ def _pictures(made: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
     rows: list[tuple[str, list[tuple[str, str]]]] = []
     for task in tasks(entries):
         of_task = [group.first for group in made if task in group.first.blocks]
-        diagrams = [(e.name, drawings.reliability(e.blocks[task].bins)) for e in of_task]
+        diagrams = [(e.name, page_drawings.reliability(e.blocks[task].bins)) for e in of_task]
         curves = {e.name: curve for e in of_task if (curve := e.blocks[task].curve)}
         if curves:
-            diagrams.append(("Risk against coverage", drawings.risk_coverage(curves)))
+            diagrams.append(("Risk against coverage", page_drawings.risk_coverage(curves)))
         if against := _against_beta(made, task):
             diagrams.append(("ECE against β", against))
         rows.append((f"Reliability: {task}", diagrams))
@@ -283,13 +283,13 @@ def _pictures(made: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
     for field, label in names:
         drawn = {e.name: e.curves[field] for e in entries if e.curves.get(field)}
         if drawn:
-            picture = drawings.lines(drawn, "step", label, log_y=field == "grad_norm")
+            picture = page_drawings.lines(drawn, "step", label, log_y=field == "grad_norm")
             trained.append((label.capitalize(), picture))
     for field in sorted({f for e in entries for f in e.curves if f.startswith(HELD_OUT)}):
         drawn = {e.name: e.curves[field] for e in entries if len(e.curves.get(field, ())) > 1}
         if drawn:
             label = " ".join(SHORT.get(w, w) for w in field.removeprefix(HELD_OUT).split("_"))
-            trained.append((f"Held out: {label}", drawings.lines(drawn, "step", label)))
+            trained.append((f"Held out: {label}", page_drawings.lines(drawn, "step", label)))
     return [*rows, ("Training", trained)] if trained else rows
 
 
@@ -312,7 +312,7 @@ def _against_beta(made: Sequence[Group], task: str) -> str | None:
         name = ", ".join(f"{name_of(f)} {text(settings.get(f))}" for f in fields) or "ECE"
         drawn[name] = [(beta, m.value or 0.0) for beta, m, _ in line]
         intervals[name] = [m for _, m, _ in line]
-    return drawings.lines(drawn, "β", "ECE", intervals=intervals)
+    return page_drawings.lines(drawn, "β", "ECE", intervals=intervals)
 
 
 def _versions(entries: Sequence[Entry]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import platform
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ import rich.console
 from rich import box
 from rich.table import Table
 
-from lsce.calibration import CalibrationState, reliability_diagram
-from train.evaluation.scoring import BINS, REPORTED, Evaluation, Scores, Scoring
+from lsce.calibration import reliability_diagram
+from train.evaluation.measures import BINS, bins
+from train.evaluation.scoring import REPORTED, Evaluation, Scores, Scoring
 from train.run import files
 from train.run.folder import EVALUATION, RELIABILITY
 from train.run.progress import Console
@@ -101,7 +103,10 @@ def as_json(evaluation: Evaluation, flags: Mapping[str, Any], *, step: int) -> d
     """
 
     def scored(scores: Scores | None) -> dict[str, Any] | None:
-        return None if scores is None else {**scores.summary(), "bins": bins(scores)}
+        if scores is None:
+            return None
+        found = bins(scores.confidence, scores.correct)
+        return {**scores.summary(), "bins": [dataclasses.asdict(b) for b in found]}
 
     return {
         "format": 1,
@@ -113,7 +118,7 @@ def as_json(evaluation: Evaluation, flags: Mapping[str, Any], *, step: int) -> d
             "left_out": evaluation.left_out,
             **{scoring: scored(evaluation.choices.get(scoring)) for scoring in SCORINGS},
         },
-        "config": plain(dict(flags)),
+        "config": files.plain(dict(flags)),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
@@ -131,34 +136,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def plain(value: Any) -> Any:
-    """Flags as JSON can hold them: paths as text, tuples as lists."""
-    match value:
-        case dict():
-            return {key: plain(entry) for key, entry in value.items()}
-        case list() | tuple():
-            return [plain(entry) for entry in value]
-        case Path():
-            return str(value)
-    return value
-
-
-def bins(scores: Scores) -> list[dict[str, float]]:
-    """The bins behind ECE and the diagram, empty ones included, each [low, high)."""
-    state = CalibrationState.create(BINS).update(scores.confidence, scores.correct)
-    seen = jax.device_get(state.compute())
-    return [
-        {
-            "low": b / BINS,
-            "high": (b + 1) / BINS,
-            "count": int(seen.bin_count[b]),
-            "confidence": float(seen.bin_confidence[b]),
-            "accuracy": float(seen.bin_accuracy[b]),
-        }
-        for b in range(BINS)
-    ]
 
 
 def reliability_figure(evaluation: Evaluation) -> Figure:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,7 +173,7 @@ class Result:
 def write(path: Path, result: Result) -> None:
     """Writes the result as JSON, whole or not at all."""
     head = {"format": FORMAT, "version": VERSION}
-    files.write_json(path, head | _plain(dataclasses.asdict(result)))
+    files.write_json(path, head | files.plain(dataclasses.asdict(result)))
 
 
 def read(path: Path) -> Result:
@@ -245,17 +244,3 @@ def _known[T](cls: type[T], found: Mapping[str, Any], **parsed: Any) -> T:
     """The dataclass with the fields that it knows of."""
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     return cls(**{name: found[name] for name in names & found.keys() - parsed.keys()}, **parsed)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: null for what is not a finite number."""
-    match value:
-        case dict():
-            return {key: _plain(entry) for key, entry in value.items()}
-        case list() | tuple():
-            return [_plain(entry) for entry in value]
-        case Path():
-            return str(value)
-        case float():
-            return value if math.isfinite(value) else None
-    return value

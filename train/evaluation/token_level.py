@@ -14,8 +14,8 @@ from lsce import calibration
 from train.data import files
 from train.data.encode import encode_records
 from train.data.packing import IGNORE, pack
-from train.evaluation.measures import BINS, CURVE_POINTS, NAMES, bins
-from train.evaluation.results import Curve, Measure, Scored
+from train.evaluation.measures import BINS, NAMES, bins, curve
+from train.evaluation.results import Measure, Scored
 from train.evaluation.scoring import ScoringOptions, TokenScores, owners, score_rows
 from train.flags import require
 from train.run.model import Loaded
@@ -75,13 +75,11 @@ def measured(
     }
     found = {name: Measure(float(value)) for name, value in jax.device_get(values).items()}
     found |= _by_record(scores, record, resamples, seed)
-    curve = jax.device_get(calibration.risk_coverage(*pair))
-    at = np.unique(np.linspace(0, len(record) - 1, CURVE_POINTS).round().astype(int))
     return Scored(
         n=len(record),
         measures={name: found[name] for name in NAMES if name in found},
         bins=bins(*pair),
-        risk_coverage=Curve(*(np.asarray(part, float)[at].tolist() for part in curve)),
+        risk_coverage=curve(*pair),
     )
 
 

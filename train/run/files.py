@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def write(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write` of a value as JSON for people: indented, a line at the end, no NaN."""
     write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: paths as text, tuples as lists, null for what is not a finite number."""
+    match value:
+        case dict():
+            return {key: plain(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [plain(entry) for entry in value]
+        case Path():
+            return str(value)
+        case float():
+            return value if math.isfinite(value) else None
+    return value
 
 
 def default_cache_dir() -> Path:

@@ -29,8 +29,8 @@ from train.evaluation.tasks.held_out import Exam
 from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
+from train.run import files, memory, samples, tracker, trained
 from train.run import folder as run_folder
-from train.run import memory, samples, tracker, trained
 from train.run.checkpoint import Checkpointer, saved_steps
 from train.run.folder import METRICS, RELIABILITY
 from train.run.metrics import Monitor, cut_rows_after
@@ -274,7 +274,7 @@ def train(run: Run) -> Evaluation:
         run.total_steps,
         start_step=run.first_step,
         log_every=config.run.log_every,
-        tracker=Tracker.start(config.run.wandb, run.out, report.plain(config.flags())),
+        tracker=Tracker.start(config.run.wandb, run.out, files.plain(config.flags())),
     )
     scoring = scoring_options(config)
 

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import subprocess
-import sys
 
 import pytest
 from paths import ROOT
@@ -119,16 +117,16 @@ def test_mistakes_are_one_line(given, message, capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_of_an_experiment_in_small(tmp_path):
+def test_the_whole_of_an_experiment_in_small(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # much is compiled and little run
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "benchmarks.paper.curves", "--tiny", "--out", str(out)]
-    given = ["--implementation", "chunked", "reference"]
-    found = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-2000:]
+    given = ["--tiny", "--out", str(out), "--implementation", "chunked", "reference"]
+    assert curves.EXPERIMENT.main(given) == 0, capfd.readouterr().err[-2000:]
     (row,) = json.loads((out / "curves.json").read_text())
     assert row["steps"] == 2
     assert row["largest"] < 1e-5  # one loss, in two orders of summation
     assert "implementation" in (out / "report.md").read_text()
-    again = subprocess.run([*command, *given], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0
-    assert "done already: every implementation" in again.stdout
+    capfd.readouterr()
+    assert curves.EXPERIMENT.main(given) == 0
+    assert "done already: every implementation" in capfd.readouterr().out

@@ -1,6 +1,7 @@
 """The measurement behind `python -m train.diagnose`, against float64; its words and its picture."""
 
 import dataclasses
+import functools
 import io
 import math
 
@@ -12,10 +13,12 @@ from scipy.special import log_softmax
 
 from lsce import theory
 from train.data.packing import pack
-from train.evaluation import diagnosis
+from train.evaluation import diagnosis, diagnosis_picture, diagnosis_words
 from train.models.config import PRESETS
 from train.models.decoder import Decoder
 from train.text.tokenizer import Example
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SHAPE = dataclasses.replace(PRESETS["nano"], vocab_size=90, hidden_size=24, layers=1)
 
@@ -32,6 +35,13 @@ def rows():
         Example(r.integers(0, 90, 16).astype(np.int32), np.arange(16) >= 5) for _ in range(9)
     ]
     return pack(examples, 32)
+
+
+@pytest.fixture(scope="module")
+def diagnosed(model, rows):
+    """By softcap, each made once."""
+    how = {"tokens": 70, "label_smoothing": 0.1}
+    return functools.cache(lambda cap: diagnosis.diagnose(model, rows, softcap=cap, **how))
 
 
 def test_variants_are_those_of_the_logits_in_float64(model, rows):
@@ -65,8 +75,8 @@ def test_the_temperature_is_that_of_the_least_nll():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_diagnosis_holds_together(model, rows, softcap):
-    found, points = diagnosis.diagnose(model, rows, tokens=70, softcap=softcap, label_smoothing=0.1)
+def test_a_diagnosis_holds_together(diagnosed, softcap):
+    found, points = diagnosed(softcap)
     head = found.head
     assert head.lemma.norm >= head.longest.norm >= head.usual.norm > 0
     assert head.centred.norm >= head.longest.norm
@@ -78,20 +88,20 @@ def test_a_diagnosis_holds_together(model, rows, softcap):
     assert at_one.nll == pytest.approx(found.nll.value, rel=1e-5)
     assert len(found.softcaps) == (len(diagnosis.SOFTCAPS) if softcap is None else 0)
     assert (found.gap.low or 0) <= found.gap.value <= (found.gap.high or 0)
-    said = diagnosis.words(found)
+    said = diagnosis_words.words(found)
     assert f"{found.tokens:,} tokens of this text" in said
     assert ("softcap of 2 alone" in said) == (softcap is not None)
     if softcap:  # e^4 / (e^4 + 89) is less than smoothing allows: the cap does its work already
         assert found.unable == 1
         assert "Not likely" in said
     picture = io.BytesIO()
-    diagnosis.figure("it", found, points).savefig(picture, format="png", dpi=40)
+    diagnosis_picture.figure("it", found, points).savefig(picture, format="png", dpi=40)
     assert picture.getvalue().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_what_is_said_of_smoothing_follows_the_gap(model, rows):
-    found, _ = diagnosis.diagnose(model, rows, tokens=70, softcap=None, label_smoothing=0.1)
+def test_what_is_said_of_smoothing_follows_the_gap(diagnosed):
+    found, _ = diagnosed(None)
     found = dataclasses.replace(found, unable=0.0)
     for low, high, expected in (
         (0.1, 0.2, "Likely: "),
@@ -99,7 +109,10 @@ def test_what_is_said_of_smoothing_follows_the_gap(model, rows):
         (-0.1, 0.1, "keep it so while it is fine-tuned"),
     ):
         gap = dataclasses.replace(found.gap, low=low, high=high)
-        assert expected in diagnosis.words(dataclasses.replace(found, gap=gap))
+        assert expected in diagnosis_words.words(dataclasses.replace(found, gap=gap))
+    for best, said in ((1.3, "T = 1.3,"), (2.0, "T = 2 or more,"), (0.5, "T = 0.5 or less,")):
+        at = dataclasses.replace(found, temperature=best)
+        assert said in diagnosis_words.words(at)
 
 
 def test_too_little_text_is_an_error(model, rows):

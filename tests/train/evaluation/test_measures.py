@@ -1,6 +1,7 @@
 """Every measure of an evaluation against `lsce.calibration` and float64; the file of results."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -26,9 +27,15 @@ def choices():
 
 
 @pytest.fixture(scope="module")
-def scored(choices):
+def score_once(choices):
+    """In a test: `quickly_compiled` begins after what is of the module."""
     subjects = ["art" if n % 4 else "zoology" for n in range(N)]
-    return measures.score(*choices, subjects, resamples=0, seed=0)
+    return functools.cache(lambda: measures.score(*choices, subjects, resamples=0, seed=0))
+
+
+@pytest.fixture
+def scored(quickly_compiled, score_once):
+    return score_once()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 
 from train.evaluation import measures
 from train.evaluation.answers import Answers, read
-from train.evaluation.choices import log_probs_by_scoring
+from train.evaluation.asking import log_probs_by_scoring
 from train.evaluation.results import RESULT, Against, Result, TaskResult
 from train.flags import require
 
