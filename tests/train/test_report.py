@@ -99,7 +99,7 @@ def test_a_sweep_beside_other_runs_is_told_apart_by_what_it_varied(tmp_path):
             name = f"label_smoothing={beta},learning_rate={rate}"
             run(tmp_path / name, beta=beta, learning_rate=rate)
     run(tmp_path / "alone", beta=0.1, learning_rate=2e-5, model="nano", dropout=0.0)
-    found, _ = entries.read([*tmp_path.iterdir()])
+    found, _ = page_entries.read([*tmp_path.iterdir()])
     made = page.render(found, [], "t")
     (picture,) = re.findall(r"ECE against β</figcaption>(.*?)</figure>", made["html"], re.DOTALL)
     legend = set(re.findall(r">(learning rate [^<]+)<", picture))
@@ -114,10 +114,10 @@ def test_a_sweep_beside_other_runs_is_told_apart_by_what_it_varied(tmp_path):
 def test_a_legend_stays_inside_its_picture():
     """matplotlib gives up, with a warning, where a line of it is wider than the picture."""
     names = [", ".join(f"setting{k} value{k}" for k in range(9)), "a=0.0001,b=2" * 9]
-    svg = drawings.lines({name: [(0, 1), (1, 2)] for name in names}, "x", "y")
+    svg = page_drawings.lines({name: [(0, 1), (1, 2)] for name in names}, "x", "y")
     said = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     assert any("setting8 value8" in line for line in said)
-    assert max(map(len, said)) <= drawings.LEGEND_WIDTH
+    assert max(map(len, said)) <= page_drawings.LEGEND_WIDTH
 
 
 def test_seeds_are_one_row_with_their_range(tmp_path):
