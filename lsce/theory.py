@@ -196,9 +196,9 @@ def smoothed_target(label_smoothing: float, vocab_size: int) -> SmoothedTarget:
     """
     v = _vocabulary(vocab_size)
     beta = validate.unit_interval("label_smoothing", label_smoothing)
-    if beta == 0:
-        return SmoothedTarget(1.0, 0.0, math.inf)
     top, other = 1 - beta + beta / v, beta / v
+    if other == 0:
+        return SmoothedTarget(1.0, 0.0, math.inf)
     entropy = -top * math.log(top) - (v - 1) * other * math.log(other)
     return SmoothedTarget(top, entropy, math.log(top / other))
 
@@ -239,7 +239,11 @@ def _two_levels(k: int, v: int, gap: float) -> float:
     odds = math.log(k) - math.log(v - k) + gap
     below = 1 / (1 + math.exp(odds)) if odds < 700 else 0.0
     # log(k·e^g + V − k) − g = log k + log(1 + (V−k)/(k·e^g))
-    return math.log(k) + (math.log1p(math.exp(-odds)) if odds > -700 else -odds) + gap * below
+    return (
+        math.log(k)
+        + (math.log1p(math.exp(-odds)) if odds > -700 else -odds)
+        + (gap * below if below > 0 else 0.0)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("centred",))

@@ -6,9 +6,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from contract import Candidate
 
 from lsce.problem import Problem
+from lsce.sparse import columns
 
 CANDIDATE = Candidate("hopper", "interpreted", ("bfloat16",))
 H100 = "NVIDIA H100 80GB HBM3"
@@ -31,6 +33,19 @@ def problem(**changes) -> Problem:
         n=8192, d=2304, v=256000, hidden_dtype=bf16, head_dtype=bf16, platform="gpu", chip=H100
     )
     return dataclasses.replace(base, **changes)
+
+
+def watched_pairs(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Receives the active (column tile, block) pairs of every backward pass that runs."""
+    seen, order_columns = [], columns.order_columns
+
+    def recorded(*args):
+        found, pairs = order_columns(*args)
+        jax.debug.callback(lambda pairs: seen.append(np.asarray(pairs)), pairs)
+        return found, pairs
+
+    monkeypatch.setattr(columns, "order_columns", recorded)
+    return seen
 
 
 def words_of(hit: np.ndarray) -> np.ndarray:

@@ -51,6 +51,8 @@ def test_extreme_norms_have_their_limits():
     # As smoothing's reach shrinks: less for a larger vocabulary, more for longer logits.
     by_vocabulary = [float(theory.entropy_lower_bound(12.0, v)) for v in (100, 10**4, 10**6)]
     assert by_vocabulary == sorted(by_vocabulary)
+    assert theory.softcap_entropy_bound(math.inf, 10**6) == 0
+    assert theory.softcap_confidence_bound(math.inf, 10**6) == 1
 
 
 @pytest.mark.parametrize(("v", "sigma"), [(2, 1.0), (3, 0.4), (3, 4.0), (5, 2.0), (7, 3.0)])
@@ -186,7 +188,8 @@ def test_the_smoothed_target_is_optax_s(beta):
     assert target.confidence == pytest.approx(q.max(), rel=1e-6)
     assert target.entropy == pytest.approx(-(q * np.log(q)).sum(), rel=1e-6)
     assert target.gap == pytest.approx(np.log(q[3] / q[0]), rel=1e-5, abs=1e-9)
-    assert theory.smoothed_target(0, V) == (1, 0, math.inf)
+    for none in (0, 5e-324):
+        assert theory.smoothed_target(none, V) == (1, 0, math.inf)
 
 
 @pytest.mark.parametrize(

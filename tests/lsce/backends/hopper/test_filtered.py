@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import Case, Inputs, assert_no_worse, case, ours
-from hopper_on_cpu import CANDIDATE
+from hopper_on_cpu import CANDIDATE, watched_pairs
 from jax import lax
 
 import lsce
 from lsce.backends import hopper
 from lsce.backends.hopper import call
-from lsce.sparse import columns
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled")]
 
@@ -19,15 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quickly_compiled")]
 @pytest.fixture
 def active(monkeypatch) -> list[np.ndarray]:
     """The active (column tile, block) pairs of every backward pass that runs."""
-    seen, order_columns = [], columns.order_columns
-
-    def recorded(*args):
-        found, pairs = order_columns(*args)
-        jax.debug.callback(lambda pairs: seen.append(np.asarray(pairs)), pairs)
-        return found, pairs
-
-    monkeypatch.setattr(columns, "order_columns", recorded)
-    return seen
+    return watched_pairs(monkeypatch)
 
 
 def peaked(n: int, v: int, **options) -> Case:

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import Case, Result, assert_no_worse, assert_stats, case, ours
-from hopper_on_cpu import CANDIDATE, problem
+from hopper_on_cpu import CANDIDATE, problem, watched_pairs
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from tail_check import assert_terms
 
 from lsce.backends import Arrays, hopper
 from lsce.backends.hopper.call import call_of
-from lsce.sparse import columns
 from lsce.sparse import filter as filtering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -25,17 +24,9 @@ EPSILON = 2.0**-4
 @pytest.fixture
 def of_any_size(monkeypatch) -> list[np.ndarray]:
     """The tail where it would not pay, beside few pairs kept whole, which are listed."""
-    seen, order_columns = [], columns.order_columns
-
-    def recorded(*args):
-        found, pairs = order_columns(*args)
-        jax.debug.callback(lambda pairs: seen.append(np.asarray(pairs)), pairs)
-        return found, pairs
-
-    monkeypatch.setattr(columns, "order_columns", recorded)
     monkeypatch.setattr(filtering, "tail_worthwhile", lambda problem: True)
     monkeypatch.setattr(filtering, "log_epsilon", lambda *_: jnp.float32(math.log(EPSILON)))
-    return seen
+    return watched_pairs(monkeypatch)
 
 
 def run(this: Case, gradient_filter: float | str, *, detect_races: bool = False) -> Result:
