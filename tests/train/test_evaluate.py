@@ -370,3 +370,14 @@ def test_weights_are_told_apart():
     state = nnx.State({"a": np.arange(6, dtype=np.float32), "b": np.ones((2, 2), np.float32)})
     swapped = nnx.State({"a": np.arange(6, dtype=np.float32)[::-1].copy(), "b": state["b"]})
     assert asking.checksum(state) == asking.checksum(state) != asking.checksum(swapped)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "context", "expected"),
+    [("harness", None, 2048), ("harness", 8192, 8192), ("hendrycks", 8192, 2048)],
+)
+def test_prompts_have_a_bound_whatever_the_model_says_of_its_context(prompt, context, expected):
+    how = asking.Asking(prompt=prompt, answer="text", shots=0, max_length=None, batch_tokens=1)
+    assert evaluate._max_length(how, context) == expected
+    own = dataclasses.replace(how, max_length=9)
+    assert evaluate._max_length(own, context) == 9
