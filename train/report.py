@@ -27,7 +27,12 @@ class ReportOptions:
     The page needs no network and no other file.
     """
 
-    what: tyro.conf.Positional[Annotated[tuple[Path, ...], shown("RUN|SWEEP|RESULT ...")]]
+    what: tyro.conf.Positional[
+        Annotated[
+            tuple[Path, ...],
+            tyro.conf.arg(metavar="RUN|SWEEP|RESULT ...", help_behavior_hint="(required)"),
+        ]
+    ]
     """Folders of runs or of sweeps, and results of train.evaluate."""
     out: Annotated[Path, shown("FILE.html")] = Path("report.html")
     """The page; the Markdown lies beside it."""

@@ -19,8 +19,8 @@ def _can_be(found: Diagnosis) -> str:
     head = found.head
     text = (
         f"How sure can this head be? It has {head.vocab_size:,} tokens over {head.hidden_size}"
-        f" features. At σ_C = {head.sigma_c:.4g} and hidden states of length up to"
-        f" {head.sigma_h:.4g}, logits can be as long as {head.lemma.norm:.4g}; such logits could"
+        f" features. With the spectral norm σ_C = {head.sigma_c:.4g} and hidden states of length up"
+        f" to {head.sigma_h:.4g}, logits can be as long as {head.lemma.norm:.4g}; such logits could"
         f" reach {_sure(head.lemma)}. The longest seen on this text, {head.longest.norm:.4g},"
         f" could still reach {_sure(head.longest)}, and those of the usual length,"
         f" {head.usual.norm:.4g}, {_sure(head.usual)}."

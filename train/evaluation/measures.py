@@ -101,7 +101,7 @@ percentile interval holds the truth in 29 % of samples and the basic one in 88 %
 """
 SHIFTED = (
     "Calibration errors come out larger in a sample than they are, the more so the smaller they and"
-    " the sample: their intervals take that off, and may end at the number or below it."
+    " the sample are: their intervals take that off, and may end at the number or below it."
 )
 """What a reader of such intervals must know."""
 

@@ -126,7 +126,9 @@ def test_the_whole_of_an_experiment_in_small(tmp_path, monkeypatch, capfd):
     (row,) = json.loads((out / "curves.json").read_text())
     assert row["steps"] == 2
     assert row["largest"] < 1e-5  # one loss, in two orders of summation
-    assert "implementation" in (out / "report.md").read_text()
+    page = (out / "report.md").read_text()
+    assert "implementation" in page
+    assert page.startswith("# Made-up records")  # and not a model that is not there
     capfd.readouterr()
     assert curves.EXPERIMENT.main(given) == 0
     assert "done already: every implementation" in capfd.readouterr().out
