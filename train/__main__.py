@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         config = parse(arguments)
-        from train.run import (
-            loop,  # seconds of imports that --help and a wrong flag need not wait for
-        )
+        # Seconds of imports that --help and a wrong flag need not wait for.
+        from train.run import loop
+        from train.run.prepare import prepare
 
-        prepared = loop.prepare(config)
+        prepared = prepare(config)
     except (ValueError, OSError) as error:
         return _stop(2, error)
     try:

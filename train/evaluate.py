@@ -197,9 +197,10 @@ def start_of(options: EvaluateOptions, command: str, loaded: Any, weights: str) 
     """The result without what was found."""
     import jax
 
+    from train import files
     from train.evaluation.report import versions
     from train.evaluation.results import Result
-    from train.run import files, folder
+    from train.run import folder
 
     run = Path(options.model)
     flags = {}

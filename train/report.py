@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
     try:
         options = command_line.read(ReportOptions, "python -m train.report", arguments)
+        from train import files
         from train.evaluation import page, page_entries
-        from train.run import files
         from train.run import folder as run_folder
 
         run_folder.check_place(options.out.parent)

@@ -9,7 +9,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from train.run import files, signals
+from train import files
+from train.run import signals
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 """JAX's own variable: a folder, or nothing to keep no programs."""

@@ -28,11 +28,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from train import command_line
+from train import command_line, files
 from train.config import FLAT, FREE, TrainConfig
 from train.evaluation import comparison
 from train.flags import flag
-from train.run import files
 from train.run import folder as run_folder
 from train.run.options import RunOptions
 from train.run.progress import Console
@@ -283,11 +282,11 @@ def check_runs(configs: Sequence[SweepConfig]) -> None:
 
 def _check_runs(configs: Sequence[SweepConfig]) -> None:
     from train.data import files as data_files
-    from train.run import loop
     from train.run.model import choose
+    from train.run.prepare import check
 
     for config in configs:
-        loop.check(config, choose(config, None).shape)
+        check(config, choose(config, None).shape)
     for path in configs[0].data.files:
         data_files.read(path, [] if configs[0].data.skip_bad_records else None)
 

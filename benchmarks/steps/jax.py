@@ -26,7 +26,8 @@ from train.models.config import ModelConfig
 from train.models.decoder import Decoder
 from train.run.optimizer import optimizer
 from train.run.options import LossOptions, OptimizerOptions, StepOptions
-from train.run.step import TrainState, train_step_autotuned
+from train.run.state import TrainState
+from train.run.step import train_step_autotuned
 
 OPTIONS = {
     "repeatable": mesh.REPEATABLE,

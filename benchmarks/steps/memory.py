@@ -13,9 +13,9 @@ from benchmarks.measure.described import h100s
 from benchmarks.steps.variant import Variant, batch_of, shape_of
 from lsce import api
 from train import mesh
-from train.run import loop
 from train.run.optimizer import optimizer
 from train.run.options import LossOptions, MeshShape, OptimizerOptions, StepOptions
+from train.run.state import state_maker
 from train.run.step import train_step
 
 # What would choose between programs has to run them.
@@ -54,7 +54,7 @@ def compiled(model: str, variant: Variant, length: int, devices: MeshShape) -> t
     shape = shape_of(model, dataclasses.replace(variant, attention="xla"))
     chips = h100s(devices.size)
     on = Mesh(np.array(chips).reshape(devices), mesh.ROWS, (AxisType.Auto,) * len(devices))
-    create = loop.state_maker(shape, optimizer(OptimizerOptions()), None)
+    create = state_maker(shape, optimizer(OptimizerOptions()), None)
     state = mesh.placed(jax.eval_shape(create, 0), on)
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(shape, variant, length)))
     with mock.patch.object(api, "_device", return_value=chips[0]):

@@ -293,13 +293,13 @@ def test_on_a_gpu_a_run_says_why_its_kernels_stay_idle(dtype, said, monkeypatch,
 
     from lsce import api
     from train.models.config import PRESETS
-    from train.run import loop
+    from train.run.prepare import check_loss
 
     h100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(api, "_device", lambda array: h100)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     caplog.set_level("INFO", "train")
-    loop.check_loss(TrainConfig.of(dtype=dtype), dataclasses.replace(PRESETS["tiny"], dtype=dtype))
+    check_loss(TrainConfig.of(dtype=dtype), dataclasses.replace(PRESETS["tiny"], dtype=dtype))
     assert len(caplog.messages) == len(said)
     for message, start in zip(caplog.messages, said, strict=True):
         assert message.startswith(start)

@@ -26,6 +26,8 @@ SCRIPT = """
     from train.run.options import MeshShape
     from train.run import loop
     from train.run import step
+    from train.run.prepare import prepare
+    from train.run.state import state_maker
     from train.run.checkpoint import Checkpointer
     from train.config import TrainConfig
     from train.evaluation.scoring import evaluate
@@ -37,14 +39,14 @@ SCRIPT = """
     def take(state, batch, config):
         return step.train_step(state, batch, 1e-3, config.loss, config.step)
 
-    def prepare(layout, **flags):
-        return loop.prepare(TrainConfig.of(
+    def made_ready(layout, **flags):
+        return prepare(TrainConfig.of(
             data=(data,), mesh=layout, batch_size=16, accumulate=2, max_length=32, vocab_size=300,
             steps=6, held_out=0.2, label_smoothing=0.1, remat="block", **flags,
         ))
 
     def run(layout):
-        ready = prepare(layout, out=out / layout)
+        ready = made_ready(layout, out=out / layout)
         config, state, losses, batch = ready.config, ready.state, [], next(ready.data.train)
         compiled = step.train_step.lower(state, batch, 1e-3, config.loss, config.step).compile()
         for number in range(6):
@@ -92,7 +94,7 @@ SCRIPT = """
 
     # On one device but for rounding, and the other way round.
     for here, there in (("data=1", "data=2,fsdp=2"), ("data=2,fsdp=2", "data=1")):
-        moved = prepare(here, out=out / there, resume=True)
+        moved = made_ready(here, out=out / there, resume=True)
         assert moved.first_step == 3
         losses = one[:3]
         go_on(moved, moved.state, losses)
@@ -112,7 +114,7 @@ SCRIPT = """
             PRESETS["nano"], vocab_size=300, tied_head=False, lora=lora, weights="bfloat16"
         )
         frozen = tuple(name for name in map(".".join, shapes(shape)) if "adapter" not in name)
-        make = loop.state_maker(
+        make = state_maker(
             shape, optimizer(ready.config.optimizer), mesh.make(devices), frozen
         )
         ready.data.train.set_state(position)

@@ -14,7 +14,7 @@ from train.data.encode import MIN_LENGTH, encode_records
 from train.data.loader import PackedLoader
 from train.data.packing import Rows, pack
 from train.data.records import Record
-from train.run.files import default_cache_dir
+from train.files import default_cache_dir
 from train.text import bpe
 from train.text.tokenizer import Example, Tokenizer
 

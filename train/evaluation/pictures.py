@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsce import calibration
+from train import files
 from train.evaluation.results import Bin, Result, Scored
 from train.evaluation.table import WORDS
-from train.run import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,9 +16,9 @@ from rich import box
 from rich.table import Table
 
 from lsce.calibration import reliability_diagram
+from train import files
 from train.evaluation.measures import BINS, bins
 from train.evaluation.scoring import REPORTED, Evaluation, Scores, Scoring
-from train.run import files
 from train.run.folder import EVALUATION, RELIABILITY
 from train.run.progress import Console
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.run import files
+from train import files
 
 FORMAT = "lsce-evaluation"
 VERSION = 1

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from train import mesh
 from train.models.attention import Attention, View, view
 from train.models.cache import Cache, LayerCache
-from train.models.config import LayerKind, ModelConfig
+from train.models.config import LayerKind, Lora, ModelConfig
 from train.models.layers import Mlp, RMSNorm, embed, table_init
-from train.models.lora import HeadAdapter, attach
+from train.models.lora import Adapter, HeadAdapter
 
 INPUT = "a block's input"
 """What the backward pass finds by this name, under `remat="block"`."""
@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
             table = table_init(config)(rngs.params(), shape, jnp.dtype(config.weights))
             self.untied_head = nnx.Param(table)
         if config.lora is not None:  # the last to draw: other weights are the same without it
-            attach(self, config.lora, rngs=rngs)
+            self._adapt(config.lora, rngs)
 
     def __call__(
         self,
@@ -135,6 +135,18 @@ class Decoder(nnx.Module):
         rows = self.embedding.embedding if self.config.tied_head else self.untied_head
         head = mesh.whole(self._in_dtype(rows))
         return head if self.head_adapter is None else self.head_adapter.head(head)
+
+    def _adapt(self, lora: Lora, rngs: nnx.Rngs) -> None:
+        """Gives new adapters to the projections of all blocks, and to the head, that are named."""
+        for name in lora.targets:
+            if name == "head":
+                rows, size = self.embedding.embedding.shape
+                self.head_adapter = HeadAdapter(lora, size, rows, rngs=rngs)
+            else:
+                part, projection = name.split(".")
+                linear = getattr(getattr(self.blocks, part), projection)
+                layers, size, out_size = linear.kernel.shape
+                linear.adapter = Adapter(lora, size, out_size, layers, rngs=rngs)
 
     def _hidden(self, stream: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         hidden = self.norm(stream)

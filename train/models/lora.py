@@ -8,7 +8,7 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from train.models.config import COLUMNS, Lora, ModelConfig
-
-if TYPE_CHECKING:
-    from train.models.decoder import Decoder
 
 Path = tuple[str, ...]
 
@@ -62,19 +59,6 @@ class HeadAdapter(Adapter):
 
 def _filled(x: Float[Array, "*N D"]) -> Float[Array, "*N C"]:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % COLUMNS)])
-
-
-def attach(model: Decoder, lora: Lora, *, rngs: nnx.Rngs) -> None:
-    """Gives new adapters to the projections of all blocks, and to the head, that `lora` names."""
-    for name in lora.targets:
-        if name == "head":
-            table = model.embedding.embedding.shape
-            model.head_adapter = HeadAdapter(lora, table[1], table[0], rngs=rngs)
-        else:
-            part, projection = name.split(".")
-            linear = getattr(getattr(model.blocks, part), projection)
-            layers, size, out_size = linear.kernel.shape
-            linear.adapter = Adapter(lora, size, out_size, layers, rngs=rngs)
 
 
 def matrices(lora: Lora, flat: dict[Any, Any]) -> dict[str, tuple[Path, Any, Any]]:

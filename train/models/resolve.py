@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from train.data.dataset import default_cache_dir
+from train.files import default_cache_dir
 from train.models import families
 from train.models.config import PRESETS, SHAPES, ModelConfig
 from train.models.families.names import Form

@@ -16,9 +16,9 @@ from typing import Any, Self
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from train.run import files
+from train import files
 from train.run.folder import BEST, CHECKPOINTS
-from train.run.step import TrainState
+from train.run.state import TrainState
 
 
 class Checkpointer:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from train import files
 from train.config import TOLD, TrainConfig, described
-from train.run import files
 
 RUNS = Path("runs")
 

@@ -7,13 +7,55 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
+import jax
+import numpy as np
+
+from train import mesh
+from train.config import TrainConfig
+from train.data.packing import Rows
 from train.run.options import StepOptions
+from train.run.state import StateMaker
+from train.run.step import step_of
 
 logger = logging.getLogger(__name__)
 
 GB = 10**9
 LESS = "--weights bfloat16, --freeze or more devices (--mesh fsdp=)"
 Remat = Literal["none", "block", "full"]
+
+
+def fitting(config: TrainConfig, maker: Callable[[Remat], StateMaker], rows: Rows) -> TrainConfig:
+    """The configuration with a way to compute a step that fits into `--memory`.
+
+    What is compiled for that is kept as XLA's other programs are, so that the first step need not
+    compile it again.
+
+    Args:
+      maker: makes the state of a run with that `--remat`.
+      rows: some of those of the data.
+
+    Raises ValueError if nothing fits.
+    """
+    given, seed = config.step.memory, config.run.seed
+    assert given is not None
+    batch = rows[np.arange(config.step.rows) % len(rows)]
+    state = jax.eval_shape(maker(config.model.remat), seed)
+    held = mesh.bytes_per_device(mesh.placed(state, mesh.make(config.step.mesh_shape))) / GB
+    if held > given:
+        raise ValueError(
+            f"--memory {given:g}: weights and moments alone take {held:.3g} GB of each device;"
+            f" {LESS} take less"
+        )
+
+    def size(remat: Remat, step: StepOptions) -> int:
+        state = jax.eval_shape(maker(remat), seed)
+        if (on := mesh.make(step.mesh_shape)) is not None:
+            state = mesh.placed(state, on)
+        lowered = step_of(step).lower(state, batch, 0.0, config.loss, step)
+        return compiled_bytes(lowered.compile())
+
+    remat, step = choose(config.step, size)
+    return config.replace(remat=remat, batch_size=step.batch_size, accumulate=step.accumulate)
 
 
 def ways(step: StepOptions) -> Iterator[tuple[Remat, StepOptions]]:

@@ -32,7 +32,7 @@ from tensorboardX.proto.event_pb2 import (  # protobuf makes the classes at impo
 )
 from tensorboardX.summary import scalar
 
-from train.run import files
+from train import files
 from train.run.folder import METRICS, TENSORBOARD
 from train.run.progress import Console, PlainLines, ProgressBar
 from train.run.tracker import Tracker

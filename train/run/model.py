@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from train import files
 from train.config import TrainConfig
 from train.data.options import DataOptions
 from train.flags import require
@@ -24,7 +25,6 @@ from train.models.config import SHAPES, ModelConfig
 from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.models.weights.load import abstract
-from train.run import files
 from train.run.checkpoint import choose as choose_step
 from train.run.checkpoint import said_once
 from train.run.folder import CHECKPOINTS, MODEL, RUN_FILE, load

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from train import files
 from train.data.records import Record
 from train.models.decoder import Decoder, looped
 from train.models.generation import generate
-from train.run import files
 from train.run.folder import SAMPLES
 from train.text.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""One optimizer step: the training state, the loss on a batch, accumulation, the update."""
+"""One optimizer step: the loss on a batch, accumulation, the update."""
 
 from __future__ import annotations
 
@@ -20,45 +20,10 @@ from train.data.packing import IGNORE
 from train.models.decoder import Decoder
 from train.run.options import LossOptions, StepOptions
 from train.run.rounding import narrowed, widened
+from train.run.state import TrainState
 from train.run.trained import divide
 
 Batch = Mapping[str, Int[Array, "B _"]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that training changes, as one pytree; the static fields say how to read it."""
-
-    step: Int[Array, ""]
-    """Updates done so far."""
-    params: nnx.State
-    """The model's weights."""
-    opt_state: optax.OptState
-    """Of the weights that are trained, and of their dtypes."""
-    key: PRNGKeyArray
-    """Of dropout and rounding. It never changes: a step's are of the key and the step's number."""
-    graphdef: nnx.GraphDef[Decoder] = dataclasses.field(metadata={"static": True})
-    optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
-    """Its updates are multiplied by the learning rate and taken from the weights."""
-    frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
-    """The names of the weights that stay as they are: they get no gradient and no moments."""
-
-    @classmethod
-    def create(
-        cls,
-        model: Decoder,
-        optimizer: optax.GradientTransformation,
-        key: PRNGKeyArray,
-        frozen: tuple[str, ...] = (),
-    ) -> TrainState:
-        graphdef, params = nnx.split(model)
-        opt_state = optimizer.init(divide(params, frozen)[0])
-        return cls(jnp.int32(0), params, opt_state, key, graphdef, optimizer, frozen)
-
-    @property
-    def model(self) -> Decoder:
-        return nnx.merge(self.graphdef, self.params)
 
 
 @jax.tree_util.register_dataclass
@@ -192,6 +157,11 @@ _compiled = functools.partial(jax.jit, static_argnames=("loss", "how"), donate_a
 train_step = _compiled(_step, compiler_options=mesh.REPEATABLE)
 train_step_autotuned = _compiled(_step)
 """The same without that promise: its processes and its runs differ in their last bits on a GPU."""
+
+
+def step_of(options: StepOptions) -> Any:
+    """The compiled step that the flags ask for."""
+    return train_step_autotuned if options.autotune else train_step
 
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:

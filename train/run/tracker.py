@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from train.run import files
+from train import files
 from train.run.folder import WANDB_RUN
 
 logger = logging.getLogger(__name__)

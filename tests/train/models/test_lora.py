@@ -15,8 +15,8 @@ from train.config import TrainConfig
 from train.models import lora
 from train.models.config import ADAPTED, Lora, ModelConfig
 from train.models.decoder import Decoder
-from train.run import loop
 from train.run.options import LossOptions, StepOptions, TrainedOptions
+from train.run.state import state_maker
 from train.run.step import train_step
 from train.run.trained import divide, frozen
 
@@ -160,7 +160,7 @@ def test_a_step_trains_adapters_alone_and_the_loss_is_that_of_whole_logits():
     """With bfloat16 weights beside them, which keep their bits, and one kind of A frozen."""
     shape = dataclasses.replace(SHAPE, weights="bfloat16")
     names = frozen(shape, ["*.adapter.a"])
-    create = loop.state_maker(shape, optax.identity(), None, names)
+    create = state_maker(shape, optax.identity(), None, names)
     first = create(0)
     params = jax.tree.map(lambda x, y: y.astype(x.dtype), first.params, noisy(made(SHAPE)))
     labels = np.roll(TOKENS, -1, axis=1)

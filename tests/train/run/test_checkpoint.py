@@ -18,7 +18,7 @@ from paths import ROOT
 from train.run.checkpoint import Checkpointer, choose
 from train.run.folder import BEST, CHECKPOINTS
 from train.run.optimizer import adamw
-from train.run.step import TrainState
+from train.run.state import TrainState
 
 OPTIMIZER = adamw(beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0)
 POSITION = {"identity": "0af3", "iterator": {"next_index": 12}}

@@ -17,7 +17,8 @@ from train.models.decoder import Decoder
 from train.data.packing import IGNORE
 from train.models.config import PRESETS
 from train.run.options import LossOptions, StepOptions
-from train.run.step import TrainState, train_step
+from train.run.state import TrainState
+from train.run.step import train_step
 
 ROWS, LENGTH = 16, 256
 shape = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16", dropout=0.1)

@@ -13,7 +13,8 @@ import pytest
 from train.config import TrainConfig
 from train.models.config import MOST_WRITTEN_OUT, PRESETS
 from train.run import loop
-from train.run.loop import written_out
+from train.run.checkpoint import Checkpointer
+from train.run.prepare import Run, written_out
 from train.run.samples import Prompts
 from train.run.step import StepMetrics
 
@@ -69,7 +70,7 @@ def happened(tmp_path, monkeypatch):
             order.append(f"evaluate {model}")
             return model
 
-        checkpointer = loop.Checkpointer(tmp_path, keep=1)
+        checkpointer = Checkpointer(tmp_path, keep=1)
         really_save = checkpointer.save
 
         def save(step, state, position):
@@ -78,7 +79,7 @@ def happened(tmp_path, monkeypatch):
             really_save(step, {"step": np.int32(step)}, position)
 
         monkeypatch.setattr(checkpointer, "save", save)
-        monkeypatch.setattr(loop, "train_step", take_step)
+        monkeypatch.setattr(loop, "step_of", lambda _options: take_step)
         monkeypatch.setattr(loop, "evaluate", evaluate)
         monkeypatch.setattr(loop, "headline", lambda step: {"token_nll": nll(step)})
         monkeypatch.setattr(loop, "report", mock.Mock())
@@ -87,7 +88,7 @@ def happened(tmp_path, monkeypatch):
         config = TrainConfig.of(checkpoint_every=4, **flags)
         prompts = Prompts([], [], mock.Mock())
         parts = (tmp_path, data, None, prompts, float, checkpointer, start)
-        run = loop.Run(config, *parts, first_step, total_steps)
+        run = Run(config, *parts, first_step, total_steps)
         try:
             loop.train(run)
         except (loop.NotFiniteError, loop.Interrupted) as error:

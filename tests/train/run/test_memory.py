@@ -12,10 +12,12 @@ import pytest
 
 from train.config import TrainConfig
 from train.models.config import PRESETS
-from train.run import folder, loop
+from train.run import folder, step
 from train.run.memory import GB, choose, compiled_bytes, ways
 from train.run.optimizer import optimizer
 from train.run.options import StepOptions
+from train.run.prepare import prepare
+from train.run.state import state_maker
 from train.run.step import train_step
 
 
@@ -78,7 +80,7 @@ def test_a_step_of_smollm2_leaves_room_in_4_gb():
     """With the flags of fine-tuning; the process itself takes half a gigabyte beside it."""
     config = TrainConfig.defaults("smollm2-135m")
     shape = dataclasses.replace(PRESETS["smollm2-135m"], remat=config.model.remat)
-    create = loop.state_maker(shape, optimizer(config.optimizer), None)
+    create = state_maker(shape, optimizer(config.optimizer), None)
     ids = jax.ShapeDtypeStruct((config.step.rows, config.data.max_length), jnp.int32)
     batch = dict.fromkeys(("tokens", "labels", "segments", "positions"), ids)
     lowered = train_step.lower(jax.eval_shape(create, 0), batch, 1e-5, config.loss, config.step)
@@ -98,7 +100,7 @@ def test_a_run_is_computed_as_was_chosen_and_goes_on_so(tmp_path, monkeypatch):
         stats = SimpleNamespace(**sizes | {"temp_size_in_bytes": 0})
         return SimpleNamespace(compile=lambda: SimpleNamespace(memory_analysis=lambda: stats))
 
-    monkeypatch.setattr(loop, "train_step", SimpleNamespace(lower=lower))
+    monkeypatch.setattr(step, "train_step", SimpleNamespace(lower=lower))
     data = tmp_path / "data.jsonl"
     lines = [{"prompt": f"{i} and {i}?", "completion": str(2 * i)} for i in range(20)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -106,19 +108,19 @@ def test_a_run_is_computed_as_was_chosen_and_goes_on_so(tmp_path, monkeypatch):
         **{"model": "nano", "data": (data,), "out": tmp_path / "run", "held_out": 0.0},
         **{"max_length": 64, "vocab_size": 270, "batch_size": 8, "memory": 9.5},
     )
-    run = loop.prepare(config)
+    run = prepare(config)
     tried = [(remat, rows) for rows in (8, 4) for remat in ("none", "block", "full")]
     assert asked == tried
     assert (run.config.model.remat, run.config.step.accumulate) == ("full", 2)
     assert run.state.model.config.remat == "full"
 
     with pytest.raises(ValueError, match=r"weights and moments alone take 0\.\d+ GB"):
-        loop.prepare(config.replace(memory=1e-4, out=tmp_path / "other"))
+        prepare(config.replace(memory=1e-4, out=tmp_path / "other"))
 
     again = folder.load(tmp_path / "run").replace(resume=True)
-    resumed = loop.prepare(again).config
+    resumed = prepare(again).config
     assert asked == tried
     assert (resumed.model.remat, resumed.step) == (run.config.model.remat, run.config.step)
-    less = loop.prepare(again.replace(memory=5)).config
+    less = prepare(again.replace(memory=5)).config
     assert asked[len(tried) :] == [*tried[3:], *((remat, 2) for remat in ("none", "block", "full"))]
     assert less.step.batch_size == 2

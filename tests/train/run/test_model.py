@@ -26,8 +26,10 @@ from train.config import TrainConfig
 from train.models import families, resolve
 from train.models.weights import safetensors
 from train.models.weights.load import shapes
+from train.run import folder as run_folder
 from train.run import loop
 from train.run import model as run_model
+from train.run.prepare import prepare
 from train.text.chat import BUILT_IN
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -85,7 +87,7 @@ def trained(checkpoint, tmp_path_factory) -> Path:
         **{"max_length": 96, "held_out": 0.0, "batch_size": 2, "dropout": 0.0},
         **{"learning_rate": 1e-2, "checkpoint_every": 1, "weights": "bfloat16"},
     )
-    prepared = loop.prepare(config)
+    prepared = prepare(config)
     loaded = jax.tree.map(np.asarray, prepared.state.params)  # before the first step takes them
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded)} == {"bfloat16", "float32"}
     loop.train(prepared)
@@ -161,7 +163,7 @@ def test_a_run_in_place_of_a_model_is_told_how_to_become_one(trained):
 
 
 def test_the_loss_can_be_over_the_tokenizer_s_tokens_only(trained, checkpoint, tmp_path):
-    resumed = loop.run_folder.load(trained).replace(smooth_known_tokens=True, resume=True)
+    resumed = run_folder.load(trained).replace(smooth_known_tokens=True, resume=True)
     new = TrainConfig.of(model=str(checkpoint), smooth_known_tokens=True)
     for config, out in ((new, None), (resumed, trained)):
         shape = run_model.choose(config, out).shape
@@ -188,7 +190,7 @@ def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
 
 
 def test_a_run_goes_on_without_the_files_that_it_began_with(trained, checkpoint, tmp_path):
-    config = loop.run_folder.load(trained).replace(resume=True, model=str(tmp_path / "gone"))
+    config = run_folder.load(trained).replace(resume=True, model=str(tmp_path / "gone"))
     chosen = run_model.choose(config, trained)
     assert chosen.source is None
     assert chosen.shape.model_type == "gemma2"
@@ -200,7 +202,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_weights_
 ):
     run = shutil.copytree(trained, tmp_path / "run")
     shutil.rmtree(run / "checkpoints")
-    prepared = loop.prepare(loop.run_folder.load(run).replace(resume=True))
+    prepared = prepare(run_folder.load(run).replace(resume=True))
     prepared.checkpointer.__exit__()
     assert prepared.first_step == 0
     expected = run_model.read(str(checkpoint)).params
@@ -265,16 +267,16 @@ def resumed(adapted) -> Path:
     """The same, its second step after an interruption; compiled as the first run is."""
     run = shutil.copytree(adapted, adapted.with_name("resumed"))
     shutil.rmtree(run / "checkpoints" / "2")
-    loop.run(loop.run_folder.load(run).replace(resume=True, out=run))
+    loop.run(run_folder.load(run).replace(resume=True, out=run))
     return run
 
 
 def test_a_run_of_adapters_goes_on_exactly_and_with_no_others(adapted, resumed):
     one, other = (run_model.read(str(run), merge=False).params for run in (resumed, adapted))
     jax.tree.map(np.testing.assert_array_equal, one, other)
-    config = loop.run_folder.load(adapted).replace(resume=True, out=adapted)
+    config = run_folder.load(adapted).replace(resume=True, out=adapted)
     with pytest.raises(ValueError, match="--lora-rank was 2 and is 4"):
-        loop.prepare(config.replace(lora_rank=4))
+        prepare(config.replace(lora_rank=4))
 
 
 def test_adapters_are_exported_merged_and_as_peft_has_them(adapted, checkpoint, tmp_path):
@@ -381,9 +383,9 @@ def test_a_template_or_a_vocabulary_that_does_not_fit_stops_before_anything_is_w
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     flags = {"model": str(checkpoint), "data": (data,), "held_out": 0.0, "out": tmp_path / "run"}
     with pytest.raises(ValueError, match=re.escape("--template chatml needs <|im_start|>")):
-        loop.prepare(TrainConfig.of(**flags, template="chatml"))
+        prepare(TrainConfig.of(**flags, template="chatml"))
     with pytest.raises(ValueError, match="--vocab-size 300 is for models from scratch"):
-        loop.prepare(TrainConfig.of(**flags, vocab_size=300))
+        prepare(TrainConfig.of(**flags, vocab_size=300))
     assert not (tmp_path / "run").exists()
 
 

@@ -23,6 +23,7 @@ from train.config import TrainConfig
 from train.run import folder as run_folder
 from train.run import loop
 from train.run.folder import CHECKPOINTS
+from train.run.prepare import prepare
 
 STEPS, EVERY = 20, 5
 pytestmark = pytest.mark.slow
@@ -106,7 +107,7 @@ def saved_steps(out: Path) -> list[int]:
 
 def final_state(out: Path) -> list[np.ndarray]:
     config = run_folder.load(out)
-    run = loop.prepare(config.replace(resume=True))
+    run = prepare(config.replace(resume=True))
     assert run.first_step == run.total_steps
     run.checkpointer.__exit__()
     return [np.asarray(leaf) for leaf in jax.tree.leaves((run.state.params, run.state.opt_state))]
@@ -337,7 +338,7 @@ def test_a_nan_stops_the_run_and_is_never_saved(tmp_path, records, capsys, decay
     assert ("checkpoint of step 1 is kept" in message) == (saved == [1])
     assert saved_steps(out) == saved
     if saved:
-        run = loop.prepare(run_folder.load(out).replace(resume=True))
+        run = prepare(run_folder.load(out).replace(resume=True))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.state.params))
         run.checkpointer.__exit__()
 

@@ -18,10 +18,10 @@ from train.config import TrainConfig
 from train.data.packing import IGNORE
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder
-from train.run import loop
 from train.run.optimizer import adamw, learning_rate, optimizer
 from train.run.options import LossOptions, StepOptions
-from train.run.step import TrainState, loss_sum, train_step, train_step_autotuned
+from train.run.state import TrainState, state_maker
+from train.run.step import loss_sum, train_step, train_step_autotuned
 from train.run.trained import divide, frozen
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -263,7 +263,7 @@ def test_a_compiled_step_depends_only_on_what_changes_it():
 
     def take(**flags) -> int:
         config = TrainConfig.of(**{"batch_size": ROWS} | flags)
-        create_state = loop.state_maker(SHAPE, optimizer(config.optimizer), None)
+        create_state = state_maker(SHAPE, optimizer(config.optimizer), None)
         rate = learning_rate(config.optimizer, config.run.steps or 5)(0)
         state = create_state(config.run.seed)
         before = train_step._cache_size()
