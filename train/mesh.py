@@ -89,9 +89,14 @@ def sharding(path: str, shape: tuple[int, ...], mesh: Any) -> NamedSharding | No
 
 
 def shardings(tree: Any, mesh: Any) -> Any:
-    """`sharding` of each array of a tree, by its path; None for all of them without a mesh."""
+    """`sharding` of each array of a tree, by its path. Without a mesh, this machine's first device.
+
+    Which is said, and not left to JAX: it would compile one program for arrays of a new run, and
+    another for those of a checkpoint.
+    """
     if mesh is None:
-        return None
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: here, tree)
 
     def place(path: Any, leaf: Any) -> NamedSharding | None:
         return sharding(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape, mesh)
@@ -101,12 +106,10 @@ def shardings(tree: Any, mesh: Any) -> Any:
 
 def placed(tree: Any, on: Mesh | None) -> Any:
     """The shapes of a tree's arrays with where they lie, as a checkpoint is restored to."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = shardings(tree, on) or jax.tree.map(lambda _: here, tree)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         tree,
-        places,
+        shardings(tree, on),
     )
 
 

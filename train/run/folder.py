@@ -62,7 +62,8 @@ def find(config: TrainConfig) -> Path:
     out = config.run.out or RUNS / time.strftime("%Y-%m-%d_%H-%M-%S")
     check_place(out)
     contents = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    # A run that was killed before it wrote anything else is no loss.
+    # A run that was killed before it wrote anything else is no loss, nor is half of that file.
+    contents -= {RUN_FILE + files.PART}
     if config.run.out and contents - {RUN_FILE}:
         if RUN_FILE not in contents:
             raise ValueError(f"--out {out} is not empty and is not a run: name another folder")
@@ -108,7 +109,8 @@ def claim(config: TrainConfig, *, step: int = 0) -> Path:
             out.mkdir(parents=True, exist_ok=True)
         else:
             out = _make_new(out)
-        for name in WRITTEN:
+        # But for the old flags, which the new ones replace: killed here, it is still a run.
+        for name in set(WRITTEN) - {RUN_FILE}:
             for old in (out / name, out / (name + files.PART)):
                 if old.is_dir() and not old.is_symlink():
                     shutil.rmtree(old)

@@ -48,9 +48,7 @@ def fitting(config: TrainConfig, maker: Callable[[Remat], StateMaker], rows: Row
         )
 
     def size(remat: Remat, step: StepOptions) -> int:
-        state = jax.eval_shape(maker(remat), seed)
-        if (on := mesh.make(step.mesh_shape)) is not None:
-            state = mesh.placed(state, on)
+        state = mesh.placed(jax.eval_shape(maker(remat), seed), mesh.make(step.mesh_shape))
         lowered = step_of(step).lower(state, batch, 0.0, config.loss, step)
         return compiled_bytes(lowered.compile())
 

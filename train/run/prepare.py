@@ -83,7 +83,7 @@ def prepare(config: TrainConfig) -> Run:
         cut_rows_after(out / METRICS, first_step)
         samples.write(out, first_step + 1, [])
     out = folder.claim(config, step=first_step)
-    config = config.replace(out=out)
+    config = folder.load(out)  # which whoever resumes it will have, too
     write(out, model, data.tokenizer)
     checkpointer = Checkpointer(out, keep=config.run.keep)
     exam = Exam.of(data, config.run.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,10 +16,12 @@ import pytest
 from flax import nnx
 from paths import ROOT
 
+from train import mesh
+from train.models.config import PRESETS
 from train.run.checkpoint import Checkpointer, choose
 from train.run.folder import BEST, CHECKPOINTS
 from train.run.optimizer import adamw
-from train.run.state import TrainState
+from train.run.state import TrainState, state_maker
 
 OPTIMIZER = adamw(beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0)
 POSITION = {"identity": "0af3", "iterator": {"next_index": 12}}
@@ -58,6 +61,19 @@ def test_a_checkpoint_holds_weights_optimizer_step_key_and_position(tmp_path):
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+def test_a_resumed_run_loads_the_program_that_the_new_one_compiled(tmp_path):
+    """JAX compiles anew for arrays that are bound to a device, where others were not."""
+    shape = dataclasses.replace(PRESETS["nano"], vocab_size=300)
+    make = state_maker(shape, OPTIMIZER, None)
+    state = make(0)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, state, POSITION)
+        restored = checkpointer.state(1, mesh.placed(jax.eval_shape(make, 0), None))
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert (one.committed, one.sharding) == (other.committed, other.sharding)
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -167,6 +183,8 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 sys.path[:0] = sys.argv[2:]
 from test_checkpoint import POSITION, create
+from train import mesh
+from train.models.config import PRESETS
 from train.run.checkpoint import Checkpointer
 
 with Checkpointer(Path(sys.argv[1]), keep=2) as checkpointer:
@@ -201,6 +219,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
 from test_checkpoint import POSITION, create
+from train import mesh
+from train.models.config import PRESETS
 from train.run.checkpoint import Checkpointer
 
 def kill(event, arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -101,7 +102,8 @@ def test_a_run_is_computed_as_was_chosen_and_goes_on_so(tmp_path, monkeypatch):
         return SimpleNamespace(compile=lambda: SimpleNamespace(memory_analysis=lambda: stats))
 
     monkeypatch.setattr(step, "train_step", SimpleNamespace(lower=lower))
-    data = tmp_path / "data.jsonl"
+    monkeypatch.chdir(tmp_path)
+    data = Path("data.jsonl")
     lines = [{"prompt": f"{i} and {i}?", "completion": str(2 * i)} for i in range(20)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = TrainConfig.of(
@@ -111,6 +113,7 @@ def test_a_run_is_computed_as_was_chosen_and_goes_on_so(tmp_path, monkeypatch):
     run = prepare(config)
     tried = [(remat, rows) for rows in (8, 4) for remat in ("none", "block", "full")]
     assert asked == tried
+    assert run.config == folder.load(tmp_path / "run")
     assert (run.config.model.remat, run.config.step.accumulate) == ("full", 2)
     assert run.state.model.config.remat == "full"
 

@@ -101,6 +101,15 @@ def rows(out: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k not in timed} for row in steps]
 
 
+def evaluated(out: Path) -> dict:
+    """What eval.json says, which has the flags as run.json has them."""
+    found = json.loads((out / "eval.json").read_text())
+    noted = json.loads((out / "run.json").read_text())
+    noted.pop("earlier", None)
+    assert found.pop("config") == noted
+    return found
+
+
 def saved_steps(out: Path) -> list[int]:
     return sorted(int(path.name) for path in (out / CHECKPOINTS).iterdir())
 
@@ -116,6 +125,7 @@ def final_state(out: Path) -> list[np.ndarray]:
 def assert_same_run(out: Path, expected: Path) -> None:
     assert [row["step"] for row in rows(expected)] == list(range(1, STEPS + 1))
     assert rows(out) == rows(expected)
+    assert evaluated(out) == evaluated(expected)
     for one, other in zip(final_state(out), final_state(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 
