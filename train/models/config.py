@@ -54,6 +54,8 @@ class Lora:
     alpha: float
     targets: tuple[str, ...]
     """Those of `ADAPTED` that have one."""
+    dropout: float = 0.0
+    """Probability of dropping a feature of what an adapter reads, in training."""
 
     @property
     def scale(self) -> float:
@@ -142,6 +144,11 @@ class ModelConfig:
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {values}")
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything."""
+        return self.dropout > 0 or (self.lora is not None and self.lora.dropout > 0)
 
     @property
     def head_columns(self) -> int:

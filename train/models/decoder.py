@@ -19,7 +19,7 @@ from train.models.attention import Attention, View, view
 from train.models.cache import Cache, LayerCache
 from train.models.config import LayerKind, Lora, ModelConfig
 from train.models.layers import Mlp, RMSNorm, embed, table_init
-from train.models.lora import Adapter, HeadAdapter
+from train.models.lora import Adapter, HeadAdapter, with_dropout
 
 INPUT = "a block's input"
 """What the backward pass finds by this name, under `remat="block"`."""
@@ -82,9 +82,9 @@ class Decoder(nnx.Module):
                 no more: cuDNN's kernels then skip what no token sees. All segments must be there.
             dropout_key: draws the dropout masks; None turns dropout off (evaluation).
         """
-        first_key, keys = None, None
-        if dropout_key is not None and self.config.dropout > 0:
-            first_key, key = jax.random.split(dropout_key)
+        first_key, keys, head_key = None, None, None
+        if dropout_key is not None and self.config.drops:
+            first_key, key, head_key = jax.random.split(dropout_key, 3)
             keys = jax.random.split(key, self.config.layers)
         views = {
             kind: view(self.config, kind, segments, positions, starts=starts)
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         }
         stream = _drop(self.dropout, self._embed(tokens), first_key)
         stream, _ = self._through_blocks(stream, views, keys)
-        return self._hidden(stream)
+        return self._hidden(stream, head_key)
 
     def extend(
         self,
@@ -148,9 +148,13 @@ class Decoder(nnx.Module):
                 layers, size, out_size = linear.kernel.shape
                 linear.adapter = Adapter(lora, size, out_size, layers, rngs=rngs)
 
-    def _hidden(self, stream: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def _hidden(
+        self, stream: Float[Array, "B T D"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T D"]:
         hidden = self.norm(stream)
-        return hidden if self.head_adapter is None else self.head_adapter.hidden(hidden)
+        if self.head_adapter is None:
+            return hidden
+        return with_dropout(self.head_adapter, key).hidden(hidden)
 
     def _in_dtype(self, table: nnx.Param) -> Float[Array, "V D"]:
         named = {"embedding.embedding": table[...]}
@@ -249,12 +253,13 @@ class Block(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        added, cache = self.attention(self.attention_norm(stream), view, cache)
+        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        attention, mlp = with_dropout(self.attention, keys[2]), with_dropout(self.mlp, keys[3])
+        added, cache = attention(self.attention_norm(stream), view, cache)
         if self.post_norms:
             added = self.attention_post_norm(added)
         stream = stream + _drop(self.dropout, added, keys[0])
-        added = self.mlp(self.mlp_norm(stream))
+        added = mlp(self.mlp_norm(stream))
         if self.post_norms:
             added = self.mlp_post_norm(added)
         return stream + _drop(self.dropout, added, keys[1]), cache

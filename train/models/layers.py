@@ -145,7 +145,7 @@ class Mlp(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """x·W + b, and what an adapter adds, where `lora.attach` gave it one."""
+    """x·W + b, and what an adapter adds, where the decoder gave it one."""
 
     adapter: Callable[[Array], Array] | None = None
 

@@ -1,6 +1,7 @@
 """LoRA: x·W becomes x·W + s·(x·A)·B with s = alpha / rank. A and B are trained, W stays.
 
-A is drawn and B is 0, so that a model with new adapters computes what it computes without.
+A is drawn and B is 0, so that a model with new adapters computes what it computes without. In
+training features of the x that A reads may be dropped; W reads all of them.
 
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from train.models.config import COLUMNS, Lora, ModelConfig
 
@@ -23,8 +24,12 @@ Path = tuple[str, ...]
 class Adapter(nnx.Module):
     """s·(x·A)·B; `stack` are leading axes of both, as of layers."""
 
+    key: PRNGKeyArray | None = None
+    """Draws the features of x that are dropped; None, as in evaluation, for none of them."""
+
     def __init__(self, lora: Lora, size: int, out_size: int, *stack: int, rngs: nnx.Rngs) -> None:
         self.scale = lora.scale
+        self.dropout = nnx.Dropout(lora.dropout)
         # Uniform up to 1/√size, as PEFT draws it.
         init = nnx.initializers.variance_scaling(
             1 / 3, "fan_in", "uniform", batch_axis=tuple(range(len(stack)))
@@ -37,7 +42,13 @@ class Adapter(nnx.Module):
 
     def down(self, x: Float[Array, "*N D"]) -> Float[Array, "*N R"]:
         """x·A."""
-        return x @ self.a[...].astype(x.dtype)
+
+        def product(x: Float[Array, "*N D"], a: Float[Array, "D R"]) -> Float[Array, "*N R"]:
+            return self.dropout(x, deterministic=self.key is None, rngs=self.key) @ a
+
+        if self.key is not None:  # what is left of x is drawn again, and not kept beside x
+            product = jax.checkpoint(product, prevent_cse=False)
+        return product(x, self.a[...].astype(x.dtype))
 
     def up(self, dtype: jnp.dtype) -> Float[Array, "R F"]:
         """s·B, rounded once."""
@@ -59,6 +70,21 @@ class HeadAdapter(Adapter):
 
 def _filled(x: Float[Array, "*N D"]) -> Float[Array, "*N C"]:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % COLUMNS)])
+
+
+def with_dropout[M: nnx.Module](module: M, key: PRNGKeyArray | None) -> M:
+    """The module whose adapters drop features of what they read, each its own; without a key none.
+
+    That is a copy, as keys are of one call.
+    """
+    if key is None:
+        return module
+    copy = nnx.merge(*nnx.split(module))
+    parts = [part for _, part in nnx.iter_modules(copy)]
+    adapters = [part for part in parts if isinstance(part, Adapter) and part.dropout.rate > 0]
+    for adapter, own in zip(adapters, jax.random.split(key, len(adapters)), strict=True):
+        adapter.key = own
+    return copy
 
 
 def matrices(lora: Lora, flat: dict[Any, Any]) -> dict[str, tuple[Path, Any, Any]]:

@@ -127,12 +127,16 @@ class TrainedOptions:
     stays as it is. Checkpoints hold all weights; generate, evaluate and export merge them."""
     lora_alpha: Annotated[float, shown("A")] = 32.0
     """What adapters add is multiplied by A / R."""
+    lora_dropout: Annotated[float, shown("P")] = 0.0
+    """Probability of dropping a feature of what an adapter reads; the matrix beside it reads all,
+    and evaluations drop nothing. Another than --dropout, which adapters seldom need."""
     lora_targets: Annotated[tuple[str, ...], shown("PATTERN ...")] = ("attention.*", "mlp.*")
     """What has adapters: attention.query, .key, .value and .out, mlp.gate, .up and .down, head."""
 
     def __post_init__(self) -> None:
         require_count("lora_rank", self.lora_rank)
         require_positive("lora_alpha", self.lora_alpha)
+        require_share("lora_dropout", self.lora_dropout)
         require(bool(self.lora_targets), "--lora-targets names nothing that adapters could be on")
         for pattern in self.lora_targets:
             require(
@@ -153,7 +157,7 @@ class TrainedOptions:
         if self.lora_rank is None:
             return None
         targets = (n for n in ADAPTED if any(fnmatchcase(n, p) for p in self.lora_targets))
-        return Lora(self.lora_rank, self.lora_alpha, tuple(targets))
+        return Lora(self.lora_rank, self.lora_alpha, tuple(targets), self.lora_dropout)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

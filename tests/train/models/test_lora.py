@@ -14,7 +14,7 @@ from flax import nnx
 from train.config import TrainConfig
 from train.models import lora
 from train.models.config import ADAPTED, Lora, ModelConfig
-from train.models.decoder import Decoder
+from train.models.decoder import Block, Decoder
 from train.run.options import LossOptions, StepOptions, TrainedOptions
 from train.run.state import state_maker
 from train.run.step import train_step
@@ -106,6 +106,52 @@ def test_the_head_s_adapter_is_more_columns_of_both_sides():
     np.testing.assert_array_equal(head[:, 27:], 0.0)
 
 
+def test_an_adapter_drops_features_of_what_it_reads_and_draws_them_again_for_the_gradient():
+    """x·A of A = 1 shows which are left, divided by their probability."""
+    x, b = np.random.default_rng(2).standard_normal((2, 500, 8), np.float32)
+    b, key = b[:, :5][:8], jax.random.key(3)
+
+    def keyed(a, key):
+        adapter = lora.Adapter(Lora(8, 16.0, (), dropout=0.25), 8, 5, rngs=nnx.Rngs(0))
+        adapter.a, adapter.b = nnx.Param(a), nnx.Param(b)
+        return lora.with_dropout(adapter, key)
+
+    one = jnp.eye(8)
+    seen = np.asarray(keyed(one, key).down(x))
+    kept = seen != 0
+    assert 0.2 < 1 - kept.mean() < 0.3
+    np.testing.assert_allclose(seen, np.where(kept, x / 0.75, 0), rtol=1e-6)
+    other = np.asarray(keyed(one, jax.random.key(4)).down(x))
+    assert 0.3 < ((other != 0) != kept).mean() < 0.45  # 2 · ¼ · ¾ of two draws
+    np.testing.assert_array_equal(keyed(one, None).down(x), x)
+    gradient = jax.grad(lambda a: jnp.sum(keyed(a, key).down(x) * x))(one)
+    np.testing.assert_allclose(gradient, seen.T @ x, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(keyed(one, key)(x), 2 * seen @ b, atol=1e-4)
+
+
+def test_only_what_adapters_read_is_dropped_and_each_has_its_own_draw():
+    shape = dataclasses.replace(SHAPE, lora=dataclasses.replace(ADAPTERS, dropout=0.5))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(params=0))))
+    new = made(SHAPE)
+    parts = [part for _, part in nnx.iter_modules(nnx.merge(graph, new))]
+    block = next(part for part in parts if isinstance(part, Block))
+    keyed = [part for _, part in nnx.iter_modules(lora.with_dropout(block, jax.random.key(0)))]
+    keys = [jax.random.key_data(part.key) for part in keyed if isinstance(part, lora.Adapter)]
+    assert len(np.unique(keys, axis=0)) == len(keys) == len(ADAPTED) - 1
+
+    @jax.jit
+    def hidden(params, key):
+        return nnx.merge(graph, params)(TOKENS, *WHERE, dropout_key=key)
+
+    learnt, d = noisy(new), SHAPE.hidden_size
+    first, second = (hidden(new, jax.random.key(i)) for i in (0, 1))
+    plain = hidden(new, None)
+    np.testing.assert_array_equal(first[..., :d], plain[..., :d])  # B is 0: W's part is whole
+    for one, other in ((first, second), (first, plain)):
+        assert np.abs(one[..., d:] - other[..., d:]).max() > 0.1  # what the head's A reads
+    assert np.abs(hidden(learnt, jax.random.key(0)) - hidden(learnt, None))[..., :d].max() > 0.1
+
+
 def test_products_of_adapters_are_of_the_activations_dtype():
     shape = dataclasses.replace(SHAPE, dtype="bfloat16")
     graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(params=0))))
@@ -140,6 +186,8 @@ def test_targets_are_patterns_of_projections():
         ({"lora_rank": 0}, "--lora-rank must be at least 1, not 0"),
         ({"lora_rank": 4, "lora_alpha": -1.0}, "--lora-alpha must be finite and more than 0"),
         ({"lora_rank": 4, "lora_targets": ("query",)}, "query is none of attention.query, "),
+        ({"lora_rank": 4, "lora_dropout": 1.0}, r"--lora-dropout must be in \[0, 1\), not 1.0"),
+        ({"lora_dropout": 0.1}, "--lora-dropout is of adapters: give --lora-rank too"),
         ({"lora_rank": 4, "lora_targets": ()}, "--lora-targets names nothing"),
         ({"lora_alpha": 8.0}, "--lora-alpha is of adapters: give --lora-rank too"),
     ],

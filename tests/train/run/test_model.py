@@ -246,6 +246,7 @@ def adapted(trained, checkpoint) -> Path:
         **{"out": trained.parent / "adapted", "max_length": 96, "held_out": 0.0, "batch_size": 2},
         **{"dropout": 0.1, "learning_rate": 1e-2, "checkpoint_every": 1},
         **{"lora_rank": 2, "lora_alpha": 8.0, "lora_targets": ("attention.*", "head")},
+        lora_dropout=0.25,
     )
     loop.run(config)
     return trained.parent / "adapted"
@@ -284,7 +285,7 @@ def test_adapters_are_exported_merged_and_as_peft_has_them(adapted, checkpoint, 
     export.export(str(adapted), tmp_path / "adapter", adapter=True)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(checkpoint)
-    assert (config["r"], config["lora_alpha"]) == (2, 8.0)
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 8.0, 0.25)
     assert config["target_modules"] == ["k_proj", "lm_head", "o_proj", "q_proj", "v_proj"]
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     base = safetensors.SafetensorsFolder(checkpoint)

@@ -48,7 +48,7 @@ def save(config: ModelConfig, params: nnx.State, base: str, folder: Path, dtype:
         "inference_mode": True,
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.lora.dropout,
         "bias": "none",
         "target_modules": sorted(modules),
     }
