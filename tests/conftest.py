@@ -26,7 +26,7 @@ import optax
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("contract", "hopper_on_cpu", "on_devices")
+pytest.register_assert_rewrite("attending", "contract", "hopper_on_cpu", "on_devices")
 
 # A busy machine is no failure: examples are counted, not timed.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -77,6 +77,7 @@ ON_A_GPU = {
     for module in (
         "lsce/test_loss.py",
         "lsce/backends/hopper/test_gpu.py",
+        "train/models/test_gpu.py",
         "train/run/test_gpu.py",
     )
 }

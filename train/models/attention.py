@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 from typing import Any, Literal, NamedTuple
@@ -10,8 +11,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from train import mesh
+from train.models import flash
 from train.models.cache import LayerCache
 from train.models.config import LayerKind, ModelConfig, Rope
 from train.models.layers import RMSNorm, elementwise, linear
@@ -24,9 +28,10 @@ with contextlib.suppress(ImportError):  # not public: `choose` does without wher
     cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 
 
-Way = Literal["xla", "causal", "packed", "masked"]
-"""Who attends: XLA, or cuDNN's kernels, which keep no scores: for rows of one segment each, for
-segments given by where they start, or under a mask, which they read."""
+Way = Literal["xla", "causal", "packed", "masked", "flash"]
+"""Who attends: XLA, or kernels that keep no scores: cuDNN's, for rows of one segment each, for
+segments given by where they start, or under a mask, which they read, or those of `flash`, which
+skip what no token sees."""
 
 
 class View(NamedTuple):
@@ -40,6 +45,8 @@ class View(NamedTuple):
     starts: Int[Array, "B M"] | None = None
     """Where the segments of a row begin, in order; T where there are no more."""
     window: int | None = None
+    seen: flash.Bounds | None = None
+    """What `starts` and `window` come to, for `flash`."""
 
 
 class Attention(nnx.Module):
@@ -100,6 +107,9 @@ def attend(
     if view.way == "packed":
         assert view.starts is not None
         return _attend_packed(query, key, value, view.starts, view.window, scale)
+    if view.way == "flash":
+        assert view.seen is not None
+        return _attend_by_flash(query, key, value, view.seen, scale, softcap)
     causal = view.way == "causal"
     return jax.nn.dot_product_attention(
         query,
@@ -161,6 +171,25 @@ def _attend_packed(
     )
 
 
+def _attend_by_flash(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    seen: flash.Bounds,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Each device its rows: XLA cannot split a kernel."""
+    attention = functools.partial(flash.attention, scale=scale, softcap=softcap)
+    on = mesh.of(query)
+    if on is not None and len(query) % on.size == 0:
+        rows = PartitionSpec(mesh.ROWS)
+        attention = jax.shard_map(
+            attention, mesh=on, in_specs=rows, out_specs=rows, check_vma=False
+        )
+    return attention(query, key, value, seen)
+
+
 def choose(
     config: ModelConfig,
     *,
@@ -179,6 +208,15 @@ def choose(
         capability: the CUDA device's, as "9.0"; None for another device.
     """
     major = int(capability.split(".")[0]) if capability else 0
+    if (
+        config.attention == "flash"
+        and major == 9
+        and config.dtype == "bfloat16"
+        and config.head_size in flash.HEAD_SIZES
+        and segments is not None
+        and not cached
+    ):
+        return "flash", "asked for, and what no token sees is skipped"
     most = 256 if major >= 9 else 128
     reasons = {
         "attention='xla' was asked for": config.attention == "xla",
@@ -246,6 +284,10 @@ def view(
         cached=past is not None,
         capability=capability(),
     )
+    seen = None
+    if way == "flash":
+        assert starts is not None
+        seen = flash.bounds(starts, segments.shape[1], kind.window)
     return View(
         rope_rotation(positions, config.head_size, kind.rope),
         way,
@@ -256,6 +298,7 @@ def view(
         ),
         starts,
         kind.window,
+        seen,
     )
 
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SMOL = dataclasses.replace(PRESETS["smollm2-135m"], dtype="bfloat16")
 GEMMA = dataclasses.replace(PRESETS["gemma3-270m"], dtype="bfloat16")
+FLASH = dataclasses.replace(SMOL, attention="flash")
 HERE = {"length": 1024, "segments": 8, "cached": False, "capability": "9.0"}
 
 
@@ -41,6 +42,13 @@ HERE = {"length": 1024, "segments": 8, "cached": False, "capability": "9.0"}
         (dataclasses.replace(SMOL, attention_softcap=50.0), {}, "xla", "softcap"),
         (dataclasses.replace(SMOL, head_size=60), {}, "xla", "config.head_size=60"),
         (dataclasses.replace(SMOL, attention="xla"), {}, "xla", "asked"),
+        (FLASH, {}, "flash", "skipped"),
+        (FLASH, {"segments": 40}, "flash", "skipped"),
+        (FLASH, {"segments": None}, "masked", "nobody says"),
+        (FLASH, {"capability": "10.0"}, "packed", "up to 8 segments"),
+        (FLASH, {"cached": True}, "xla", "cache"),
+        (dataclasses.replace(FLASH, head_size=80), {}, "packed", "up to 8 segments"),
+        (dataclasses.replace(FLASH, dtype="float16"), {}, "packed", "up to 8 segments"),
     ],
 )
 def test_the_fastest_that_can_attends(config, changes, way, reason):

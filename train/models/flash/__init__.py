@@ -37,11 +37,11 @@ def bounds(starts: Int[Array, "B M"], length: int, window: int | None) -> Bounds
         length: tokens in a row.
         window: how many keys a query sees at most, its own included; None: its whole segment.
     """
-    at, starts = jnp.arange(length, dtype=jnp.int32)[:, None], starts[:, None, :]
-    first = jnp.max(jnp.where(starts <= at, starts, 0), axis=-1)
-    end = jnp.min(jnp.where(starts > at, starts, length), axis=-1)
+    at, starts = jnp.arange(length, dtype=jnp.int32)[None], starts[:, None, :]
+    begun = starts <= at[..., None]
+    first = jnp.max(jnp.where(begun, starts, 0), axis=-1)
+    end = jnp.min(jnp.where(begun, length, starts), axis=-1)
     if window is not None:
-        at = at[:, 0]
         first, end = jnp.maximum(first, at - (window - 1)), jnp.minimum(end, at + window)
     return Bounds(first, end)
 
@@ -69,9 +69,8 @@ def attention(
     missing = -length % TILE
     if missing:
         # Each of what is added sees itself.
-        after = jnp.broadcast_to(
-            length + jnp.arange(missing, dtype=jnp.int32), (len(query), missing)
-        )
+        after = jnp.arange(length, length + missing, dtype=jnp.int32)
+        after = jnp.broadcast_to(after[None], (len(query), missing))
         seen = Bounds(
             jnp.concatenate([seen.first, after], 1), jnp.concatenate([seen.end, after + 1], 1)
         )
