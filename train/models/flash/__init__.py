@@ -10,7 +10,8 @@ by rows × segments.
 
 `forward.py` makes o and the log-sum-exp of each query, `query_gradient.py` and `key_gradient.py`
 recompute p from it; nothing of T × T is ever in memory. No sum depends on the order in which
-thread blocks run, so that bits are the same each time. What the three share is in `tiles.py`.
+thread blocks run, so that bits are the same each time. Each is a program of its own, made once for
+all layers. What they share is in `kernel.py` and `tiles.py`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def attention(
         padding = (0, 0), (0, missing), (0, 0), (0, 0)
         query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
     scores = Scores(float(scale), None if softcap is None else float(softcap), interpret)
-    return _attention(query, key, value, seen, scores)[:, :length]
+    out: Any = _attention(query, key, value, seen, scores)
+    return out[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

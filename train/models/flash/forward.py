@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -27,6 +29,7 @@ WIDTH = 128
 """Columns of o that are added at a time: so many registers more than o has."""
 
 
+@functools.partial(jax.jit, static_argnames="scores")
 def forward(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
@@ -111,7 +114,7 @@ def _product(a, b):
         plgpu.wgmma(ref, a, b)
         return ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((TILE, b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE, b.shape[1]), jnp.float32))
 
 
 def _wide(x, columns: int):

@@ -5,6 +5,8 @@ dV = pᵀ·do,    dK = scale · dsᵀ·q
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -28,6 +30,7 @@ MOST_OF_BOTH = 128
 """Head size up to which the registers hold both sums: above it p is made twice."""
 
 
+@functools.partial(jax.jit, static_argnames="scores")
 def key_gradients(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
@@ -74,7 +77,7 @@ def _gradients(query, key, value, seen, lse, delta, gradient, scores, *, of):
                         plgpu.wgmma(dp_ref, v_smem, do_smem.T)
                     return s_ref[...], dp_ref[...] if of_key else None
 
-                square = plgpu.ACC((TILE, TILE), jnp.float32)
+                square = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
                 s, dp = pl.run_scoped(products, square, square if of_key else None)
                 s, slope = scores.in_bits(s)
                 p = jnp.exp2(s - _wide(lse))
@@ -107,7 +110,7 @@ def _gradients(query, key, value, seen, lse, delta, gradient, scores, *, of):
             )(q_gmem, do_gmem, lse_gmem, delta_gmem, first_gmem)
             return tuple(ref[...] for ref in refs.values())
 
-        sum_of = plgpu.ACC((TILE, size), jnp.float32)
+        sum_of = plgpu.WGMMAAccumulatorRef((TILE, size), jnp.float32)
         sums = pl.run_scoped(accumulate, *[sum_of] * len(of))
         smems = {"key": k_smem, "value": v_smem}
         for which, total, out_gmem in zip(of, sums, out_gmems, strict=True):

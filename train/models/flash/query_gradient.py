@@ -5,6 +5,8 @@ ds = p · (do·vᵀ − δ),    dQ = scale · ds·k,    under a softcap with ds 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -25,6 +27,7 @@ from train.models.flash.kernel import (
 from train.models.flash.tiles import STEPS, TILE, Bounds, Scores
 
 
+@functools.partial(jax.jit, static_argnames="scores")
 def query_gradient(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
@@ -83,7 +86,7 @@ def query_gradient(
                     plgpu.wgmma(dp_ref, do_smem, v_smem.T)
                     return s_ref[...], dp_ref[...]
 
-                square = plgpu.ACC((TILE, TILE), jnp.float32)
+                square = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
                 s, dp = pl.run_scoped(products, square, square)
                 s, slope = scores.in_bits(s)
                 p = jnp.exp2(s - _wide(lse))
@@ -103,7 +106,7 @@ def query_gradient(
             )(k_gmem, v_gmem)
             return dq_ref[...]
 
-        dq = pl.run_scoped(accumulate, plgpu.ACC((TILE, size), jnp.float32))
+        dq = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((TILE, size), jnp.float32))
         q_smem[...] = (dq * scores.scale).astype(q_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem, dq_gmem.at[row, at, head])
