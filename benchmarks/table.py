@@ -60,6 +60,13 @@ LINES = (
     Line("cut-cross-entropy", "cut-cross-entropy"),
     Line("cut-cross-entropy, no filter", "cut-cross-entropy", EXACT),
     Line("Liger, its Triton kernels", "liger"),
+    Line("Liger, its Triton kernels, in larger chunks", "liger-chunks"),
+    Line("Liger, CuTe DSL on each chunk", "liger-cute"),
+    Line("Liger for Hopper, FLCE", "liger-flce"),
+    Line("Liger for Hopper, FLSCE", "liger-flsce"),
+    Line("QuACK", "quack"),
+    Line("flash-linear-attention", "fla"),
+    Line("flash-linear-attention, dC in the head's dtype", "fla-bfloat16"),
 )
 
 

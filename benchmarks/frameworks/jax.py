@@ -1,6 +1,7 @@
 """Runs of the loss in JAX."""
 
 import concurrent.futures
+import functools
 import os
 import platform
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lsce
 from benchmarks.implementations import IMPLEMENTATIONS, FrameworkName
-from benchmarks.implementations.settings import Run
+from benchmarks.implementations.settings import Run, Settings
 from benchmarks.inputs.arrays import Inputs
 from benchmarks.measure import timing
 from benchmarks.measure.errors import Gradients
@@ -59,6 +60,12 @@ class JaxFramework:
     def product(self) -> Any:
         return self._product()
 
+    def backend(self, run: Run) -> str:
+        choose = IMPLEMENTATIONS[run.implementation].backend
+        if choose is None:
+            return run.implementation
+        return choose(*self._arguments(run.settings), run.settings)
+
     def ahead(self, runs: Iterable[Run]) -> None:
         """Compiles this library's runs side by side; the rest XLA tunes by timing, so alone."""
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -75,7 +82,7 @@ class JaxFramework:
 
     def _prepare(self, run: Run) -> Prepared:
         implementation, settings = IMPLEMENTATIONS[run.implementation], run.settings
-        arrays = (*self.arrays, self._order() if settings.vocab_order else None)
+        arrays = self._arguments(settings)
 
         def loss(hidden: Any, head: Any, labels: Any, order: Any) -> Any:
             return implementation.loss(hidden, head, labels, order, settings)
@@ -85,18 +92,18 @@ class JaxFramework:
 
         function = loss if run.mode == "fwd" else loss_and_gradients
         compiled = jax.jit(function).lower(*arrays).compile()
-        backend = run.implementation
-        if implementation.backend is not None:
-            backend = implementation.backend(*arrays, settings)
         return Prepared(
             call=lambda: compiled(*arrays),
             # The loss comes first, whatever statistics or gradients follow it.
             loss=lambda result: float(jax.tree.leaves(result)[0]),
             gradients=lambda result: Gradients(*result[1]),
-            backend=backend,
             memory=extra_memory(compiled),
         )
 
+    def _arguments(self, settings: Settings) -> Any:
+        return (*self.arrays, self._order if settings.vocab_order else None)
+
+    @functools.cached_property
     def _order(self) -> Any:
         hidden, head, _ = self.arrays
         mean = hidden.astype(jnp.float32).mean(0).astype(head.dtype)

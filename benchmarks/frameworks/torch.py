@@ -20,7 +20,7 @@ class TorchFramework:
     """Holds the inputs on the first GPU, or else on the CPU.
 
     "fwd" is a training step's forward: hidden and head want gradients, so what the backward will
-    need is kept (and Liger makes its gradients there).
+    need is kept (and most peers that fuse the head make their gradients there).
     """
 
     name: FrameworkName = "torch"
@@ -43,6 +43,9 @@ class TorchFramework:
         with torch.no_grad():
             return self.hidden @ self.head.T
 
+    def backend(self, run: Run) -> str:
+        return run.implementation
+
     def ahead(self, runs: Iterable[Run]) -> None:
         """Nothing: compilation here is part of the first call."""
 
@@ -60,7 +63,6 @@ class TorchFramework:
             call=call,
             loss=lambda result: result[0].item(),
             gradients=lambda result: Gradients(*(x.float().cpu().numpy() for x in result[1:])),
-            backend=run.implementation,
             memory=self._memory(call),
         )
 

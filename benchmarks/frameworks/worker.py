@@ -55,7 +55,7 @@ def work(framework: str, folder: pathlib.Path) -> None:
         else:
             from benchmarks.frameworks.torch import TorchFramework as Held
     except ImportError as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = runner.failure(error, (framework,))
         measured = report.Report(skipped=tuple(report.Skipped(run, reason) for run in plan.runs))
     else:
         measured = runner.measure_runs(

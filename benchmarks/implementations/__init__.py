@@ -7,10 +7,12 @@ reason.
 
 from benchmarks.implementations import (
     cut_cross_entropy,
+    flash_linear_attention,
     jax_cce,
     liger,
     lsce,
     optax,
+    quack,
     tokamax,
     torch,
 )
@@ -28,6 +30,13 @@ IMPLEMENTATIONS = {
         torch.COMPILED,
         cut_cross_entropy.IMPLEMENTATION,
         liger.IMPLEMENTATION,
+        liger.CHUNKS,
+        liger.CUTE,
+        liger.FLCE,
+        liger.FLSCE,
+        quack.IMPLEMENTATION,
+        flash_linear_attention.FLOAT32,
+        flash_linear_attention.BFLOAT16,
     )
 }
 """The registry, by name."""

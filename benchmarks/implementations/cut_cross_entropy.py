@@ -22,5 +22,5 @@ def refuses(settings: Settings) -> str | None:
 
 
 IMPLEMENTATION = Implementation(
-    "cut-cross-entropy", "torch", loss, refuses, package="cut-cross-entropy"
+    "cut-cross-entropy", "torch", loss, refuses, ("cut-cross-entropy",)
 )

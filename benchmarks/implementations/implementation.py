@@ -9,6 +9,10 @@ from benchmarks.implementations.settings import Settings
 FrameworkName = Literal["jax", "torch"]
 
 
+def _all(settings: Settings, backend: str) -> Settings:
+    return settings
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute the mean loss, in the arrays of one framework.
@@ -23,10 +27,12 @@ class Implementation:
     loss: Callable[..., Any]
     refuses: Callable[[Settings], str | None]
     """Why the implementation cannot do what the settings ask for; None when it can."""
-    package: str | None = None
-    """The distribution on PyPI that it comes from, for the row's versions."""
+    packages: tuple[str, ...] = ()
+    """The distributions on PyPI that it comes from: what to install, and the row's versions."""
     backend: Callable[..., str] | None = None
     """Called like `loss`: which of several kernels would run. None when there is only one."""
+    heeded: Callable[[Settings, str], Settings] = _all
+    """The settings without those that change nothing of what the backend of that name runs."""
 
 
 def unsupported(settings: Settings, supported: tuple[str, ...]) -> str | None:

@@ -14,5 +14,5 @@ def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) ->
 
 
 IMPLEMENTATION = Implementation(
-    "jax-cce", "jax", loss, functools.partial(unsupported, supported=("exact",)), package="jax-cce"
+    "jax-cce", "jax", loss, functools.partial(unsupported, supported=("exact",)), ("jax-cce",)
 )

@@ -1,11 +1,15 @@
 """This library: each of its backends, and "auto"."""
 
+import dataclasses
 from typing import Any
 
 import lsce
 from benchmarks.implementations.implementation import Implementation
 from benchmarks.implementations.settings import Settings
 from lsce import backends
+
+EXACT = ("chunked", "reference")
+"""Backends that filter nothing and follow no order of the vocabulary."""
 
 
 def of_backend(name: str) -> Implementation:
@@ -29,7 +33,16 @@ def of_backend(name: str) -> Implementation:
         call = lsce.explain(hidden, head, labels, vocab_order=order, **options(settings))
         return call.implementation
 
-    return Implementation(name, "jax", loss, lambda settings: None, backend=backend)
+    return Implementation(
+        name, "jax", loss, lambda settings: None, backend=backend, heeded=heeded
+    )
+
+
+def heeded(settings: Settings, backend: str) -> Settings:
+    """What the backend makes use of."""
+    if backend not in EXACT:
+        return settings
+    return dataclasses.replace(settings, gradient_filter="auto", vocab_order=False)
 
 
 BACKENDS = tuple(map(of_backend, ("auto", *backends.MODULES)))

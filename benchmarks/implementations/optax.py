@@ -52,12 +52,12 @@ ONE_HOT = Implementation(
     "jax",
     one_hot,
     functools.partial(unsupported, supported=("smoothing", "softcap", "exact")),
-    package="optax",
+    ("optax",),
 )
 INTEGER = Implementation(
     "naive-integer",
     "jax",
     integer,
     functools.partial(unsupported, supported=("softcap", "exact")),
-    package="optax",
+    ("optax",),
 )

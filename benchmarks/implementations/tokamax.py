@@ -16,5 +16,5 @@ def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) ->
 
 
 IMPLEMENTATION = Implementation(
-    "tokamax", "jax", loss, functools.partial(unsupported, supported=("exact",)), package="tokamax"
+    "tokamax", "jax", loss, functools.partial(unsupported, supported=("exact",)), ("tokamax",)
 )

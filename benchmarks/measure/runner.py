@@ -1,5 +1,6 @@
 """Measures runs one after the other in one process; what differs between frameworks is theirs."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -25,7 +26,6 @@ class Prepared(NamedTuple):
     """Reads the loss from what `call` returned."""
     gradients: Callable[[Any], Gradients]
     """Reads the gradients from what `call` returned in mode fwdbwd."""
-    backend: str
     memory: ExtraMemory | None
 
 
@@ -45,6 +45,10 @@ class Framework(Protocol):
 
     def product(self) -> Any:
         """Starts the bare product of the inputs; `wait` waits for it."""
+        ...
+
+    def backend(self, run: Run) -> str:
+        """Which kernel would run: the implementation itself, or the one that it chooses."""
         ...
 
     def ahead(self, runs: Iterable[Run]) -> None:
@@ -81,12 +85,11 @@ def measure_runs(
             )
     commit = commit or current_commit()
     shape = inputs.case(case)
-    report = Report()
-    framework.ahead(run for run in runs if not known[run.implementation].refuses(run.settings))
-    for run in runs:
-        if reason := known[run.implementation].refuses(run.settings):
-            report += Report(skipped=(Skipped(run, reason),))
-            continue
+    wanted, skipped = _select(framework, runs)
+    report = Report(skipped=skipped)
+    framework.ahead(wanted)
+    for run, backend in wanted.items():
+        packages = known[run.implementation].packages
         announce(f"{run.implementation} {run.mode} {options(run)}")
         try:
             prepared = framework.prepare(run)
@@ -96,8 +99,7 @@ def measure_runs(
             loss = prepared.loss(result)
         except Exception as error:
             # A peer may fail in any way there is: absent, out of memory, a kernel that won't build.
-            text = str(error).strip().splitlines() or [""]
-            report += Report(skipped=(Skipped(run, f"{type(error).__name__}: {text[0]}"),))
+            report += Report(skipped=(Skipped(run, failure(error, packages)),))
             continue
         errors = {}
         try:
@@ -111,7 +113,7 @@ def measure_runs(
         speed = tflops(shape.n, shape.d, shape.v, timing.p50_ms, PRODUCTS[run.mode])
         row = Row(
             run=run,
-            backend=prepared.backend,
+            backend=backend,
             case=case,
             n=shape.n,
             d=shape.d,
@@ -132,7 +134,7 @@ def measure_runs(
             matmul_ratio=timing.p50_ms / bare.p50_ms,
             matmul_share=speed / tflops(shape.n, shape.d, shape.v, bare.p50_ms),
             device=framework.device,
-            framework=_versions(framework.version, known[run.implementation].package),
+            framework=_versions(framework.version, packages),
             python=platform.python_version(),
             commit=commit,
             **errors,
@@ -141,6 +143,33 @@ def measure_runs(
         report += Report(rows=(row,))
         save(report)
     return report
+
+
+def _select(
+    framework: Framework, runs: Iterable[Run]
+) -> tuple[dict[Run, str], tuple[Skipped, ...]]:
+    """The runs worth measuring with their backends, and the others with the reason."""
+    wanted: dict[Run, str] = {}
+    skipped: list[Skipped] = []
+    seen: set[Run] = set()
+    for run in runs:
+        implementation = implementations.IMPLEMENTATIONS[run.implementation]
+        if reason := implementation.refuses(run.settings):
+            skipped.append(Skipped(run, reason))
+            continue
+        try:
+            backend = framework.backend(run)
+        except Exception as error:
+            skipped.append(Skipped(run, failure(error)))
+            continue
+        heeded = dataclasses.replace(run, settings=implementation.heeded(run.settings, backend))
+        if heeded in seen:
+            reason = f"{backend} takes it, and runs the same whatever these options are"
+            skipped.append(Skipped(run, reason))
+            continue
+        seen.add(heeded)
+        wanted[run] = backend
+    return wanted, tuple(skipped)
 
 
 def current_commit() -> str:
@@ -160,11 +189,22 @@ def current_commit() -> str:
         return "unknown"
 
 
-def _versions(framework: str, package: str | None) -> str:
-    if package is None:
-        return framework
+def failure(error: Exception, packages: Iterable[str] = ()) -> str:
+    """An error in one line; of an absent library also what to install."""
+    text = str(error).strip().splitlines() or [""]
+    line = f"{type(error).__name__}: {text[0]}"
+    if isinstance(error, ImportError) and packages:
+        line += f"; pip install {' '.join(packages)}"
+    return line
+
+
+def _versions(framework: str, packages: Iterable[str]) -> str:
+    return ", ".join((framework, *map(_version, packages)))
+
+
+def _version(package: str) -> str:
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # imported from a checkout, say
         version = "of unknown version"
-    return f"{framework}, {package} {version}"
+    return f"{package} {version}"

@@ -27,4 +27,6 @@ def test_an_absent_framework_skips_its_lines(tmp_path: pathlib.Path):
     worker.work("torch", tmp_path)
     measured = report.read(worker.report_path("torch", tmp_path))
     assert [skipped.run for skipped in measured.skipped] == list(runs)
-    assert {s.reason for s in measured.skipped} == {"ModuleNotFoundError: No module named 'torch'"}
+    assert {s.reason for s in measured.skipped} == {
+        "ModuleNotFoundError: No module named 'torch'; pip install torch"
+    }

@@ -95,19 +95,35 @@ def test_what_cannot_run_is_skipped_with_a_reason_and_the_rest_goes_on(small: In
     assert "most" in reasons[3]
 
 
+def test_what_a_backend_has_no_use_for_is_not_measured_again(small: Inputs):
+    filters = ("auto", None, "fused", "hidden", "fp8", 1e-3)
+    runs = [Run("auto", "fwd", Settings(gradient_filter=filter)) for filter in filters]
+    ordered = Run("auto", "fwd", Settings(vocab_order=True))
+    capped = Run("auto", "fwd", Settings(softcap=5.0))
+    by_name = Run("chunked", "fwd")
+    outcome = measured(small, *runs, ordered, capped, by_name)
+    assert [row.run for row in outcome.rows] == [runs[0], capped, by_name]
+    assert [skipped.run for skipped in outcome.skipped] == [*runs[1:], ordered]
+    assert {skipped.reason for skipped in outcome.skipped} == {
+        "chunked takes it, and runs the same whatever these options are"
+    }
+
+
 def test_an_absent_peer_is_skipped_by_name(small: Inputs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "jax_cce", None)
     (skipped,) = measured(small, Run("jax-cce", "fwd")).skipped
     assert "jax_cce" in skipped.reason
+    assert skipped.reason.endswith("; pip install jax-cce")
 
 
 def test_a_peer_from_a_checkout_has_a_row_all_the_same(
     small: Inputs, monkeypatch: pytest.MonkeyPatch
 ):
-    odd = dataclasses.replace(IMPLEMENTATIONS["naive"], package="no-distribution-of-this-name")
+    odd = dataclasses.replace(IMPLEMENTATIONS["naive"], packages=("no-distribution", "jax"))
     monkeypatch.setitem(IMPLEMENTATIONS, "naive", odd)
     first, second = measured(small, Run("naive", "fwd"), Run("reference", "fwd")).rows
-    assert first.framework.endswith("no-distribution-of-this-name of unknown version")
+    jax_s = f"jax {jax.__version__}"
+    assert first.framework == f"{jax_s}, no-distribution of unknown version, {jax_s}"
     assert "unknown" not in second.framework
 
 
