@@ -2,8 +2,8 @@
 
 Runs each framework in a process of its own on the same inputs, writes all rows as JSON, and prints
 two tables in markdown, with label smoothing and without, laid out as in the papers on this loss:
-memory and time of the loss and of loss and gradient, and the gradient's time. `--from FILE` renders
-an earlier run.
+memory and time of the loss and of loss and gradient, and the gradient's time. What is not installed
+is left out and says what to install. `--from FILE` renders an earlier run.
 """
 
 import dataclasses

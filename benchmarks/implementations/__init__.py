@@ -1,8 +1,8 @@
 """Implementations of the loss to measure, ours and other people's, one file a library.
 
 To add one, write an `Implementation` in a file of its own and name it in `IMPLEMENTATIONS`, and in
-the lines of benchmarks/table.py. One that is not installed is skipped, with the import error as the
-reason.
+the lines of benchmarks/table.py. One that is not installed is skipped; the reason names what to
+install.
 """
 
 from benchmarks.implementations import (
