@@ -21,6 +21,4 @@ def refuses(settings: Settings) -> str | None:
     return unsupported(settings, ("softcap", "filter"))
 
 
-IMPLEMENTATION = Implementation(
-    "cut-cross-entropy", "torch", loss, refuses, ("cut-cross-entropy",)
-)
+IMPLEMENTATION = Implementation("cut-cross-entropy", "torch", loss, refuses, ("cut-cross-entropy",))

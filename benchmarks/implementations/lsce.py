@@ -33,9 +33,7 @@ def of_backend(name: str) -> Implementation:
         call = lsce.explain(hidden, head, labels, vocab_order=order, **options(settings))
         return call.implementation
 
-    return Implementation(
-        name, "jax", loss, lambda settings: None, backend=backend, heeded=heeded
-    )
+    return Implementation(name, "jax", loss, lambda settings: None, backend=backend, heeded=heeded)
 
 
 def heeded(settings: Settings, backend: str) -> Settings:

@@ -65,7 +65,9 @@ def test_each_row_is_of_the_kernels_that_it_names(name: str, monkeypatch: pytest
 
 def test_flsce_is_averaged_over_its_tokens(monkeypatch: pytest.MonkeyPatch):
     losses = types.SimpleNamespace(mean=lambda: "loss")
-    function = types.SimpleNamespace(apply=lambda *arrays: losses if "".join(arrays) == "ECy" else 0)
+    function = types.SimpleNamespace(
+        apply=lambda *arrays: losses if "".join(arrays) == "ECy" else 0
+    )
     module = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
     found = asked(
         monkeypatch, "liger-flsce", module, LigerFusedScaledCrossEntropySM90Function=function
