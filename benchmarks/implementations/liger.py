@@ -1,8 +1,9 @@
 """Liger: chunks of tokens, gradients made in the forward, by Triton kernels; and its newer paths.
 
-`IMPLEMENTATION` is what `LigerFusedLinearCrossEntropyLoss` runs on every NVIDIA GPU: its logits take
-no more room than the hidden states, which at a large vocabulary makes many small chunks. `CHUNKS`
-is the same with 16 times that room. Three more are for Hopper, in NVIDIA's CuTe DSL:
+`IMPLEMENTATION` is what `LigerFusedLinearCrossEntropyLoss` runs on every NVIDIA GPU. A chunk's
+logits take no more room there than the hidden states do, which at a large vocabulary makes many
+small chunks; `CHUNKS` is the same with 16 times that room. Three more are for Hopper, in NVIDIA's
+CuTe DSL:
 
 - `CUTE` keeps the chunks and replaces the kernel on their logits;
 - `FLCE` holds all logits at once, and has no options;

@@ -1,4 +1,4 @@
-"""QuACK (Dao-AILab): chunks of tokens, gradients made in the forward, by CuTe DSL kernels for Hopper.
+"""QuACK: chunks of tokens, gradients made in the forward, by kernels for Hopper in the CuTe DSL.
 
 exp(z − k), k a power of two a row and a tile, takes the place of the chunk's logits; both products
 of the gradients scale it as they read it. dC is summed in float32.
