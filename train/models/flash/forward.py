@@ -18,8 +18,6 @@ from train.models.flash.tiles import LOG2E, TILE, Bounds, Scores
 
 NOTHING = -1e30
 """A maximum before there is one: finite, so that the difference of two is 0."""
-WIDTH = 64
-"""Columns of o that are added at a time: so many registers more than o has."""
 
 
 @functools.partial(jax.jit, static_argnames="scores")
@@ -33,7 +31,6 @@ def forward(
     """T must be a multiple of `TILE`. The log-sum-exp is in units of log 2."""
     rows, length, heads, size = query.shape
     shared = heads // key.shape[2]
-    parts = [slice(start, start + WIDTH) for start in range(0, size, WIDTH)]
 
     def body(
         q_gmem,
@@ -64,8 +61,7 @@ def forward(
         def meanwhile():
             first = plgpu.load(first_gmem.at[row, at], layout=ROW, optimized=False)
             plgpu.barrier_wait(ready)
-            zeros = jnp.zeros((TILE, WIDTH), jnp.float32)
-            sums = tuple(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA) for _ in parts)
+            sums = plgpu.layout_cast(jnp.zeros((TILE, size), jnp.float32), plgpu.Layout.WGMMA)
             most, total = (jnp.full((TILE,), x, jnp.float32) for x in (NOTHING, 0.0))
             return sums, plgpu.layout_cast(most, ROW), plgpu.layout_cast(total, ROW), first
 
@@ -78,15 +74,11 @@ def forward(
             shrunk = jnp.exp2(most - new)
             total = total * shrunk + p.sum(axis=1)
             p = factor(p, value.dtype, stage_smem)
-            sums = tuple(
-                part * along(shrunk, 0, WIDTH) + product(p, v_smem.at[stage, :, columns])
-                for part, columns in zip(sums, parts, strict=True)
-            )
+            sums = kernel.plus_product(sums * along(shrunk, 0, size), p, v_smem.at[stage], scores)
             return sums, new, total, first
 
         sums, most, total, _ = kernel.walk(tiles, load, visit, arrived, meanwhile)
-        for part, columns in zip(sums, parts, strict=True):
-            q_smem[:, columns] = (part * along(1.0 / total, 0, WIDTH)).astype(q_smem.dtype)
+        q_smem[...] = (sums * along(1.0 / total, 0, size)).astype(q_smem.dtype)
         lse_smem[...] = most + jnp.log(total) * LOG2E
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem, o_gmem.at[row, at, head])

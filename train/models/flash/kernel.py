@@ -68,11 +68,11 @@ def walk(
     `meanwhile` gives the first carry while the first tiles are on their way. `visit` must leave no
     product unfinished.
     """
-    for step in range(STEPS):
+    for first in range(STEPS):
 
-        @pl.when(step < count)
-        def _(step=step):
-            load(i32(step), step)
+        @pl.when(first < count)
+        def _(i=first):
+            load(i32(i), i)
 
     def step(i, carry):
         stage = lax.rem(i, i32(STEPS))
@@ -123,6 +123,17 @@ def product(a, b):
         return ref[...]
 
     return pl.run_scoped(multiply, accumulator(b.shape[1]))
+
+
+def plus_product(sums, a, b, scores: Scores):
+    """sums + a·b, where the sums are. The interpreter (jax 0.11.2) cannot add in place."""
+    if scores.interpret is not None:
+        return sums + product(a, b)
+
+    def add(ref):
+        plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(sums))
 
 
 def accumulator(columns: int):
