@@ -109,6 +109,8 @@ def measure(case: cases.Case, runs: list[Run], options: LossFlags) -> report.Rep
 def runs_of(options: LossFlags) -> list[Run]:
     """The rows that the flags ask for. ValueError names a wrong value and the valid ones."""
     for name in options.implementation:
+        if name in implementations.of_framework("torch"):
+            raise ValueError(f"{name!r} runs in PyTorch, which python -m benchmarks.table measures")
         if name not in KNOWN:
             raise ValueError(f"no implementation {name!r}; must be any of {', '.join(KNOWN)}")
     return [

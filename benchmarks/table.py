@@ -94,6 +94,9 @@ class TableOfPeersFlags(flags.TableFlags):
             if not any(part in line.title for line in LINES):
                 titles = ", ".join(line.title for line in LINES)
                 raise ValueError(f"--lines: no title contains {part!r}; the titles are {titles}")
+        if not any(any(runs_of(framework, self.lines)) for framework in self.frameworks):
+            only, lines = " ".join(self.frameworks), " ".join(self.lines)
+            raise ValueError(f"--frameworks {only} runs none of --lines {lines}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,4 +21,11 @@ def refuses(settings: Settings) -> str | None:
     return unsupported(settings, ("softcap", "filter"))
 
 
-IMPLEMENTATION = Implementation("cut-cross-entropy", "torch", loss, refuses, ("cut-cross-entropy",))
+IMPLEMENTATION = Implementation(
+    "cut-cross-entropy",
+    "torch",
+    loss,
+    refuses,
+    ("cut-cross-entropy",),
+    heeded=lambda settings, backend: settings,
+)

@@ -9,8 +9,9 @@ from benchmarks.implementations.settings import Settings
 FrameworkName = Literal["jax", "torch"]
 
 
-def _all(settings: Settings, backend: str) -> Settings:
-    return settings
+def _unfiltered(settings: Settings, backend: str) -> Settings:
+    """What a peer without a filter makes use of: its gradients are exact in any case."""
+    return dataclasses.replace(settings, gradient_filter="auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Implementation:
     """The distributions on PyPI that it comes from: what to install, and the row's versions."""
     backend: Callable[..., str] | None = None
     """Called like `loss`: which of several kernels would run. None when there is only one."""
-    heeded: Callable[[Settings, str], Settings] = _all
+    heeded: Callable[[Settings, str], Settings] = _unfiltered
     """The settings without those that change nothing of what the backend of that name runs."""
 
 

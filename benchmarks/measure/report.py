@@ -132,7 +132,8 @@ def show(report: Report, console: Console | None = None) -> None:
             table.add_row(*_cells(row))
         console.print(table)
     for line in dict.fromkeys(
-        f"skipped {skipped.run.implementation}: {skipped.reason}" for skipped in report.skipped
+        f"skipped {skipped.run.implementation} {options(skipped.run)}: {skipped.reason}"
+        for skipped in report.skipped
     ):
         console.print(line, markup=False, highlight=False)
 

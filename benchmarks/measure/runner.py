@@ -164,7 +164,7 @@ def _select(
             continue
         heeded = dataclasses.replace(run, settings=implementation.heeded(run.settings, backend))
         if heeded in seen:
-            reason = f"{backend} takes it, and runs the same whatever these options are"
+            reason = f"{backend} runs the same whatever these options are"
             skipped.append(Skipped(run, reason))
             continue
         seen.add(heeded)

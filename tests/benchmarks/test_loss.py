@@ -27,6 +27,10 @@ def test_one_command_measures_the_whole_grid(
     [
         ("--case huge", "no case 'huge'; must be one of gemma2-2b"),
         ("--implementation fast", "no implementation 'fast'; must be any of auto"),
+        (
+            "--implementation liger",
+            "'liger' runs in PyTorch, which python -m benchmarks.table meas",
+        ),
         ("--gradient-filter some", "must be auto, none (exact), fused, hidden, fp8 or a number"),
         ("--inputs spiky", "must be one of flat, peaked"),
         ("--inputs absent.npz", "absent.npz"),

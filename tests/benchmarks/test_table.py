@@ -134,6 +134,8 @@ def test_a_wrong_name_is_refused(capsys: pytest.CaptureFixture[str]):
     assert table.main(["--lines", "ours"]) == 2
     said = capsys.readouterr().err
     assert "--lines: no title contains 'ours'; the titles are **lsce**, " in said
+    assert table.main(["--frameworks", "jax", "--lines", "QuACK", "Liger"]) == 2
+    assert "--frameworks jax runs none of --lines QuACK Liger" in capsys.readouterr().err
 
 
 def test_rows_of_several_cases_make_no_table(capsys: pytest.CaptureFixture[str]):

@@ -42,4 +42,4 @@ def test_the_table_shows_rows_and_reasons(outcome: report.Report):
     assert "N, D, V = 33, 24, 201" in text
     assert f"auto → {outcome.rows[0].backend}" in text
     assert "β=0.1 filter=exact" in text
-    assert "skipped naive-integer: has no smoothing" in text
+    assert "skipped naive-integer β=0.1 filter=exact: has no smoothing" in text

@@ -101,12 +101,17 @@ def test_what_a_backend_has_no_use_for_is_not_measured_again(small: Inputs):
     ordered = Run("auto", "fwd", Settings(vocab_order=True))
     capped = Run("auto", "fwd", Settings(softcap=5.0))
     by_name = Run("chunked", "fwd")
-    outcome = measured(small, *runs, ordered, capped, by_name)
-    assert [row.run for row in outcome.rows] == [runs[0], capped, by_name]
-    assert [skipped.run for skipped in outcome.skipped] == [*runs[1:], ordered]
+    naive = [Run("naive", "fwd", Settings(gradient_filter=filter)) for filter in ("auto", None)]
+    outcome = measured(small, *runs, ordered, capped, by_name, *naive)
+    assert [row.run for row in outcome.rows] == [runs[0], capped, by_name, naive[0]]
+    assert [skipped.run for skipped in outcome.skipped] == [*runs[1:], ordered, naive[1]]
     assert {skipped.reason for skipped in outcome.skipped} == {
-        "chunked takes it, and runs the same whatever these options are"
+        "chunked runs the same whatever these options are",
+        "naive runs the same whatever these options are",
     }
+    other = IMPLEMENTATIONS["cut-cross-entropy"]
+    exact = Settings(gradient_filter=None)
+    assert other.heeded(exact, other.name) == exact
 
 
 def test_an_absent_peer_is_skipped_by_name(small: Inputs, monkeypatch: pytest.MonkeyPatch):
