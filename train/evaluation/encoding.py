@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,6 +13,8 @@ from train.evaluation.prompts import Answer, Prompt, Worded, word
 from train.evaluation.tasks import Page
 from train.text.pretrained import PretrainedTokenizer
 
+REMEMBERED = 16
+"""Lists of texts: those of a few tasks, with as many examples as fit."""
 TEXTS_AT_ONCE = 4096
 """Bounds the memory of the tokenizer's results."""
 
@@ -70,15 +73,29 @@ def trees(tokenizer: PretrainedTokenizer, texts: Iterable[Worded]) -> list[Tree]
     Blanks at the end of a context go to its continuations. The two are encoded as one text, and
     the context alone: what is longer than the context is the continuation.
 
+    What models ask one after the other in one process is encoded once, if their tokenizers agree.
+
     Raises:
       ValueError: for a continuation that adds no token.
     """
-    pairs = [_without_blanks(text) for text in texts]
+    return _trees(_By(tokenizer.to_json(), tokenizer), tuple(map(_without_blanks, texts)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _By:
+    """A tokenizer, equal to one of the same JSON."""
+
+    json: str
+    tokenizer: PretrainedTokenizer = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(REMEMBERED)
+def _trees(by: _By, pairs: tuple[Worded, ...]) -> list[Tree]:
     flat = itertools.chain.from_iterable(
         (text.context, *(text.context + c for c in text.continuations)) for text in pairs
     )
     ids = itertools.chain.from_iterable(
-        tokenizer.encode_texts(part) for part in itertools.batched(flat, TEXTS_AT_ONCE)
+        by.tokenizer.encode_texts(part) for part in itertools.batched(flat, TEXTS_AT_ONCE)
     )
     found = []
     for text in pairs:

@@ -85,7 +85,8 @@ def log_likelihoods(
     # What is repeatable on a GPU is a loop over the blocks, whatever the training step is.
     model = nnx.merge(*nnx.split(model))
     model.config = dataclasses.replace(model.config, scan="on", remat="none")
-    programs = _Programs(*nnx.split(model))
+    graphdef, params = nnx.split(model)
+    programs = _programs(graphdef, _like(params))
     batches = [b for b in plan(trees, groups, batch_tokens) if not b.trees.keys() <= known]
     prefix, past = None, None
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as compiling:
@@ -93,8 +94,8 @@ def log_likelihoods(
             programs.begin(batch, compiling)
         for batch in batches:
             if past is None or batch.prefix != prefix:
-                prefix, past = batch.prefix, programs.past(batch)
-            yield programs.score(batch, past)
+                prefix, past = batch.prefix, programs.past(params, batch)
+            yield programs.score(params, batch, past)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +200,30 @@ def _lay_out(batch: Batch) -> _Rows:
     )
 
 
+class _Like(NamedTuple):
+    """Shapes and dtypes of weights, which can be compared."""
+
+    tree: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def _like(params: nnx.State) -> _Like:
+    leaves, tree = jax.tree.flatten(params)
+    return _Like(tree, tuple(map(jax.typeof, leaves)))
+
+
+@functools.lru_cache(1)
+def _programs(graphdef: nnx.GraphDef[Decoder], like: _Like) -> _Programs:
+    """Those of the model before, if it differs in nothing but its weights."""
+    return _Programs(graphdef, jax.tree.unflatten(*like))
+
+
 class _Programs:
-    """The model's programs, each compiled once."""
+    """A model's programs, each compiled once, whatever its weights are."""
 
     def __init__(self, graphdef: nnx.GraphDef[Decoder], params: nnx.State) -> None:
-        self.graphdef, self.params = graphdef, params
+        self.graphdef, self.like = graphdef, params
+        """Of the weights their shapes and dtypes alone."""
         self.config = nnx.merge(graphdef, params).config
         self.compiled: dict[Any, concurrent.futures.Future[Any]] = {}
 
@@ -212,14 +232,14 @@ class _Programs:
         past = jax.eval_shape(lambda: Cache.empty(self.config, 1, batch.past_size))
         if past.segments.size and ("past", batch.past_size) not in self.compiled:
             row = jax.ShapeDtypeStruct((1, batch.past_size), jnp.int32)
-            lowered = _read.lower(self.graphdef, self.params, row, row, row)
+            lowered = _read.lower(self.graphdef, self.like, row, row, row)
             self.compiled["past", batch.past_size] = pool.submit(lowered.compile)
         if (key := (batch.past_size, batch.rows, batch.length)) not in self.compiled:
             rows = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32)
-            lowered = _hidden.lower(self.graphdef, self.params, past, rows, rows, rows)
+            lowered = _hidden.lower(self.graphdef, self.like, past, rows, rows, rows)
             self.compiled[key] = pool.submit(lowered.compile)
 
-    def past(self, batch: Batch) -> Cache:
+    def past(self, params: nnx.State, batch: Batch) -> Cache:
         """The keys and values of a batch's common beginning."""
         length, filled = len(batch.prefix), batch.past_size
         if not length:
@@ -228,17 +248,17 @@ class _Programs:
         tokens = np.pad(np.array([batch.prefix], np.int32), ((0, 0), (0, filled - length)))
         there = (index < length).astype(np.int32)
         read = self.compiled["past", filled].result()
-        return read(self.params, tokens, there, index * there)
+        return read(params, tokens, there, index * there)
 
-    def score(self, batch: Batch, past: Cache) -> dict[int, Likelihood]:
+    def score(self, params: nnx.State, batch: Batch, past: Cache) -> dict[int, Likelihood]:
         rows = _lay_out(batch)
         forward = self.compiled[batch.past_size, batch.rows, batch.length].result()
-        hidden = forward(self.params, past, rows.tokens, rows.segments, rows.positions)
+        hidden = forward(params, past, rows.tokens, rows.segments, rows.positions)
         count = len(rows.label)
         missing = max(FEWEST_TARGETS, 1 << (count - 1).bit_length()) - count
         hidden = hidden[np.pad(rows.place, (0, missing))]
         label = np.pad(rows.label, (0, missing), constant_values=IGNORE)
-        found = jax.device_get(_predict(self.graphdef, self.params, hidden, label))
+        found = jax.device_get(_predict(self.graphdef, params, hidden, label))
         log_prob, likeliest = (np.asarray(x)[:count] for x in found)
         total = np.bincount(rows.owner, log_prob)
         greedy = np.bincount(rows.owner, ~likeliest) == 0

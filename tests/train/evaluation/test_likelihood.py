@@ -142,3 +142,13 @@ def test_what_has_no_tokens_is_refused(model):
     for tree in (Tree([], [[1]]), Tree([1], [[1], []])):
         with pytest.raises(ValueError, match="tree 0 has an empty"):
             next(log_likelihoods(model, [tree], [0], batch_tokens=8))
+
+
+def test_other_weights_of_the_same_shape_need_no_other_programs(model, monkeypatch):
+    trees = some_trees(3, seed=9)
+    found = {}
+    for name, weights in (("one", model), ("other", jax.tree.map(lambda x: 0.9 * x, model))):
+        answers = log_likelihoods(weights, trees, [0] * 3, batch_tokens=2048)
+        found[name] = [likelihood for batch in answers for likelihood in batch.values()]
+        monkeypatch.setattr(likelihood, "_hidden", None)  # nothing is compiled from here on
+    assert all(np.all(a.log_prob != b.log_prob) for a, b in zip(*found.values(), strict=True))
