@@ -13,6 +13,20 @@ from lsce.problem import Problem
 from lsce.stats import TokenStats
 
 
+def logits(problem: Problem, arrays: Arrays) -> Float[Array, "N V"]:
+    """z of every token and class; of a token without a loss those of a hidden state of zeros."""
+    hidden, head, labels, bias, _ = arrays
+    live = labels >= 0
+    # The row of a token without a label may hold anything, and 0 · NaN would reach the head.
+    # Zeros made by 0 · x, here and below, still let a NaN cotangent mark the gradients.
+    hidden = hidden.astype(jnp.float32)
+    hidden = jnp.where(live[:, None], hidden, 0.0 * jnp.nan_to_num(hidden))
+    head = head.astype(jnp.float32)
+    columns = head.T if problem.head_layout == "vd" else head
+    product = jnp.dot(hidden, columns, precision=jax.lax.Precision.HIGHEST)
+    return formula.logits(problem, product, bias)
+
+
 class Reference:
     name = "reference"
 
@@ -22,17 +36,8 @@ class Reference:
     def token_losses(
         self, problem: Problem, arrays: Arrays
     ) -> tuple[Float[Array, " N"], TokenStats | None]:
-        hidden, head, labels, bias, _ = arrays
+        z, labels = logits(problem, arrays), arrays.labels
         live = labels >= 0
-        # The row of a token without a label may hold anything, and 0 · NaN would reach the head.
-        # Zeros made by 0 · x, here and below, still let a NaN cotangent mark the gradients.
-        hidden = hidden.astype(jnp.float32)
-        hidden = jnp.where(live[:, None], hidden, 0.0 * jnp.nan_to_num(hidden))
-        head = head.astype(jnp.float32)
-        columns = head.T if problem.head_layout == "vd" else head
-        product = jnp.dot(hidden, columns, precision=jax.lax.Precision.HIGHEST)
-        z = formula.logits(problem, product, bias)
-
         lse = jax.nn.logsumexp(z, axis=1)
         target = jnp.maximum(labels, 0)
         target_logit = jnp.take_along_axis(z, target[:, None], axis=1)[:, 0]
