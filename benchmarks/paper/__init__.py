@@ -7,7 +7,8 @@ Lu and Zeng, ICML 2025, https://arxiv.org/abs/2508.00264), at the scale that one
     python -m benchmarks.paper.softcap   Figure 5: with and without a softcap
     python -m benchmarks.paper.curves    Figures 6 and 10: our loss against a naive one
 
-Each is a list of commands of the trainer, in order, and goes on where it was: what is done is not
-done again, what a signal or `--minutes` stops is saved, what failed is listed. `--tiny` shows the
-whole of it on a CPU, on a few made-up records.
+Each is a list of commands of the trainer, worked off in one process, and goes on where it was: what
+is done is not done again, what a signal or `--minutes` stops is saved, what failed is listed. All
+write to one folder, `steps` says what and how little of it has to be kept. `--tiny` shows the whole
+of it on a CPU, on a few made-up records.
 """

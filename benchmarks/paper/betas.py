@@ -1,6 +1,6 @@
 """Appendix B.4: calibration against β, from 0 to 0.5: python -m benchmarks.paper.betas.
 
-At one learning rate: the one that `table1` chose, or what is given.
+At one learning rate: give the one that `table1` chose, whose runs are then among these.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def plan(options: BetasFlags) -> Iterator[Step]:
         "learning_rate": (options.learning_rate,),
         "label_smoothing": options.label_smoothing,
     }
-    return steps.swept(options, "every β", f"{options.model} on {options.data}: β", varied)
+    return steps.swept(options, "betas", f"{options.model} on {options.data}: β", varied)
 
 
 EXPERIMENT = Experiment("betas", __doc__, BetasFlags, plan)

@@ -3,7 +3,7 @@ the same data, 300 steps: python -m benchmarks.paper.curves.
 
 `reference` makes all logits, as optax does (tests hold the two equal); `chunked` is exact without
 them; `auto` is the kernels with their gradient filter where there is a Hopper GPU. So auto against
-chunked is the filter, chunked against reference the order of sums. `curves.json` has the largest
+chunked is the filter, chunked against reference the order of sums. `curves-….json` has the largest
 relative differences of the losses; the page lays the curves over each other.
 """
 
@@ -37,29 +37,26 @@ class CurvesFlags(PaperFlags):
 
 
 def plan(options: CurvesFlags) -> Iterator[Step]:
-    out = options.out / "runs"
-    common = steps.training(options)
-    common.pop("epochs", None)
-    yield steps.sweep(
-        "every implementation",
-        out,
-        common
-        | {
-            "implementation": options.implementation,
-            "steps": (2 if options.tiny else options.steps,),
-            "learning_rate": (options.learning_rate,),
-            "label_smoothing": (options.label_smoothing,),
-            "seed": options.seeds[:1],
-        },
-    )
-    found = compare({path.name: path for path in steps.runs(out).values()})
-    report.write_json(found, options.out / "curves.json")
+    varied = {
+        "implementation": options.implementation,
+        "steps": (2 if options.tiny else options.steps,),
+        "learning_rate": (options.learning_rate,),
+        "label_smoothing": (options.label_smoothing,),
+        "seed": options.seeds[:1],
+    }
+    runs = steps.grid(options, varied)
+    for run in runs:
+        yield run.step(tasks=())
+        run.spend()
+    found = compare({str(run.flags["implementation"]): run.out for run in runs if run.trained})
+    report.write_json(found, options.out / f"curves-{options.group}.json")
     for row in found:
         print(
             f"{row['a']} and {row['b']}: losses of {row['steps']} steps differ by at most"
             f" {row['largest']:.2e} of themselves (step {row['step']})"
         )
-    yield steps.page(options, f"{options.model} on {options.data}: one loss, several ways", [out])
+    title = f"{options.model} on {options.data}: one loss, several ways"
+    yield steps.page(options, "curves", title, runs)
 
 
 def compare(runs: dict[str, pathlib.Path]) -> list[dict[str, object]]:

@@ -9,15 +9,13 @@ import fcntl
 import json
 import pathlib
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 
 from benchmarks.measure import report
 from benchmarks.measure.runner import current_commit
+from benchmarks.paper.worker import Worker
 
 NOT_DONE = 75
 """Exit status: time was up, and the same command goes on (EX_TEMPFAIL)."""
@@ -32,22 +30,29 @@ class Step:
     """A command, and how to see that it is done."""
 
     name: str
-    command: tuple[str, ...]
-    """Of Python: a module and its flags."""
+    module: str
+    """Whose `main` takes the flags and returns an exit status."""
+    flags: tuple[str, ...]
     done: Callable[[], bool]
 
+    @property
+    def command(self) -> str:
+        """As it is typed."""
+        return shlex.join(("python", "-m", self.module.removesuffix(".__main__"), *self.flags))
 
-def python(module: str, *flags: object) -> tuple[str, ...]:
-    return (sys.executable, "-m", module, *map(str, flags))
 
-
-def work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None) -> int:
-    """Takes the steps in order, until they are done or time is up.
+def work(
+    steps: Iterable[Step],
+    out: pathlib.Path,
+    minutes: float | None = None,
+    commit: str | None = None,
+) -> int:
+    """Takes the steps in order, in one process, until they are done or time is up.
 
     What a step does when it is told to stop (SIGTERM) is its own affair: the trainer saves its
     state, an evaluation keeps its answers. A step that fails is listed, and those behind it that do
     not need it go on; the next call tries it again. `steps.json` in `out` keeps each command with
-    its status, seconds and commit.
+    its status, seconds and commit, git's if None.
 
     Returns:
       0 when all is done, 1 if a step failed, `NOT_DONE` if time was up, 128 + n after signal n.
@@ -55,8 +60,8 @@ def work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None) -> int
     Raises:
       ValueError: if another process is at work in `out`, be it a step whose caller was killed.
     """
-    with alone(out) as lock:
-        return _work(steps, out, minutes, lock)
+    with alone(out) as lock, Worker(keep_open=(lock,)) as worker:
+        return _work(steps, worker, out, minutes, commit or current_commit())
 
 
 @contextlib.contextmanager
@@ -74,7 +79,9 @@ def alone(out: pathlib.Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None, lock: int) -> int:
+def _work(
+    steps: Iterable[Step], worker: Worker, out: pathlib.Path, minutes: float | None, commit: str
+) -> int:
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     failed: list[str] = []
     for step in steps:
@@ -85,10 +92,11 @@ def _work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None, lock:
         if left is not None and left < LEAST_SECONDS:
             print(f"time is up before {step.name}: the same command goes on", flush=True)
             return NOT_DONE
-        print(f"{step.name}: {shlex.join(step.command[1:])}", flush=True)
+        print(f"{step.name}: {step.command}", flush=True)
         began = time.monotonic()
-        status, stopped = execute(step.command, left, keep_open=(lock,))
-        _record(out, step, "done" if step.done() else f"exit {status}", time.monotonic() - began)
+        status, stopped = worker.run(step.module, step.flags, left)
+        said = "done" if step.done() else f"exit {status}"
+        _record(out, step, said, time.monotonic() - began, commit)
         if stopped == "time":
             print(f"time is up in {step.name}: the same command goes on", flush=True)
             return NOT_DONE
@@ -101,46 +109,16 @@ def _work(steps: Iterable[Step], out: pathlib.Path, minutes: float | None, lock:
     return 1 if failed else 0
 
 
-def execute(
-    command: tuple[str, ...], seconds: float | None, keep_open: tuple[int, ...] = ()
-) -> tuple[int, str]:
-    """Runs a command; asks it to stop when its time is up or this process is asked to.
-
-    It inherits the files in `keep_open`. Returns its exit status, and why it was stopped: "time",
-    the number of the signal, or "".
-    """
-    stopped = ""
-
-    def pass_on(signum: int, _frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = stopped or str(signum)
-        child.send_signal(signum)
-
-    with subprocess.Popen(command, process_group=0, pass_fds=keep_open) as child:
-        before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            try:
-                status = child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                stopped = stopped or "time"
-                child.send_signal(signal.SIGTERM)
-                status = child.wait()
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-    return status, stopped
-
-
-def _record(out: pathlib.Path, step: Step, status: str, seconds: float) -> None:
+def _record(out: pathlib.Path, step: Step, status: str, seconds: float, commit: str) -> None:
     path = out / RECORD
     rows = json.loads(path.read_text()) if path.exists() else []
     rows.append(
         {
             "step": step.name,
-            "command": shlex.join(("python", *step.command[1:])),
+            "command": step.command,
             "status": status,
             "seconds": round(seconds, 1),
-            "commit": current_commit(),
+            "commit": commit,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
     )

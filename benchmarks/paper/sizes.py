@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
+import tyro
+
 from benchmarks.flags import shown
 from benchmarks.paper import steps
 from benchmarks.paper.plan import Step
@@ -22,6 +24,8 @@ from benchmarks.paper.steps import Experiment, PaperFlags
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SizesFlags(PaperFlags):
+    model: Annotated[str, tyro.conf.Suppress] = "from-scratch"
+    """In the names of folders."""
     sizes: Annotated[tuple[str, ...], shown("MODEL ...")] = ("nano", "tiny", "small")
     """Shapes that are trained from scratch."""
     learning_rate: Annotated[float, shown("RATE")] = 1e-3
@@ -38,7 +42,7 @@ def plan(options: SizesFlags) -> Iterator[Step]:
         "learning_rate": (options.learning_rate,),
         "label_smoothing": options.label_smoothing,
     }
-    return steps.swept(options, "every size", f"Sizes from scratch on {options.data}", varied)
+    return steps.swept(options, "sizes", f"Sizes from scratch on {options.data}", varied)
 
 
 EXPERIMENT = Experiment("sizes", __doc__, SizesFlags, plan)

@@ -36,7 +36,7 @@ def plan(options: SoftcapFlags) -> Iterator[Step]:
         "label_smoothing": options.label_smoothing,
     }
     title = f"{options.model} on {options.data}: softcaps"
-    return steps.swept(options, "every softcap", title, varied)
+    return steps.swept(options, "softcap", title, varied)
 
 
 EXPERIMENT = Experiment("softcap", __doc__, SoftcapFlags, plan)

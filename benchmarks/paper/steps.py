@@ -1,24 +1,38 @@
-"""What experiments are made of: data, sweeps, evaluations and the page that shows them."""
+"""What experiments are made of: data, runs, evaluations and the page that shows them.
+
+All experiments share a folder, and a run or an evaluation that two of them need is made once:
+
+    data/                     the records trained on
+    runs/MODEL-DATA/RUN/      eval.json, metrics.jsonl, run.json, …; RUN says what is varied
+    evaluations/…/            result.json and answers of the same names, and of the models before
+    NAME-MODEL-DATA.html      an experiment's page
+    steps.json                each command with its status, seconds and commit
+
+Weights of a run that is evaluated are removed. Without `checkpoints` and `model` the folder is a
+few megabytes, and goes on on another machine: a run that was not finished begins again there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from benchmarks import flags
 from benchmarks.flags import shown
-from benchmarks.measure import report
-from benchmarks.paper.plan import Step, python, work
+from benchmarks.paper import published
+from benchmarks.paper.plan import Step, work
+from train.run import folder
+from train.run.checkpoint import saved_steps
+from train.sweep import run_name
 
+TRAIN = "train.__main__"
 BATCH_ROWS = 32
 """Packed rows of 512 tokens in a step: about the 128 records of the paper's batches."""
-TASKS = {"mmlu": "mmlu", "hellaswag": "hellaswag", "arc-easy": "arc"}
-"""The folder of --data-folder that each task's questions are in."""
-FITTED = ("mmlu", "arc-easy")
-"""Tasks with other questions to fit a temperature on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,35 +42,51 @@ class PaperFlags:
     model: Annotated[str, shown("MODEL")] = "smollm2-135m"
     """What is fine-tuned."""
     data: Annotated[str, shown("{alpaca,dolly}|FILE")] = "alpaca"
-    """What on: alpaca is its random 9,229 records without the empty ones."""
-    data_folder: Annotated[pathlib.Path, shown("FOLDER")] = pathlib.Path("shared/data")
-    """Where alpaca, dolly, mmlu, arc and hellaswag lie, each in a folder of its own."""
-    out: Annotated[pathlib.Path, shown("FOLDER", "runs/EXPERIMENT")] = pathlib.Path()
-    """Where runs and results go."""
+    """What on: alpaca is 9,229 of its records drawn at random, without the empty ones."""
+    data_folder: Annotated[pathlib.Path | None, shown("FOLDER", "the Hugging Face hub")] = None
+    """A folder with a folder each of alpaca, dolly, mmlu, arc and hellaswag, with the files as they
+    were published. What it has not comes from the hub."""
+    out: Annotated[pathlib.Path, shown("FOLDER")] = pathlib.Path("runs/paper")
+    """Where runs and results go, of all experiments: what two of them need is made once."""
     minutes: Annotated[float | None, shown("M", "no limit")] = None
-    """Stop in time for a machine that is lent; the same command goes on."""
+    """Stop in time for a machine that is lent; the same command goes on. What does not stop within
+    45 seconds is killed."""
     epochs: Annotated[float, shown("X")] = 3.0
     """Times to see all training rows."""
+    rows: Annotated[int, shown("ROWS")] = BATCH_ROWS
+    """Of a step's 32 rows, how many are in memory at a time."""
     seeds: Annotated[tuple[int, ...], shown("SEED ...")] = (0, 1, 2)
     """Of weights, data and dropout: a run of each."""
-    tasks: Annotated[tuple[str, ...], shown("TASK ...")] = tuple(TASKS)
+    tasks: Annotated[tuple[str, ...], shown("TASK ...")] = published.ASKED
     """What is evaluated besides the held-out records."""
     limit: Annotated[int | None, shown("N", "all")] = None
     """Questions of each task."""
+    commit: Annotated[str | None, shown("COMMIT", "git's answer")] = None
+    """What steps.json records where the checkout has no git."""
     tiny: Annotated[bool, shown("", help="A few made-up records and steps, for a CPU.")] = False
 
     def check(self) -> None:
         """ValueError for a value that no experiment can come of."""
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"--minutes must be above 0, not {self.minutes:g}")
+        if self.rows < 1 or BATCH_ROWS % self.rows:
+            raise ValueError(f"--rows must divide {BATCH_ROWS}, not {self.rows}")
         if not self.seeds:
             raise ValueError("--seeds has no value")
         for task in self.tasks if not self.tiny else ():
-            if task not in TASKS:
-                raise ValueError(f"--tasks {task}: must be of {', '.join(TASKS)}")
-        named = self.tiny or self.data in ("alpaca", "dolly")
+            if task not in published.ASKED:
+                raise ValueError(f"--tasks {task}: must be of {', '.join(published.ASKED)}")
+        if self.data_folder is not None and not self.data_folder.is_dir():
+            raise ValueError(f"--data-folder {self.data_folder} is no folder")
+        named = self.tiny or self.data in published.INSTRUCTIONS
         if not named and not pathlib.Path(self.data).is_file():
             raise ValueError(f"--data {self.data}: must be alpaca, dolly or a file")
+
+    @property
+    def group(self) -> str:
+        """MODEL-DATA, in the names of folders and pages."""
+        named = f"{pathlib.Path(self.model).name}-{pathlib.Path(self.data).stem}"
+        return "tiny" if self.tiny else named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,156 +100,201 @@ class Experiment[F: PaperFlags]:
     plan: Callable[[F], Iterator[Step]]
 
     def parse(self, arguments: Sequence[str] | None = None) -> F:
-        """The flags, with the experiment's own folder where none is given."""
         found = flags.parse(self.flags, f"paper.{self.name}", self.about, arguments)
-        if found.out == pathlib.Path():
-            found = dataclasses.replace(found, out=pathlib.Path("runs") / self.name)
         return dataclasses.replace(found, seeds=found.seeds[:1]) if found.tiny else found
 
     def make(self, options: F) -> int:
-        return work(self.plan(options), options.out, options.minutes)
+        """Works the plan off; ValueError before anything is if data are missing."""
+        prepare(options)
+        return work(self.plan(options), options.out, options.minutes, options.commit)
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         return flags.run(f"paper.{self.name}", self.parse, self.make, arguments)
+
+
+def prepare(options: PaperFlags) -> None:
+    """Makes what is trained on, and looks for the questions; ValueError for what cannot be had."""
+    if options.tiny:
+        sums = [(a, b) for a in range(8) for b in range(8)]
+        made = [
+            {"prompt": f"What is {a} and {b}?", "completion": f"It is {a + b}."} for a, b in sums
+        ]
+        published.write_lines(records(options), made)
+        asked = [
+            {"question": f"What is {a} and 1?", "choices": [str(a + 1), str(a + 3)], "answer": 0}
+            for a in range(6)
+        ]
+        published.write_lines(_tiny_task(options), asked)
+        return
+    published.check_questions(options.tasks, options.data_folder)
+    if options.data in published.INSTRUCTIONS and not records(options).exists():
+        published.write_instructions(options.data, options.data_folder, records(options))
+
+
+def records(options: PaperFlags) -> pathlib.Path:
+    """The file to train on."""
+    if options.tiny or options.data in published.INSTRUCTIONS:
+        return options.out / "data" / f"{'tiny' if options.tiny else options.data}.jsonl"
+    return pathlib.Path(options.data)
+
+
+def training(options: PaperFlags) -> dict[str, object]:
+    """Flags of every run: full fine-tuning with AdamW as the paper has it."""
+    common: dict[str, object] = {
+        "data": records(options),
+        "model": options.model,
+        "dropout": 0.1,
+        "keep": 1,
+    }
+    if options.tiny:
+        return common | {"model": "nano", "steps": 2, "max_length": 64, "vocab_size": 300}
+    return common | {
+        "epochs": options.epochs,
+        "batch_size": options.rows,
+        "accumulate": BATCH_ROWS // options.rows,
+        "max_length": 512,
+        "held_out": 0.05,
+        "dtype": "bfloat16",
+        "remat": "none",
+        # A checkpoint is three times the weights; a signal saves one in any case.
+        "checkpoint_every": 500,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of an experiment, in the folder of all of them."""
+
+    name: str
+    flags: Mapping[str, object]
+    options: PaperFlags
+    module: str = TRAIN
+
+    @property
+    def out(self) -> pathlib.Path:
+        return self.options.out / "runs" / self.options.group / self.name
+
+    @property
+    def evaluated(self) -> pathlib.Path:
+        return self.options.out / "evaluations" / self.options.group / self.name
+
+    @property
+    def trained(self) -> bool:
+        return (self.out / folder.EVALUATION).is_file()
+
+    def step(self, tasks: Sequence[str]) -> Step:
+        """Trains, if its weights are not there and one of the tasks wants them."""
+
+        def done() -> bool:
+            there = bool(saved_steps(self.out))
+            return self.trained and (there or _answered(self.options, self.evaluated, tasks))
+
+        if not done() and self.trained:
+            # It is not finished any more, and on another chip its weights may be others.
+            (self.out / folder.EVALUATION).unlink()
+            shutil.rmtree(self.evaluated, ignore_errors=True)
+        resumed = ["--resume"] if (self.out / folder.RUN_FILE).is_file() else []
+        given = [x for field, value in self.flags.items() for x in _flag(field, value)]
+        given = (*given, "--out", str(self.out), *resumed)
+        return Step(f"train {self.options.group}/{self.name}", self.module, given, done)
+
+    def spend(self) -> None:
+        """Removes the weights of a finished run, and what says how to read them."""
+        if self.trained:
+            for name in (folder.CHECKPOINTS, folder.MODEL):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+
+
+def grid(
+    options: PaperFlags, varied: Mapping[str, Sequence[object]], module: str = TRAIN
+) -> list[Run]:
+    """A run for every combination, with a name that says it."""
+    common = training(options)
+    if "steps" in varied:
+        common.pop("epochs", None)
+    found = []
+    for values in itertools.product(*varied.values()):
+        own = dict(zip(varied, values, strict=True))
+        found.append(Run(run_name(own), common | own, options, module))
+    return found
+
+
+def judged(run: Run) -> Iterator[Step]:
+    """Trains, evaluates at every task, and lets go of the weights."""
+    options, tasks = run.options, tasks_of(run.options)
+    yield run.step(tasks)
+    if run.trained:
+        yield from evaluations(options, str(run.out), run.evaluated)
+        if _answered(options, run.evaluated, tasks):
+            run.spend()
+
+
+def tasks_of(options: PaperFlags) -> Sequence[str]:
+    return (str(_tiny_task(options)),) if options.tiny else options.tasks
+
+
+def before(options: PaperFlags) -> pathlib.Path:
+    """Where the model's own evaluation is, before any fine-tuning."""
+    return options.out / "evaluations" / "before" / pathlib.Path(options.model).name
+
+
+def evaluations(options: PaperFlags, model: str, out: pathlib.Path) -> Iterator[Step]:
+    """A `train.evaluate` of a model at each task, into one result."""
+    for task in tasks_of(options):
+        given: list[object] = ["--model", model, "--task", task, "--out", out]
+        if options.tiny:
+            given += ["--resamples", 50, "--max-length", 128]
+        else:
+            given += ["--dtype", "bfloat16"]
+            if where := published.questions_of(task, options.data_folder):
+                given += ["--task-data", where]
+            if task in published.FITTED:
+                given += ["--temperature-from", "validation"]
+        if options.limit is not None:
+            given += ["--limit", options.limit]
+        yield Step(
+            f"evaluate {out.parent.name}/{out.name} at {pathlib.Path(task).stem}",
+            "train.evaluate",
+            tuple(map(str, given)),
+            lambda task=task: _answered(options, out, [task]),
+        )
+
+
+def _answered(options: PaperFlags, out: pathlib.Path, tasks: Sequence[str]) -> bool:
+    """Whether the result has these tasks, each with as many questions as are asked for now."""
+    found = read(out / "result.json") or {"tasks": (), "settings": {"limit": options.limit}}
+    return found["settings"]["limit"] == options.limit and set(tasks) <= set(found["tasks"])
+
+
+def page(options: PaperFlags, name: str, title: str, runs: Iterable[Run], *more: pathlib.Path):
+    """The report of runs with their evaluations, made anew each time: it takes seconds."""
+    there = list(more)
+    for run in runs:
+        there += [run.out, run.evaluated]
+    there = [path for path in there if path.exists()]
+    html = options.out / f"{name}-{options.group}.html"
+    newest = max((_time(path) for path in there), default=0.0)
+    title = "Made-up records, which show nothing" if options.tiny else title
+    return Step(
+        "report",
+        "train.report",
+        (*map(str, there), "--title", title, "--out", str(html)),
+        lambda: html.exists() and html.stat().st_mtime > newest,
+    )
 
 
 def swept(
     options: PaperFlags, name: str, title: str, varied: Mapping[str, Sequence[object]]
 ) -> Iterator[Step]:
     """Runs that differ in some flags, each evaluated at every task, on one page."""
-    out = options.out / "runs"
-    yield sweep(name, out, {**training(options), "seed": options.seeds, **varied})
-    results = [out]
-    for result, step in evaluations(options, runs(out)):
-        results.append(result)
-        yield step
-    yield page(options, title, results)
+    runs = grid(options, {**varied, "seed": options.seeds})
+    for run in runs:
+        yield from judged(run)
+    yield page(options, name, title, runs)
 
 
-def records(options: PaperFlags) -> pathlib.Path:
-    """The file to train on, made from the published ones where it is not there yet."""
-    if options.tiny:
-        made = [
-            {"prompt": f"What is {a} and {b}?", "completion": f"It is {a + b}."}
-            for a in range(8)
-            for b in range(8)
-        ]
-    elif options.data in ("alpaca", "dolly"):
-        folder = options.data_folder / options.data
-        files = sorted(folder.glob("*.jsonl"))
-        if not files:
-            raise ValueError(f"there is no *.jsonl in {folder}: name its parent by --data-folder")
-        lines = [line for file in files for line in file.read_text("utf-8").split("\n")]
-        made = [json.loads(line) for line in lines if line.strip()]
-        if options.data == "alpaca":
-            fields = ("instruction", "input", "output")
-            sample = [r for r in made if "random_9k" in r["subsets"] and r["output"].strip()]
-            made = [{name: r[name] for name in fields} for r in sample]
-    else:
-        return pathlib.Path(options.data)
-    path = options.out / "data" / f"{'tiny' if options.tiny else options.data}.jsonl"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(path.name + ".tmp")
-        whole.write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
-        whole.replace(path)
-    return path
-
-
-def training(options: PaperFlags) -> dict[str, tuple[object, ...]]:
-    """Flags of every run: full fine-tuning with AdamW as the paper has it."""
-    common: dict[str, tuple[object, ...]] = {
-        "data": (records(options),),
-        "model": (options.model,),
-        "dropout": (0.1,),
-        "keep": (1,),
-    }
-    if options.tiny:
-        small = {"model": ("nano",), "steps": (2,), "max_length": (64,), "vocab_size": (300,)}
-        return common | small
-    return common | {
-        "epochs": (options.epochs,),
-        "batch_size": (BATCH_ROWS // 2,),
-        "accumulate": (2,),
-        "max_length": (512,),
-        "held_out": (0.05,),
-        "dtype": ("bfloat16",),
-        # A checkpoint is three times the weights; a signal saves one in any case.
-        "checkpoint_every": (500,),
-    }
-
-
-def sweep(name: str, out: pathlib.Path, varied: Mapping[str, Sequence[object]]) -> Step:
-    """A `train.sweep` over these flags, which are of one value or several each."""
-    given = _flags(varied)
-
-    def done() -> bool:
-        found = read(out / "sweep.json")
-        return bool(found) and all(run["status"] == "done" for run in found["runs"])
-
-    return Step(name, python("train.sweep", *given, "--out", out), done)
-
-
-def single(name: str, out: pathlib.Path, given: Mapping[str, Sequence[object]]) -> Step:
-    """One run of `train`, which goes on where it was."""
-    resumed = ["--resume"] if (out / "run.json").is_file() else []
-    command = python("train", *_flags(given), "--out", out, *resumed)
-    return Step(name, command, lambda: (out / "eval.json").is_file())
-
-
-def runs(*sweeps: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The finished runs of sweeps, by sweep and name."""
-    found = {}
-    for out in sweeps:
-        for run in (read(out / "sweep.json") or {"runs": []})["runs"]:
-            if run["status"] == "done":
-                found[f"{out.name}/{run['name']}"] = out / run["name"]
-    return found
-
-
-def evaluations(
-    options: PaperFlags, models: Mapping[str, str | pathlib.Path]
-) -> Iterator[tuple[pathlib.Path, Step]]:
-    """A `train.evaluate` of each model at each task, into one result a model."""
-    for name, model in models.items():
-        out = options.out / "evaluations" / name.replace("/", "-")
-        for task in (_tiny_task(options),) if options.tiny else options.tasks:
-            given: list[object] = ["--model", model, "--task", task, "--out", out]
-            if options.tiny:
-                given += ["--resamples", 50, "--max-length", 128]
-            else:
-                given += ["--task-data", options.data_folder / TASKS[task], "--dtype", "bfloat16"]
-                if task in FITTED:
-                    given += ["--temperature-from", "validation"]
-            if options.limit is not None:
-                given += ["--limit", options.limit]
-            step = Step(
-                f"evaluate {name} at {pathlib.Path(task).stem}",
-                python("train.evaluate", *given),
-                lambda out=out, task=task: (
-                    task in (read(out / "result.json") or {}).get("tasks", ())
-                ),
-            )
-            yield out, step
-
-
-def page(options: PaperFlags, title: str, what: Iterable[pathlib.Path]) -> Step:
-    """The report, made anew each time: it takes seconds."""
-    there = [path for path in dict.fromkeys(what) if path.exists()]
-    html = options.out / "report.html"
-    newest = max((_time(path) for path in there), default=0.0)
-    title = "Made-up records, which show nothing" if options.tiny else title
-    return Step(
-        "report",
-        python("train.report", *there, "--title", title, "--out", html),
-        lambda: html.exists() and html.stat().st_mtime > newest,
-    )
-
-
-def _flags(values: Mapping[str, Sequence[object]]) -> list[object]:
-    return [
-        part for field, given in values.items() for part in (f"--{field.replace('_', '-')}", *given)
-    ]
+def _flag(field: str, value: object) -> tuple[str, str]:
+    return f"--{field.replace('_', '-')}", str(value)
 
 
 def read(path: pathlib.Path) -> Any:
@@ -227,18 +302,9 @@ def read(path: pathlib.Path) -> Any:
 
 
 def _time(path: pathlib.Path) -> float:
-    newest = ("eval.json", "result.json", "sweep.json")
-    files = [path / name for name in newest] if path.is_dir() else [path]
+    files = [path / name for name in (folder.EVALUATION, "result.json")]
     return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 
-def _tiny_task(options: PaperFlags) -> str:
-    path = options.out / "data" / "tiny-questions.jsonl"
-    if not path.exists():
-        report.write_json([], path)  # which makes the folder
-        made = [
-            {"question": f"What is {a} and 1?", "choices": [str(a + 1), str(a + 3)], "answer": 0}
-            for a in range(6)
-        ]
-        path.write_text("".join(json.dumps(item) + "\n" for item in made))
-    return str(path)
+def _tiny_task(options: PaperFlags) -> pathlib.Path:
+    return options.out / "data" / "tiny-questions.jsonl"

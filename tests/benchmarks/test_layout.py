@@ -47,7 +47,8 @@ def test_a_folder_needs_only_those_before_it(module: str):
 
     later = {name for name in GRAPH[module] if rank(name) > rank(module)}
     assert not later
-    # Of the trainer its model and step, which are measured, and how a command line is read.
-    trainers = module.startswith("benchmarks.steps") or module == "benchmarks.flags"
+    # Of the trainer its model and step, which are measured, how a command line is read, and the
+    # commands that experiments are made of.
+    trainers = module.startswith(("benchmarks.steps", "benchmarks.paper", "benchmarks.flags"))
     others = ("tests",) if trainers else ("tests", "train")
     assert not any(name.split(".")[0] in others for name in imports(MODULES[module]))

@@ -1,17 +1,19 @@
 """Every command of every experiment is one that the trainer takes; the smallest is run."""
 
+import dataclasses
 import importlib
 import json
+import pathlib
+import shutil
 
 import pytest
 from paths import ROOT
 
-from benchmarks.paper import curves, table1
-from train import command_line, evaluate, report, sweep
+from benchmarks.paper import betas, curves, sizes, steps, table1
+from train import command_line, evaluate, report
 from train.__main__ import parse as parse_train
 
 NAMES = ("table1", "betas", "sizes", "softcap", "curves")
-QUESTIONS = {"nll": 1.0, "ece": 0.1}
 
 
 @pytest.fixture
@@ -22,73 +24,129 @@ def folder(tmp_path):
     record = {"instruction": "Say it.", "input": "", "output": "It.", "subsets": ["random_9k"]}
     records = [record, record | {"output": " "}, record | {"subsets": ["fork_5000"]}]
     (alpaca / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for name in ("mmlu/dev", "mmlu/test", "mmlu/val", "arc/Easy-test", "arc/Easy-validation"):
+        path = alpaca.parent / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (alpaca.parent / "hellaswag").mkdir()
+    (alpaca.parent / "hellaswag" / "val.jsonl").touch()
     return alpaca.parent
 
 
-def finish(command):
-    """Writes what the commands of a sweep or a run would leave, with an NLL for each run."""
-    flags = command[3:]
-    out = ROOT.__class__(flags[flags.index("--out") + 1])
-    if command[2] == "train.sweep":
-        jobs = sweep.grid([*flags[: flags.index("--out")], "--out", str(out)])
-        runs = [(job.name, out / job.name, job.config.flags()) for job in jobs]
-    elif command[2] == "train":
-        runs = [(out.name, out, parse_train(flags).flags())]
+def finish(step):
+    """Writes what a run or an evaluation would leave, with an NLL for each run."""
+    flags = list(step.flags)
+    out = pathlib.Path(flags[flags.index("--out") + 1])
+    out.mkdir(parents=True, exist_ok=True)
+    if step.module == "train.evaluate":
+        asked = command_line.read(evaluate.EvaluateOptions, "it", flags)
+        before = json.loads((out / "result.json").read_text()) if any(out.iterdir()) else {}
+        tasks = {**before.get("tasks", {}), asked.task[0]: {}}
+        found = {"tasks": tasks, "settings": {"limit": asked.limit}}
+        (out / "result.json").write_text(json.dumps(found))
+    elif step.module == "train.report":
+        command_line.read(report.ReportOptions, "it", flags)
     else:
-        return
-    for _, path, config in runs:
-        path.mkdir(parents=True)
-        (path / "run.json").write_text(json.dumps(config, default=str))
+        config = parse_train([flag for flag in flags if flag != "--resume"]).flags()
+        (out / "checkpoints" / "5").mkdir(parents=True)
+        (out / "run.json").write_text(json.dumps(config, default=str))
         nll = abs(config["learning_rate"] - 5e-5 * (1 + 3 * (config["label_smoothing"] > 0)))
-        (path / "eval.json").write_text(json.dumps({"tokens": {"nll": nll}}))
-        rows = [{"step": s, "loss": 2.0 + 0.1 * len(path.name) * (s == 7)} for s in range(1, 9)]
-        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if command[2] == "train.sweep":
-        listed = [{"name": name, "status": "done"} for name, _, _ in runs]
-        (out / "sweep.json").write_text(json.dumps({"runs": listed}))
+        (out / "eval.json").write_text(json.dumps({"tokens": {"nll": nll}}))
+        rows = [{"step": s, "loss": 2.0 + 0.1 * len(out.name) * (s == 7)} for s in range(1, 9)]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert step.done(), step.name
+
+
+def worked_off(experiment, options):
+    """The steps of a plan that were not done already, each finished when it comes."""
+    found = []
+    steps.prepare(options)
+    for step in experiment.plan(options):
+        if not step.done():
+            finish(step)
+            found.append(step)
+    return found
+
+
+def parsed(experiment, folder, *given):
+    """With a model whose files need not be there."""
+    out = folder.parent / "out"
+    model = [] if experiment is sizes.EXPERIMENT else ["--model", "m"]
+    given = [*model, "--data-folder", str(folder), "--out", str(out), *given]
+    return experiment.parse(given)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_command_is_one_that_the_trainer_takes(name, folder, tmp_path, monkeypatch):
+def test_every_command_is_one_that_the_trainer_takes(name, folder):
     experiment = importlib.import_module(f"benchmarks.paper.{name}").EXPERIMENT
-    given = ["--data-folder", str(folder), "--out", str(tmp_path / "out"), "--seeds", "0", "1"]
-    options = experiment.parse([*given, "--model", "nano"])  # whose files need not be there
-    steps = []
-    for step in experiment.plan(options):
-        steps.append(step)
-        assert not step.done(), step.name
-        module, flags = step.command[2], list(step.command[3:])
-        match module:
-            case "train.evaluate":
-                command_line.read(evaluate.EvaluateOptions, "it", flags)
-            case "train.report":
-                command_line.read(report.ReportOptions, "it", flags)
-            case _:
-                finish(step.command)
-                assert step.done(), step.name
-    assert steps[-1].command[2] == "train.report"
-    data = (tmp_path / "out" / "data" / "alpaca.jsonl").read_text().splitlines()
+    options = parsed(experiment, folder, "--seeds", "0", "1")
+    made = worked_off(experiment, options)
+    assert made[-1].module == "train.report"
+    data = (options.out / "data" / "alpaca.jsonl").read_text().splitlines()
     assert [json.loads(line)["output"] for line in data] == ["It."]
+    assert not list(options.out.glob("runs/*/*/checkpoints"))  # gigabytes, once they are evaluated
+    assert [s.module for s in worked_off(experiment, options)] in ([], ["train.report"])
 
 
-def test_each_smoothing_has_its_own_learning_rate_and_further_seeds(folder, tmp_path):
-    out = tmp_path / "out"
-    options = table1.EXPERIMENT.parse(
-        ["--data-folder", str(folder), "--out", str(out), "--model", "nano", "--tasks", "arc-easy"]
-    )
-    steps = []
-    for step in table1.plan(options):
-        steps.append(step)
-        finish(step.command)
-    assert table1.chosen(out / "choice") == {
-        0.0: "learning_rate=5e-05,label_smoothing=0",
-        0.1: "learning_rate=0.0002,label_smoothing=0.1",
+def test_each_arm_has_its_own_learning_rate_and_further_seeds(folder):
+    penalised = ("--penalties", "maxsup")
+    options = parsed(table1.EXPERIMENT, folder, "--tasks", "arc-easy", *penalised)
+    made = worked_off(table1.EXPERIMENT, options)
+    trained = [s.name.removeprefix("train m-alpaca/") for s in made if "train " in s.name]
+    assert len(trained) == 3 * (4 + 2)
+    assert trained[-6:] == [
+        f"learning_rate={rate},{arm},seed={seed}"
+        for seed in (1, 2)
+        for rate, arm in (
+            ("5e-05", "label_smoothing=0"),
+            ("0.0002", "label_smoothing=0.1"),
+            ("0.0002", "implementation=maxsup,label_smoothing=0.1"),
+        )
+    ]
+    assert {s.module for s in made if "maxsup" in s.name and "train " in s.name} == {
+        "benchmarks.paper.penalties.__main__"
     }
-    seeds = [step for step in steps if step.command[2] == "train"]
-    assert [(s.command[s.command.index("--seed") + 1]) for s in seeds] == ["1", "2", "1", "2"]
-    evaluated = [s.command[4] for s in steps if s.command[2] == "train.evaluate"]
-    assert len(evaluated) == 1 + 2 * 3
-    assert evaluated[0] == "nano"
+    evaluated = [s.flags[1] for s in made if s.module == "train.evaluate"]
+    assert len(evaluated) == 1 + 3 * 3
+    assert evaluated[0] == "m"
+
+
+def test_what_two_experiments_need_is_made_once(folder):
+    worked_off(table1.EXPERIMENT, parsed(table1.EXPERIMENT, folder))
+    made = worked_off(betas.EXPERIMENT, parsed(betas.EXPERIMENT, folder, "--learning-rate", "5e-5"))
+    named = [s.name for s in made if "train " in s.name]
+    assert len(named) == 6 * 3 - 3  # all of β = 0; β = 0.1 was tried, and its weights are gone
+
+
+def test_a_folder_goes_on_elsewhere_without_weights(folder):
+    """What was trained and not yet evaluated is trained again, and nothing else."""
+    options = parsed(betas.EXPERIMENT, folder, "--seeds", "0", "--label-smoothing", "0", "0.1")
+    made = []
+    steps.prepare(options)
+    for step in betas.plan(options):
+        finish(step)
+        made.append(step)
+        if len(made) == 6:  # the second run, and one of its three evaluations
+            break
+    there = options.out.with_name("there")
+    shutil.copytree(options.out, there, ignore=shutil.ignore_patterns("checkpoints", "model"))
+    again = worked_off(betas.EXPERIMENT, dataclasses.replace(options, out=there))
+    assert [s.name for s in again] == [
+        "train m-alpaca/learning_rate=2e-05,label_smoothing=0.1,seed=0",
+        *(s.name for s in made[5:]),
+        "evaluate m-alpaca/learning_rate=2e-05,label_smoothing=0.1,seed=0 at hellaswag",
+        "evaluate m-alpaca/learning_rate=2e-05,label_smoothing=0.1,seed=0 at arc-easy",
+        "report",
+    ]
+    assert "--resume" in again[0].flags
+    assert str(options.out) + "/" not in " ".join(again[0].flags)
+
+
+def test_an_evaluation_of_fewer_questions_is_not_the_whole_one(folder):
+    few = parsed(betas.EXPERIMENT, folder, "--seeds", "0", "--limit", "5")
+    worked_off(betas.EXPERIMENT, few)
+    made = worked_off(betas.EXPERIMENT, dataclasses.replace(few, limit=None))
+    assert [s.module for s in made[:4]] == ["train.__main__", *3 * ["train.evaluate"]]
 
 
 def test_the_largest_difference_of_two_curves_is_found(tmp_path):
@@ -109,6 +167,10 @@ def test_the_largest_difference_of_two_curves_is_found(tmp_path):
         (["--minutes", "0"], "--minutes must be above 0"),
         (["--tasks", "chess"], "--tasks chess: must be of mmlu"),
         (["--data", "nothing.jsonl"], "must be alpaca, dolly or a file"),
+        (["--data-folder", "nowhere"], "--data-folder nowhere is no folder"),
+        (["--rows", "5"], "--rows must divide 32, not 5"),
+        (["--penalties", "mixup"], "--penalties mixup: must be of maxsup, confidence-penalty"),
+        (["--penalties", "maxsup", "--label-smoothing", "0"], "which is 0"),
     ],
 )
 def test_mistakes_are_one_line(given, message, capsys):
@@ -123,12 +185,13 @@ def test_the_whole_of_an_experiment_in_small(tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
     given = ["--tiny", "--out", str(out), "--implementation", "chunked", "reference"]
     assert curves.EXPERIMENT.main(given) == 0, capfd.readouterr().err[-2000:]
-    (row,) = json.loads((out / "curves.json").read_text())
+    (row,) = json.loads((out / "curves-tiny.json").read_text())
     assert row["steps"] == 2
     assert row["largest"] < 1e-5  # one loss, in two orders of summation
-    page = (out / "report.md").read_text()
+    page = (out / "curves-tiny.md").read_text()
     assert "implementation" in page
     assert page.startswith("# Made-up records")  # and not a model that is not there
     capfd.readouterr()
     assert curves.EXPERIMENT.main(given) == 0
-    assert "done already: every implementation" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert said.count("done already: train tiny/implementation=") == 2

@@ -4,18 +4,28 @@ import fcntl
 import json
 import os
 import pathlib
-import sys
 
 import pytest
+from paths import ROOT
 
-from benchmarks.paper import plan
+from benchmarks.paper import plan, worker
 from benchmarks.paper.plan import Step
+
+
+@pytest.fixture(autouse=True)
+def piece(tmp_path, monkeypatch):
+    """A module for workers, whose `main` runs a program."""
+    (tmp_path / "piece.py").write_text("def main(flags):\n    exec(flags[0], {})\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
+
+
+def runs(name: str, *lines: str, done) -> Step:
+    return Step(name, "piece", ("\n".join(lines),), done)
 
 
 def writes(path: pathlib.Path, *before: str) -> Step:
     """A step that makes a file, after these lines."""
-    code = "\n".join((*before, f"open({str(path)!r}, 'w').close()"))
-    return Step(path.name, (sys.executable, "-c", code), path.exists)
+    return runs(path.name, *before, f"open({str(path)!r}, 'w').close()", done=path.exists)
 
 
 def statuses(out):
@@ -24,14 +34,14 @@ def statuses(out):
 
 def test_what_is_done_is_not_done_again_and_what_failed_is_listed(tmp_path, capfd):
     one, three = tmp_path / "one", tmp_path / "three"
-    fails = Step("two", (sys.executable, "-c", "raise SystemExit(3)"), lambda: False)
+    fails = runs("two", "raise SystemExit(3)", done=lambda: False)
     steps = [writes(one), fails, writes(three)]
-    assert plan.work(steps, tmp_path, None) == 1
+    assert plan.work(steps, tmp_path) == 1
     assert three.exists()  # a failure does not take the others with it
     assert statuses(tmp_path) == [("one", "done"), ("two", "exit 3"), ("three", "done")]
     said = capfd.readouterr()
     assert "failed: two" in said.err
-    assert plan.work([steps[0], steps[2]], tmp_path, None) == 0
+    assert plan.work([steps[0], steps[2]], tmp_path) == 0
     assert "done already: one" in capfd.readouterr().out
     assert len(statuses(tmp_path)) == 3
 
@@ -52,7 +62,7 @@ def test_time_that_is_up_stops_a_step_gently_and_the_next_call_goes_on(tmp_path,
     assert not (tmp_path / "after").exists()
     if not saved.exists():  # the machine is so busy that Python did not come to its first line
         saved.write_text("1")
-    assert plan.work(steps, tmp_path, None) == 0
+    assert plan.work(steps, tmp_path) == 0
     assert statuses(tmp_path)[-2:] == [("done", "done"), ("after", "done")]
 
 
@@ -69,16 +79,45 @@ def test_what_outlives_its_command_keeps_others_away(tmp_path):
     os.mkfifo(fifo)
     outlives = f"os.fork() or (open({str(fifo)!r}).read(), os._exit(0))"
     steps = [writes(tmp_path / "one", "import os", outlives)]
-    assert plan.work(steps, tmp_path, None) == 0
+    assert plan.work(steps, tmp_path) == 0
     with pytest.raises(ValueError, match="another process is at work there"):
-        plan.work(steps, tmp_path, None)
+        plan.work(steps, tmp_path)
     fifo.write_text("")  # which ends it
     with (tmp_path / plan.LOCK).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-    assert plan.work(steps, tmp_path, None) == 0
+    assert plan.work(steps, tmp_path) == 0
 
 
-@pytest.mark.parametrize("status", [0, 5])
-def test_a_status_is_handed_on(status):
-    command = (sys.executable, "-c", f"raise SystemExit({status})")
-    assert plan.execute(command, None) == (status, "")
+def test_steps_share_a_process_until_one_fails(tmp_path):
+    """What is compiled for one serves the next; what a failed one leaves does not."""
+    pids = tmp_path / "pids"
+    note = f"import os; print(os.getpid(), file=open({str(pids)!r}, 'a'))"
+    names = ("one", "two", "three")
+    steps = [writes(tmp_path / name, note) for name in names]
+    fails = runs("fails", note, "1 / 0", done=lambda: False)
+    assert plan.work([*steps[:2], fails, steps[2]], tmp_path, commit="abc") == 1
+    one, two, failed, three = pids.read_text().split()
+    assert one == two == failed != three
+    rows = json.loads((tmp_path / plan.RECORD).read_text())
+    assert [row["status"] for row in rows] == ["done", "done", "exit 1", "done"]
+    assert {row["commit"] for row in rows} == {"abc"}
+
+
+def test_a_process_that_dies_costs_its_step_alone(tmp_path):
+    dies = runs("dies", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", done=bool)
+    assert plan.work([dies, writes(tmp_path / "after")], tmp_path) == 1
+    assert statuses(tmp_path) == [("dies", "exit -9"), ("after", "done")]
+
+
+def test_what_does_not_stop_in_time_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "GRACE", 0.1)
+    deaf = ("import signal", "signal.signal(signal.SIGTERM, lambda *_: None)", "while True:")
+    steps = [writes(tmp_path / "one", *deaf, "    signal.pause()")]
+    assert plan.work(steps, tmp_path, 1 / 60) == plan.NOT_DONE
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_step_is_shown_as_it_is_typed():
+    step = Step("it", "train.__main__", ("--data", "a b"), bool)
+    assert step.command == "python -m train --data 'a b'"
