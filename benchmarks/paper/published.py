@@ -66,7 +66,7 @@ def check_questions(tasks: Iterable[str], folder: pathlib.Path | None) -> None:
         needed = [task.split, *([task.examples] * bool(task.shots))]
         needed += ["validation"] * (name in FITTED)
         for split in needed:
-            questions.find(name, task, split, questions_of(name, folder))
+            questions.find(name, task, split, questions_of(name, folder), "--data-folder")
 
 
 def questions_of(name: str, folder: pathlib.Path | None) -> pathlib.Path | None:

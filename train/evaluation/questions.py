@@ -129,16 +129,18 @@ def by_subject(examples: Sequence[Item], of_subjects: bool) -> dict[str, list[It
     return dict(found)
 
 
-def find(name: str, task: Task, split: str, data: Path | None) -> list[Path]:
-    """The files of a split.
+def find(
+    name: str, task: Task, split: str, data: Path | None, flag: str = "--task-data"
+) -> list[Path]:
+    """The files of a split, in what `flag` named.
 
     Raises:
       ValueError: if there are none, or no network.
     """
     require(split in SPLITS, f"the split of {name} must be one of {', '.join(SPLITS)}, not {split}")
     if data is None:
-        return _from_hub(name, task, split)
-    require(data.exists(), f"there is no {data}: --task-data names a file or a folder")
+        return _from_hub(name, task, split, flag)
+    require(data.exists(), f"there is no {data}: {flag} names a file or a folder")
     if data.is_file():
         return [data]
     own = [data / folder for folder in (name, name.split("-")[0]) if (data / folder).is_dir()]
@@ -160,7 +162,7 @@ def find(name: str, task: Task, split: str, data: Path | None) -> list[Path]:
     return found
 
 
-def _from_hub(name: str, task: Task, split: str) -> list[Path]:
+def _from_hub(name: str, task: Task, split: str, flag: str) -> list[Path]:
     """The Parquet files of a split, which huggingface_hub keeps in its cache."""
     try:
         import huggingface_hub
@@ -175,7 +177,7 @@ def _from_hub(name: str, task: Task, split: str) -> list[Path]:
         raise ValueError(
             f"the questions of {name} come from the Hugging Face hub, data set {task.hub}, files"
             f" {task.folder}/{split}*.parquet, which cannot be had: {reason}. Without a network"
-            " --task-data names a copy of them, or the JSON lines or CSV they were published as"
+            f" {flag} names a copy of them, or the JSON lines or CSV they were published as"
         ) from None
     return found
 
