@@ -34,6 +34,7 @@ def bootstrap_interval(
     samples: int = 1000,
     level: float = 0.95,
     method: Literal["percentile", "basic"] = "percentile",
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Any:
     """The bootstrap interval of `metric(*arrays)`, from resampling the leading axis.
 
@@ -41,8 +42,10 @@ def bootstrap_interval(
     the resamples, m its value on the data and α = 1 − level, "percentile" gives
     [q(α/2), q(1 − α/2)] and "basic" gives [2m − q(1 − α/2), 2m − q(α/2)]. A calibration error grows
     when data are resampled, because the chance gaps in its bins do: the percentile interval then
-    lies too high and may miss m altogether, and "basic" takes the shift back. Resamples that the
-    metric is not defined for, though it is for the data, are left out.
+    lies too high and may miss m altogether, and "basic" takes the shift back. But a basic interval
+    may end where the metric cannot be, as an ECE above 1; `bounds` cuts it there, which costs no
+    coverage, since the truth is inside. Resamples that the metric is not defined for, though it is
+    for the data, are left out.
 
     Args:
       metric: any jit-able function of the arrays to a scalar, or to a tree of scalars: several
@@ -55,12 +58,14 @@ def bootstrap_interval(
       samples: number of resamples.
       level: share of the distribution inside, in (0, 1).
       method: see above.
+      bounds: the least and the greatest value of the metric, of each in a tree.
 
     Returns:
       An `Interval`, or a tree of them like the metric's.
 
     Raises ValueError for arrays of different lengths or none, a metric that is not scalar, samples
-    below 1, a level outside (0, 1), an unknown method, and whatever the metric itself raises.
+    below 1, a level outside (0, 1), an unknown method, bounds that do not ascend, and whatever the
+    metric itself raises.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 22.
 
@@ -73,6 +78,8 @@ def bootstrap_interval(
     tail = (1 - validate.unit_interval("level", level, open_ends=True)) / 2
     if method not in ("percentile", "basic"):
         raise ValueError(f'method must be "percentile" or "basic", got {method!r}')
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must ascend, got {bounds}")
     if not isinstance(key, jax.Array):
         raise TypeError(f"key={key!r}; must be a key such as jax.random.key(0)")
     data = tuple(validate.to_array(x) for x in arrays)
@@ -97,7 +104,9 @@ def bootstrap_interval(
         low, high = jnp.nanquantile(drawn, jnp.array([tail, 1 - tail], drawn.dtype))
         low, high = (jnp.where(jnp.isnan(estimate), jnp.nan, end) for end in (low, high))
         if method == "basic":
-            low, high = 2 * estimate - high, 2 * estimate - low
+            low, high = (
+                jnp.clip(end, *bounds) for end in (2 * estimate - high, 2 * estimate - low)
+            )
         return Interval(low, estimate, high)
 
     return jax.tree.map(interval, estimates, resampled)

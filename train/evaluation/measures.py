@@ -44,8 +44,14 @@ NAMES = {
 }
 """What `Scored.measures` holds, by name. The last one is there only where probabilities need not
 sum to 1."""
-SIGNED = ("gap", "brier_within_bins")
-"""What may be negative: where nothing else may be, an interval ends at 0."""
+RANGES = {
+    "gap": (-1.0, 1.0),
+    "brier": (0.0, 2.0),
+    "brier_reliability": (0.0, 2.0),
+    "brier_within_bins": (-2.0, 2.0),
+    "nll": (0.0, math.inf),
+}
+"""What need not be in [0, 1]."""
 
 
 @jax.jit
@@ -97,7 +103,8 @@ GROUPS = ((means, "percentile", 1), (errors, "basic", 1), (smooth, "basic", SMOO
 
 Of 2,000 nearly calibrated predictions, of a true ECE of .024 that they show as .032 on average, the
 percentile interval holds the truth in 29 % of samples and the basic one in 88 %; where the ECE is
-.19, both do in 95 %.
+.19, both do in 95 %. What a percentile interval cannot do, a basic one may: end where the measure
+cannot be, above 1 or below 0. It is cut there, which costs no coverage.
 """
 SHIFTED = (
     "Calibration errors come out larger in a sample than they are, the more so the smaller they and"
@@ -129,7 +136,7 @@ def score(
     for function, method, share in GROUPS:
         count = math.ceil(resamples / share)
         measured |= _intervals(function, (lp, y), count, seed, method)
-    measured |= {name: _not_below_zero(measured[name]) for name in NAMES if name not in SIGNED}
+    measured = {name: within(name, measure) for name, measure in measured.items()}
     if np.allclose(np.exp(lp).sum(axis=1), 1, atol=1e-4):
         del measured["outside"]
     confidence, correct = predicted(lp, y)
@@ -157,7 +164,7 @@ def difference(
         count = math.ceil(resamples / share)
         apart = _difference(function)
         measured |= _intervals(apart, (*arrays, np.asarray(labels, np.int32)), count, seed, method)
-    return {name: measured[name] for name in NAMES if name in measured}
+    return {name: within(name, measured[name], apart=True) for name in NAMES if name in measured}
 
 
 def bins(confidence: Float[np.ndarray, " N"], correct: Bool[np.ndarray, " N"]) -> list[Bin]:
@@ -207,9 +214,15 @@ def _intervals(function: Callable, arrays, resamples: int, seed: int, method) ->
     }
 
 
-def _not_below_zero(measure: Measure) -> Measure:
-    low = measure.low
-    return dataclasses.replace(measure, low=None if low is None else max(low, 0.0))
+def within(name: str, measure: Measure, *, apart: bool = False) -> Measure:
+    """With the interval cut to where the measure, or the difference of two, can be."""
+    if measure.low is None or measure.high is None:
+        return measure
+    least, most = RANGES.get(name, (0.0, 1.0))
+    if apart:
+        least, most = least - most, most - least
+    low, high = (min(max(end, least), most) for end in (measure.low, measure.high))
+    return dataclasses.replace(measure, low=low, high=high)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import numpy as np
 
 from lsce.calibration import wilson_interval
 from train.evaluation import results
-from train.evaluation.measures import BINS
+from train.evaluation.measures import BINS, within
 from train.evaluation.results import Against, Bin, Curve, Measure
 from train.run import folder as run_folder
 from train.run.metrics import HELD_OUT
@@ -218,7 +218,8 @@ def ece_from_bins(bins: Sequence[Bin], resamples: int = RESAMPLES) -> Measure:
     """ECE with a 95 % interval where only the bins were kept.
 
     Predictions are drawn again into the bins by their shares, and right by the bins' accuracies;
-    the mean confidence of a bin stays. As in `lsce.calibration.bootstrap_interval`, "basic".
+    the mean confidence of a bin stays. "Basic" as in `lsce.calibration.bootstrap_interval`, cut to
+    [0, 1].
     """
     count = np.array([b.count for b in bins])
     n = int(count.sum())
@@ -231,7 +232,7 @@ def ece_from_bins(bins: Sequence[Bin], resamples: int = RESAMPLES) -> Measure:
     right = r.binomial(drawn, np.clip(accuracy, 0, 1))
     again = np.abs(right - drawn * confidence).sum(axis=1) / n
     low, high = np.quantile(again, [0.025, 0.975])
-    return Measure(ece, max(0.0, float(2 * ece - high)), float(2 * ece - low))
+    return within("ece", Measure(ece, float(2 * ece - high), float(2 * ece - low)))
 
 
 _OF_A_BIN = "accuracy", "confidence"

@@ -14,7 +14,7 @@ from lsce import calibration
 from train.data import files
 from train.data.encode import encode_records
 from train.data.packing import IGNORE, pack
-from train.evaluation.measures import BINS, NAMES, bins, curve
+from train.evaluation.measures import BINS, NAMES, bins, curve, within
 from train.evaluation.results import Measure, Scored
 from train.evaluation.scoring import ScoringOptions, TokenScores, owners, score_rows
 from train.flags import require
@@ -107,8 +107,8 @@ def _by_record(
             continue
         low, high = np.quantile(resampled[name], (0.025, 0.975))
         if name in ("ece", "mce"):  # see `measures.errors`
-            low, high = max(0.0, 2 * value - high), 2 * value - low
-        found[name] = Measure(float(value), float(low), float(high))
+            low, high = 2 * value - high, 2 * value - low
+        found[name] = within(name, Measure(float(value), float(low), float(high)))
     return found
 
 

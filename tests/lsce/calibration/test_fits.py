@@ -160,6 +160,17 @@ def test_metrics_in_a_tree_have_the_intervals_that_each_has_alone():
         interval(lambda x: {"mean": jnp.mean(x), "all": x}, x)
 
 
+def test_a_basic_interval_is_cut_to_where_the_metric_can_be():
+    """Of predictions that are sure and mostly wrong, some resamples are all right."""
+    confidence, correct = np.full(3, 0.99, np.float32), np.array([0, 0, 1])
+    key = jax.random.key(0)
+    draw = functools.partial(calibration.bootstrap_interval, ece, confidence, correct, key=key)
+    loose, cut = draw(method="basic"), draw(method="basic", bounds=(0, 1))
+    assert loose.high > 1.2
+    assert cut == (loose.low, loose.estimate, 1.0)
+    assert draw(bounds=(0, 0.5)) == draw()  # a percentile interval is inside as it is
+
+
 def test_interval_mistakes_are_named():
     x, key = np.ones(5, np.float32), jax.random.key(0)
     interval = functools.partial(calibration.bootstrap_interval, key=key)
@@ -179,6 +190,8 @@ def test_interval_mistakes_are_named():
         calibration.bootstrap_interval(mean, x, key=0)
     with pytest.raises(ValueError, match=r"method must be .* got 'bca'"):
         interval(mean, x, method="bca")
+    with pytest.raises(ValueError, match=r"bounds must ascend, got \(1, 0\)"):
+        interval(mean, x, bounds=(1, 0))
     with pytest.raises(ValueError, match="confidence must be a probability"):
         interval(calibration.expected_calibration_error, 2 * x, x)
 

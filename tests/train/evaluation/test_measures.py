@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lsce import calibration
-from train.evaluation import measures, results
+from train.evaluation import measures, page_entries, results, token_level
+from train.evaluation.scoring import TokenScores
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -42,7 +43,6 @@ def scored(quickly_compiled, score_once):
 def means_alone(monkeypatch):
     """Without the errors: their resamples take seconds to compile."""
     monkeypatch.setattr(measures, "GROUPS", measures.GROUPS[:1])
-    monkeypatch.setattr(measures, "SIGNED", measures.NAMES)
 
 
 def test_values_are_those_of_the_library(choices, scored):
@@ -105,10 +105,42 @@ def test_intervals_hold_the_values_and_paired_ones_are_narrower(choices, scored,
     assert apart["accuracy"] == results.Measure(0, 0, 0)
 
 
-def test_an_interval_ends_at_0_where_nothing_is_negative():
-    found = measures._not_below_zero(results.Measure(0.1, -0.1, 0.2))
-    assert found == results.Measure(0.1, 0, 0.2)
-    assert measures._not_below_zero(results.Measure(0.1)) == results.Measure(0.1)
+@pytest.mark.parametrize(
+    ("name", "apart", "ends"),
+    [
+        ("ece", False, (0, 1)),
+        ("ece", True, (-1, 1)),
+        ("gap", False, (-1, 1)),
+        ("brier_reliability", False, (0, 2)),
+        ("nll", False, (0, 9)),
+        ("nll", True, (-9, 9)),
+    ],
+)
+def test_an_interval_ends_where_the_measure_can_be(name, apart, ends):
+    found = measures.within(name, results.Measure(0.1, -9, 9), apart=apart)
+    assert found == results.Measure(0.1, *ends)
+    inside = results.Measure(0.1, 0.05, 0.15)
+    assert measures.within(name, inside, apart=apart) == inside
+    assert measures.within(name, results.Measure(0.1), apart=apart) == results.Measure(0.1)
+
+
+def test_what_is_mostly_wrong_and_sure_has_no_interval_above_1(monkeypatch):
+    """Twice the value less the low end of the resamples would be."""
+    confidence, correct = np.full(3, 0.99, np.float32), np.array([False, False, True])
+    log_prob = np.where(correct, np.log(0.99), np.log(0.01))
+    scores = TokenScores(log_prob, confidence, correct, np.zeros(3))
+    tokens = token_level.measured(scores, np.arange(3), resamples=200, seed=0).measures
+    assert (tokens["ece"].high, tokens["mce"].high) == (1.0, 1.0)
+    assert page_entries.ece_from_bins(measures.bins(confidence, correct)).high == 1.0
+    monkeypatch.setattr(
+        measures,
+        "_intervals",
+        lambda *_: {"ece": results.Measure(0.6, -1, 3), "outside": results.Measure(0)},
+    )
+    log_probs, labels = np.log([[0.01, 0.99]] * 3), np.zeros(3, int)
+    monkeypatch.setattr(measures, "GROUPS", measures.GROUPS[:1])
+    found = measures.score(log_probs, labels, resamples=9, seed=0)
+    assert found.measures == {"ece": results.Measure(0.6, 0, 1)}
 
 
 def test_a_result_is_read_as_it_was_written(scored, tmp_path):
