@@ -18,7 +18,7 @@ from train import mesh
 from train.models import flash
 from train.models.cache import LayerCache
 from train.models.config import LayerKind, ModelConfig, Rope
-from train.models.layers import RMSNorm, elementwise, linear
+from train.models.layers import RMSNorm, elementwise, linear, side_by_side
 
 MOST_SEGMENTS = 32
 """Of a row, up to which the packed layout is faster than a mask: its time grows with them."""
@@ -69,8 +69,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """The mix of what each token sees, and the cache with these tokens' keys and values."""
         config = self.config
-        heads = (*x.shape[:2], -1, config.head_size)
-        query, key, value = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
+        together = side_by_side(x, self.query, self.key, self.value)
+        together = together.reshape(*x.shape[:2], -1, config.head_size)
+        query, key, value = jnp.split(
+            together, (config.heads, config.heads + config.kv_heads), axis=2
+        )
         if config.qk_norms:
             query, key = self.query_norm(query), self.key_norm(key)
         turn = elementwise(apply_rope)
@@ -365,7 +368,8 @@ def apply_rope(
     x: Float[Array, "B T N H"], rotation: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
 ) -> Float[Array, "B T N H"]:
     """Turn each pair (x_i, x_{i+H/2}) by its angle: the pairing of Hugging Face's Llama."""
-    cos, sin = (part[:, :, None, :] for part in rotation)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    cos, sin = (part[:, :, None, None, :] for part in rotation)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    # A reversal rather than a concatenation: XLA makes it, and its gradient, part of what follows.
+    other = jnp.flip(halves, axis=-2) * jnp.array([[-1.0], [1.0]])[None, None, None]
+    return (halves * cos + other * sin).reshape(x.shape).astype(x.dtype)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from train.models.layers import SORTED_BLOCK, embed, sum_by_token
+from train.models.config import PRESETS
+from train.models.layers import SORTED_BLOCK, embed, linear, side_by_side, sum_by_token
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -89,3 +91,32 @@ def test_a_token_without_a_row_is_nan_and_no_row_has_its_gradient():
     assert np.isnan(embed(table, tokens)).tolist() == [[False] * 2, [True] * 2, [False] * 2]
     gradient = jax.grad(lambda table: jnp.sum(embed(table, tokens)))(table)
     np.testing.assert_array_equal(gradient, [[0, 0], [2, 2], [0, 0], [0, 0]])
+
+
+@pytest.mark.parametrize(("tokens", "products"), [(7, 6), (64, 3)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_matrices_side_by_side_are_one_product_of_many_tokens(tokens, products, bias):
+    """And one product for the gradient of each factor, where there were two of them."""
+    config, rngs = PRESETS["nano"], nnx.Rngs(0)
+    graph, state = nnx.split([linear(config, 16, size, rngs, bias=bias) for size in (8, 24)])
+    random = np.random.default_rng(0)
+    state = jax.tree.map(lambda w: jnp.asarray(random.normal(size=w.shape), w.dtype), state)
+    x = jnp.asarray(random.normal(size=(1, tokens, 16)), jnp.float32)
+
+    def together(state, x):
+        return side_by_side(x, *nnx.merge(graph, state))
+
+    def apart(state, x):
+        return jnp.concatenate([matrix(x) for matrix in nnx.merge(graph, state)], axis=-1)
+
+    def gradients(function, *given):
+        return jax.grad(lambda *given: jnp.sum(jnp.sin(function(*given))), (0, 1))(*given)
+
+    np.testing.assert_allclose(together(state, x), apart(state, x), rtol=1e-5, atol=1e-5)
+    for found, expected in zip(
+        *(jax.tree.leaves(gradients(f, state, x)) for f in (together, apart)), strict=True
+    ):
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    made = str(jax.make_jaxpr(lambda *given: gradients(together, *given))(state, x))
+    assert made.count("dot_general[") == products
