@@ -16,8 +16,9 @@ def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) ->
 
 
 def refuses(settings: Settings) -> str | None:
-    if settings.gradient_filter == "fused":
-        return "has no fused gradients"
+    chosen = settings.gradient_filter
+    if isinstance(chosen, str) and chosen != "auto":
+        return f"has no gradient filter {chosen!r}"
     return unsupported(settings, ("softcap", "filter"))
 
 

@@ -107,6 +107,14 @@ def test_what_has_no_options_refuses_them():
         )
 
 
+@pytest.mark.parametrize("name", ["fused", "hidden", "fp8"])
+def test_another_filter_knows_none_of_ours(name: str):
+    refuses = IMPLEMENTATIONS["cut-cross-entropy"].refuses
+    assert refuses(Settings(gradient_filter=name)) == f"has no gradient filter {name!r}"
+    for its_own in ("auto", None, 1e-4):
+        assert refuses(Settings(gradient_filter=its_own)) is None
+
+
 def test_every_peer_has_a_line_of_its_own_and_says_what_to_install():
     lines = {line.implementation: line.title for line in table.LINES}
     assert len(set(lines.values())) == len(lines)
