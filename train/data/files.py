@@ -52,7 +52,9 @@ def read(path: str | Path, skipped: list[str] | None = None) -> list[Record]:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"there is no file {path}")
+        file, _, end = str(path).rpartition(":")
+        hint = f": {end!r} is no weight, as 2 or 0.5 is" if Path(file).is_file() else ""
+        raise ValueError(f"there is no file {path}{hint}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the files in it")
     records, bad = [], []

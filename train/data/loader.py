@@ -69,8 +69,11 @@ class PackedLoader:
         """Goes to where `state` was taken.
 
         Raises:
-          ValueError: if it was taken from a loader of other rows, batch size, seed or shares.
+          ValueError: if it was taken from a loader of other rows, batch size, seed or shares, or is
+            no position at all.
         """
+        if not {"identity", "iterator"} <= state.keys():
+            raise ValueError(f"the saved position is damaged: it holds {state}")
         if state["identity"] != self._identity:
             raise ValueError(
                 "the saved position belongs to other data: to resume, the data files and their"

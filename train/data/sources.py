@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -31,8 +32,18 @@ class Source:
 
 
 def sources(data: Sequence[str | Path]) -> list[Source]:
-    """The files of --data; ValueError unless all of them have a weight or none has."""
+    """The files of --data.
+
+    Raises ValueError unless all of them have a weight or none has, and for one that is named twice.
+    """
     found = [Source.of(argument) for argument in data]
+    files = Counter(source.path.resolve() for source in found)
+    for source in found:
+        if files[source.path.resolve()] > 1:
+            raise ValueError(
+                f"--data names {source.path} twice: a weight (a.jsonl:2 b.jsonl:1) says how often a"
+                " file is trained on"
+            )
     unweighted = [source.path for source in found if source.weight is None]
     if unweighted and len(unweighted) < len(found):
         raise ValueError(

@@ -20,7 +20,7 @@ from train.run.step import step_of
 logger = logging.getLogger(__name__)
 
 GB = 10**9
-LESS = "--weights bfloat16, --freeze or more devices (--mesh fsdp=)"
+LESS = "--weights bfloat16, --freeze, --lora-rank or more devices (--mesh fsdp=)"
 Remat = Literal["none", "block", "full"]
 
 

@@ -79,9 +79,9 @@ def prepare(config: TrainConfig) -> Run:
     else:
         state = create(config.run.seed)
     if config.run.resume:
-        _note_changes(config, out)
         cut_rows_after(out / METRICS, first_step)
         samples.write(out, first_step + 1, [])
+        _note_changes(config, out)
     out = folder.claim(config, step=first_step)
     config = folder.load(out)  # which whoever resumes it will have, too
     write(out, model, data.tokenizer)

@@ -101,9 +101,18 @@ def test_other_files_are_named_for_what_they_are(tmp_path, content, what):
     assert what in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "."])
-def test_what_is_no_file_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"there is no file|is a folder: name the files"):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("missing.jsonl", r"there is no file .*missing\.jsonl$"),
+        ("missing.jsonl:1e3", r"there is no file .*missing\.jsonl:1e3$"),
+        ("a.jsonl:1e3", r"there is no file .*a\.jsonl:1e3: '1e3' is no weight"),
+        (".", "is a folder: name the files"),
+    ],
+)
+def test_what_is_no_file_is_refused(tmp_path, name, what):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(ValueError, match=what):
         files.read(tmp_path / name)
 
 

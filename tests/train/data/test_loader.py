@@ -110,6 +110,11 @@ def test_a_position_in_other_data_is_refused(other):
         PackedLoader(rows_of(13), 4, seed=5).set_state(other.state())
 
 
+def test_what_is_no_position_is_refused():
+    with pytest.raises(ValueError, match=r"the saved position is damaged: it holds \{\}"):
+        PackedLoader(rows_of(13), 4).set_state({})
+
+
 def test_steps_of_some_epochs():
     batches = PackedLoader(rows_of(13), 4)
     assert [batches.steps(epochs) for epochs in (0.1, 1, 2, 8)] == [1, 4, 7, 26]

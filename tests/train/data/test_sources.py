@@ -33,5 +33,7 @@ def test_weights_are_for_all_files_or_for_none():
     assert [s.weight for s in sources(["a:3", "b:1"])] == [3, 1]
     with pytest.raises(ValueError, match="b has no weight and other files have"):
         sources(["a:3", "b", "c"])
+    with pytest.raises(ValueError, match="--data names b twice: a weight"):
+        sources(["a:1", "b:3", "./b:2"])
     with pytest.raises(ValueError, match="--data a:0: a weight must be more than 0"):
         sources(["a:0"])

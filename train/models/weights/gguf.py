@@ -185,6 +185,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         # Shortest decimals: 1e-6 was written as a float32, which is another number as a float64.
         return float(str(np.float32(value))) if form == "f" else value
 
+    def form_of(kind: int) -> str:
+        if kind not in _SCALARS:
+            raise ValueError(f"a value is of type {kind}, which is none")
+        return _SCALARS[kind]
+
     def string() -> str:
         nonlocal offset
         length = scalar("Q")
@@ -198,13 +203,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         if kind == _STRING:
             return string()
         if kind != _ARRAY:
-            return scalar(_SCALARS[kind])
+            return scalar(form_of(kind))
         element, count = scalar("I"), scalar("Q")
         if count > len(data) - offset:
             raise ValueError(f"a list of {count} values goes beyond its end")
         if element in (_STRING, _ARRAY):
             return [value(element) for _ in range(count)]
-        form = f"<{count}{_SCALARS[element]}"
+        form = f"<{count}{form_of(element)}"
         offset += struct.calcsize(form)
         return list(struct.unpack_from(form, data, offset - struct.calcsize(form)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import gguf
@@ -259,6 +260,9 @@ def test_a_damaged_gguf_file_is_named_wherever_it_ends(tmp_path):
         file.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.gguf is truncated or corrupt"):
             GGUFFile(file)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 99) + bytes(8))
+    with pytest.raises(ValueError, match="corrupt: a value is of type 99, which is none"):
+        GGUFFile(file)
     random = np.random.default_rng(0)
     for _ in range(200):
         data = bytearray(whole[:1500])
