@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from train import files
 from train.run import signals
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 """JAX's own variable: a folder, or nothing to keep no programs."""
+LOOKED = "looked"
+"""Its time is that of the last look for torn programs."""
+ZSTD = b"\x28\xb5\x2f\xfd"
 NOBODY_READS = 128 + signal.SIGPIPE
 """The exit status of a program whose output nobody reads any more, as behind `head`."""
 
@@ -34,8 +41,43 @@ def begin(program: str) -> None:
     with contextlib.suppress(OSError):
         if COMPILED not in os.environ:
             programs.mkdir(parents=True, exist_ok=True)
+            remove_torn(programs)
             os.environ[COMPILED] = str(programs)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def remove_torn(programs: Path) -> None:
+    """Removes the programs that a kill left half written. JAX does not: it would warn of each, and
+    compile it again, in every process to come.
+
+    Only those are read that are newer than the last time.
+    """
+    looked = programs / LOOKED
+    last = looked.stat().st_mtime_ns if looked.exists() else 0
+    looked.touch()
+    for program in programs.glob("*-cache"):
+        if program.stat().st_mtime_ns >= last and not _is_whole(program.read_bytes()):
+            program.unlink(missing_ok=True)
+
+
+def _is_whole(compressed: bytes) -> bool:
+    try:
+        _library(compressed).decompress(compressed)
+    except ImportError:
+        return True  # for all that is known here
+    except Exception:  # each library's own
+        return False
+    return True
+
+
+def _library(compressed: bytes) -> Any:
+    """What JAX compressed it with: Zstandard where it is there."""
+    if not compressed.startswith(ZSTD):
+        return zlib
+    try:
+        return importlib.import_module("compression.zstd")  # of Python 3.14
+    except ImportError:
+        return importlib.import_module("zstandard")
 
 
 def run(main: Callable[[], int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 from paths import ROOT
@@ -51,6 +52,37 @@ def test_programs_are_kept_in_the_user_s_cache_unless_told_otherwise(given, tmp_
     }  # fmt: skip
     if kept:
         assert list(kept.glob("jit_*"))
+
+
+@pytest.mark.slow
+def test_a_program_that_a_kill_left_half_written_is_compiled_and_kept_again(tmp_path):
+    environment = {
+        name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name
+    }
+    environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+
+    def kept(tear: bool) -> dict[str, int]:
+        """The sizes of the programs after one more process."""
+        for program in (tmp_path / "lsce" / "programs").glob("jit_*") if tear else ():
+            os.truncate(program, program.stat().st_size // 2)
+        command = [sys.executable, "-W", "error", "-c", PROGRAM]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        files = (tmp_path / "lsce" / "programs").glob("jit_*")
+        return {file.name: file.stat().st_size for file in files}
+
+    first = kept(tear=False)
+    again = kept(tear=True)
+    assert again.keys() == first.keys() != set()
+    for name, size in first.items():
+        assert again[name] > 0.9 * size  # which holds a time, too
+
+
+def test_what_is_torn_is_removed_and_what_is_whole_stays(tmp_path):
+    whole = zlib.compress(bytes(1000))
+    for name, content in (("whole", whole), ("torn", whole[:-1]), ("empty", b"")):
+        (tmp_path / f"jit_{name}-cache").write_bytes(content)
+        start.remove_torn(tmp_path)
+        assert [path.name for path in tmp_path.glob("jit_*")] == ["jit_whole-cache"]
 
 
 SILENCED = """
