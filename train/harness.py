@@ -21,6 +21,11 @@ from train.data.progress import progress
 from train.data.records import Message
 
 NAME = "lsce"
+OFFLINE = (
+    "the harness fetches the questions of its tasks from the Hugging Face hub, which cannot be"
+    " reached: run it once with a network, name a YAML file of a task of local files by --tasks, or"
+    " ask by python -m train.evaluate --task-data"
+)
 MISSING = 'lm-evaluation-harness is missing: pip install ".[harness]"'
 
 Pair = tuple[Any, list[int], list[int]]
@@ -188,13 +193,33 @@ def register() -> None:
 
 
 def main() -> int:
-    """Returns 2 where the harness is not installed; else what it returns."""
+    """Returns 2 where the harness is not installed or finds no network; else what it returns."""
     try:
         register()
     except ImportError as error:
         print(f"python -m train.harness: {MISSING} ({error})", file=sys.stderr)
         return 2
-    return importlib.import_module("lm_eval.__main__").cli_evaluate() or 0
+    try:
+        return importlib.import_module("lm_eval.__main__").cli_evaluate() or 0
+    except Exception as error:
+        reason = unreachable(error)
+        if reason is None:
+            raise
+        print(f"python -m train.harness: {OFFLINE} ({reason})", file=sys.stderr)
+        return 2
+
+
+def unreachable(error: BaseException | None) -> str | None:
+    """What the network said in the first line, where an error comes of there being none.
+
+    The hub's libraries wrap one error in another, and their classes are not ours to import.
+    """
+    while error is not None:
+        offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError"}
+        if isinstance(error, ConnectionError) or type(error).__name__ in offline:
+            return (str(error).strip() or repr(error)).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _until(parts: Any, stops: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import types
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from train import harness
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder
 
-pytestmark = [pytest.mark.usefixtures("quickly_compiled"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SHAPE = ModelConfig(
     vocab_size=31, hidden_size=16, layers=1, heads=2, kv_heads=1, head_size=8, mlp_size=24
@@ -39,6 +40,7 @@ def log_softmax(model_state, tokens, length):
     return jax.nn.log_softmax(hidden @ model.head.T)
 
 
+@pytest.mark.slow
 def test_answers_come_in_the_order_of_the_requests_and_what_is_long_loses_its_beginning(model):
     random = np.random.default_rng(0)
 
@@ -62,6 +64,31 @@ def test_answers_come_in_the_order_of_the_requests_and_what_is_long_loses_its_be
 def test_generation_ends_before_the_first_stop():
     assert harness._until(iter(["one\n", "tw", "o\n\nthree"]), ["\n\n", "three"]) == "one\ntwo"
     assert harness._until(iter(["one"]), []) == "one"
+
+
+def test_no_network_is_one_line_and_another_error_is_not_hidden(monkeypatch, capsys):
+    class LocalEntryNotFoundError(FileNotFoundError):
+        pass
+
+    def ask():
+        try:
+            raise LocalEntryNotFoundError("no copy of it\nand more")
+        except FileNotFoundError as error:
+            raise KeyError("the data set") from error
+
+    monkeypatch.setattr(harness, "register", lambda: None)
+    monkeypatch.setattr(
+        importlib, "import_module", lambda _: types.SimpleNamespace(cli_evaluate=ask)
+    )
+    assert harness.main() == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "train.evaluate --task-data (no copy of it)" in said
+    monkeypatch.setattr(
+        importlib, "import_module", lambda _: types.SimpleNamespace(cli_evaluate=lambda: 1 / 0)
+    )
+    with pytest.raises(ZeroDivisionError):
+        harness.main()
 
 
 def test_the_harness_s_absence_is_one_line(monkeypatch, capsys):
