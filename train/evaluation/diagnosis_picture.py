@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lsce import theory
 from train.evaluation.comparison import COLORS, INK
-from train.evaluation.diagnosis import Diagnosis, Head
+from train.evaluation.diagnosis import Diagnosis, Head, Variant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, RED, GREEN, _, PURPLE, _ = COLORS
+BLUE, RED, GREEN, *_ = COLORS
 
 
 def figure(name: str, found: Diagnosis, points: dict[str, np.ndarray]) -> Figure:
@@ -24,11 +25,15 @@ def figure(name: str, found: Diagnosis, points: dict[str, np.ndarray]) -> Figure
 
     drawn = Figure(figsize=(9.6, 7.4), layout="constrained")
     drawn.suptitle(f"{name}: how sure can it be, and how sure is it?", color=INK)
-    by_v, by_d, seen, scaled = drawn.subplots(2, 2).ravel()
-    _draw_bounds(by_v, by_d, found.head)
-    _draw_tokens(seen, found, points)
-    _draw_temperatures(scaled, found)
-    for ax in (by_v, by_d, seen, scaled):
+    scaled = "ttttcc" if found.softcaps else "tttttt"
+    axes = drawn.subplot_mosaic(f"vvvvvvdddddd;nnnnnn{scaled}")
+    _draw_bounds(axes["v"], axes["d"], found.head)
+    _draw_tokens(axes["n"], found, points)
+    _draw_temperatures(axes["t"], found)
+    if found.softcaps:
+        axes["c"].sharey(axes["t"])
+        _draw_softcaps(axes["c"], found)
+    for ax in axes.values():
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     return drawn
@@ -69,21 +74,34 @@ def _draw_tokens(ax: Axes, found: Diagnosis, points: dict[str, np.ndarray]) -> N
 
 def _draw_temperatures(ax: Axes, found: Diagnosis) -> None:
     tried = [v.temperature for v in found.temperatures]
-    ax.plot(tried, [v.ece for v in found.temperatures], "o-", color=BLUE, ms=4, label="ECE")
-    gaps = [v.confidence - (found.accuracy.value or 0) for v in found.temperatures]
-    ax.plot(tried, gaps, "s--", color=RED, ms=4, label="confidence − accuracy")
-    ax.axhline(0, color=INK, lw=0.8)
+    _draw_changes(ax, tried, found.temperatures, found)
     ax.axvline(found.temperature, color=GREEN, lw=1.2, label=f"best NLL: T = {found.temperature:g}")
-    if found.softcaps:
-        by_ece = sorted(found.softcaps, key=lambda v: -v.ece)
-        label = f"ECE at softcap {', '.join(f'{v.softcap:g}' for v in by_ece)}, from the top"
-        eces = [v.ece for v in by_ece]
-        ax.plot([1.0] * len(eces), eces, "^", color=PURPLE, alpha=0.7, label=label)
     ax.set(xscale="log", xlabel="temperature")
     ax.set_xticks(tried, [f"{t:g}" for t in tried], fontsize="x-small")
     ax.minorticks_off()
-    ax.set_title("What a temperature or a softcap changes", fontsize="medium")
+    ax.set_title("What a temperature changes", fontsize="medium")
     _legend_below(ax)
+
+
+def _draw_softcaps(ax: Axes, found: Diagnosis) -> None:
+    """Beside no cap, side by side: their values are of very different sizes, and may be alike."""
+    now = next(v for v in found.temperatures if v.temperature == 1)
+    places = range(len(found.softcaps) + 1)
+    _draw_changes(ax, places, (*found.softcaps, now), found)
+    names = [f"{v.softcap:g}" for v in found.softcaps]
+    ax.set_xticks(places, [*names, "none"], fontsize="x-small")
+    ax.tick_params(labelleft=False)
+    ax.set(xlabel="softcap")
+    ax.set_title("or a softcap", fontsize="medium")
+
+
+def _draw_changes(
+    ax: Axes, places: Sequence[float], variants: Sequence[Variant], found: Diagnosis
+) -> None:
+    ax.plot(places, [v.ece for v in variants], "o-", color=BLUE, ms=4, label="ECE")
+    gaps = [v.confidence - (found.accuracy.value or 0) for v in variants]
+    ax.plot(places, gaps, "s--", color=RED, ms=4, label="confidence − accuracy")
+    ax.axhline(0, color=INK, lw=0.8)
 
 
 def _legend_below(ax: Axes) -> None:

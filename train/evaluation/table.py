@@ -66,11 +66,11 @@ def caption(task: TaskResult) -> str:
         )
     if task.shots_dropped:
         notes.append(
-            f"{task.shots_dropped:,} questions had fewer shots: for want of room, or because"
+            f"{task.shots_dropped:,} of the questions had fewer shots: for want of room, or because"
             " they are one of them."
         )
     if task.left_out:
-        notes.append(f"{task.left_out:,} questions are left out: too long without any shot.")
+        notes.append(f"Left out are {task.left_out:,} of the questions, too long without any shot.")
     scored = task.scorings[task.reported]
     if scored.temperature is not None:
         fitted = scored.temperature
