@@ -106,7 +106,7 @@ def test_a_sweep_beside_other_runs_is_told_apart_by_what_it_varied(tmp_path):
     assert legend == {"learning rate 0.001", "learning rate 0.003"}  # to the last digit
     assert "nano" not in picture
     for rate in (0.001, 0.003):
-        assert f"label_smoothing=0.1,learning_rate={rate}: ECE is" in made["md"]
+        assert f"β 0.1, learning rate {rate}: ECE is" in made["md"]
     assert "\n\n## What they say\n\n" in made["md"]
     assert made["md"].splitlines()[2].startswith("| name | β | model |")
 
@@ -132,6 +132,19 @@ def test_seeds_are_one_row_with_their_range(tmp_path):
     assert "several seeds, the least and the greatest" in page.render(found, [], "t")["md"]
 
 
+def test_a_name_that_a_sweep_made_is_in_words_without_the_seed_of_one_among_several(tmp_path):
+    names = [f"learning_rate=0.003,label_smoothing=0.1,seed={seed}" for seed in (0, 1)]
+    for seed, name in enumerate(names):
+        run(tmp_path / name, beta=0.1, seed=seed, learning_rate=3e-3)
+    run(tmp_path / "mine=1", beta=0.2)
+    found, _ = page_entries.read([*(tmp_path / name for name in names), tmp_path / "mine=1"])
+    assert found[0].name == "learning rate 0.003, β 0.1, seed 0"
+    assert [group.name for group in page.groups(found)] == [
+        "learning rate 0.003, β 0.1, 2 seeds",
+        "mine=1",
+    ]
+
+
 def test_a_sweep_lists_what_failed(tmp_path):
     run(tmp_path / "label_smoothing=0", beta=0.0)
     jobs = [
@@ -140,7 +153,7 @@ def test_a_sweep_lists_what_failed(tmp_path):
     ]
     (tmp_path / "sweep.json").write_text(json.dumps({"format": 1, "runs": jobs}))
     found, unfinished = page_entries.read([tmp_path])
-    assert [e.name for e in found] == ["label_smoothing=0"]
+    assert [e.name for e in found] == ["β 0"]
     assert unfinished == [page_entries.Unfinished("label_smoothing=0.1", "failed")]
     assert len(found[0].curves["loss"]) == page_entries.MOST_POINTS
     assert found[0].curves["loss"][-1][0] == 600

@@ -44,8 +44,13 @@ class Group:
 
     @property
     def name(self) -> str:
-        one, others = self.entries[0].name, len(self.entries) - 1
-        return f"{one} and {others} other seed{'s' * (others > 1)}" if others else one
+        one, others = self.first.name, len(self.entries) - 1
+        if not others:
+            return one
+        seed = f", seed {self.first.settings.get('seed')}"
+        if one.endswith(seed):
+            return f"{one.removesuffix(seed)}, {others + 1} seeds"
+        return f"{one} and {others} other seed{'s' * (others > 1)}"
 
     @property
     def first(self) -> Entry:

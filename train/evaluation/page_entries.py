@@ -17,6 +17,7 @@ import numpy as np
 
 from lsce.calibration import wilson_interval
 from train.evaluation import results
+from train.evaluation.comparison import name_of
 from train.evaluation.measures import BINS, within
 from train.evaluation.results import Against, Bin, Curve, Measure
 from train.run import folder as run_folder
@@ -94,7 +95,7 @@ def read(paths: Sequence[Path]) -> tuple[list[Entry], list[Unfinished]]:
                     unfinished.append(run)
     if not entries:
         raise ValueError("none of these is finished, so there is nothing to report")
-    return _named_apart(_merged(entries)), unfinished
+    return _named_apart([_in_words(entry) for entry in _merged(entries)]), unfinished
 
 
 def _expand(path: Path) -> Sequence[tuple[str, Path | Unfinished]]:
@@ -283,6 +284,17 @@ def _merged(entries: list[Entry]) -> list[Entry]:
         else:
             merged.append(entry)
     return merged
+
+
+def _in_words(entry: Entry) -> Entry:
+    """With "learning rate 0.001, β 0.1" for a name that a sweep made of flags, which has no blank
+    where a line may end."""
+    parts = [part.partition("=") for part in entry.name.split(",")]
+    if not all(equals and field in entry.settings for field, equals, _ in parts):
+        return entry
+    return dataclasses.replace(
+        entry, name=", ".join(f"{name_of(field)} {value}" for field, _, value in parts)
+    )
 
 
 def _named_apart(entries: list[Entry]) -> list[Entry]:
