@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from train.models.config import PRESETS
-from train.models.layers import SORTED_BLOCK, embed, linear, side_by_side, sum_by_token
+from train.models.layers import SORTED_BLOCK, embed, gelu, linear, side_by_side, sum_by_token
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -120,3 +120,16 @@ def test_matrices_side_by_side_are_one_product_of_many_tokens(tokens, products, 
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     made = str(jax.make_jaxpr(lambda *given: gradients(together, *given))(state, x))
     assert made.count("dot_general[") == products
+
+
+def test_gelu_is_tanhs_and_keeps_none():
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 3, 1000), jnp.float32)
+    for found, expected in (
+        (gelu(x), jax.nn.gelu(x)),
+        (jax.vmap(jax.grad(gelu))(x), jax.vmap(jax.grad(jax.nn.gelu))(x)),
+    ):
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+    assert "tanh" not in str(jax.make_jaxpr(jax.vmap(jax.grad(gelu)))(x))
+    far = jnp.array([-1e9, 0.0, 1e9], jnp.float32)
+    np.testing.assert_array_equal(gelu(far), np.maximum(far, 0))
