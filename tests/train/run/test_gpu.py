@@ -21,7 +21,8 @@ from train.run.state import TrainState
 from train.run.step import train_step
 
 ROWS, LENGTH = 16, 256
-shape = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16", dropout=0.1)
+flash = {"head_size": 64, "attention": "flash", "scan": "off"} if sys.argv[2] == "flash" else {}
+shape = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16", dropout=0.1, **flash)
 model = Decoder(shape, rngs=nnx.Rngs(0))
 state = TrainState.create(model, optax.scale_by_adam(), jax.random.key(0))
 random = np.random.default_rng(0)
@@ -32,6 +33,10 @@ batch = {
     "segments": np.ones((ROWS, LENGTH), np.int32),
     "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
 }
+if flash:
+    batch["segments"][:, 100:] = 2
+    batch["positions"][:, 100:] -= 100
+    batch["starts"] = np.tile(np.array([0, 100], np.int32), (ROWS, 1))
 loss, how = LossOptions(implementation=sys.argv[1]), StepOptions(batch_size=ROWS)
 for _ in range(5):
     state, metrics = train_step(state, batch, 1e-3, loss, how)
@@ -42,11 +47,13 @@ print(float(metrics.loss), hashlib.sha256(weights).hexdigest())
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("implementation", ["auto", "chunked"])
-def test_a_step_is_the_same_in_every_process(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "attention"), [("auto", "auto"), ("chunked", "auto"), ("auto", "flash")]
+)
+def test_a_step_is_the_same_in_every_process(implementation, attention):
     ends = [
         subprocess.run(
-            [sys.executable, "-c", STEPS, implementation],
+            [sys.executable, "-c", STEPS, implementation, attention],
             cwd=ROOT,
             capture_output=True,
             text=True,
