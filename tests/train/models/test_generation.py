@@ -23,7 +23,7 @@ PROMPT = [5, 17, 3, 60, 8]
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     """Random in every leaf: a new model's blocks add nothing, and it would repeat its prompt."""
-    params = nnx.state(Decoder(SHAPE, rngs=nnx.Rngs(params=0)))
+    params = jax.jit(lambda: nnx.state(Decoder(SHAPE, rngs=nnx.Rngs(params=0))))()
     leaves, tree = jax.tree.flatten(params)
     random = np.random.default_rng(1)
     noise = [x + 0.3 * random.standard_normal(x.shape, np.float32) for x in leaves]
