@@ -48,7 +48,13 @@ evaluation = {"tokens": scores, "choices": {"reported": "sum", "sum": scores}}
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch) -> Path:
+def checked_here(monkeypatch) -> None:
+    """Runs are checked in this process: another takes seconds to start."""
+    monkeypatch.setattr(sweep, "check_runs", lambda configs: configs and sweep._check_runs(configs))
+
+
+@pytest.fixture
+def stand_in(checked_here, tmp_path, monkeypatch) -> Path:
     """Replaces the trainer by a script."""
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
@@ -79,7 +85,6 @@ def calls(out: Path) -> list[str]:
         ("--out a b --seed 0 1", "--out takes one folder"),
         ("--autotune maybe true", "--autotune takes true and false, not 'maybe'"),
         ("--resume --seed 0 1", "--resume is for single runs"),
-        ("--data no.jsonl --seed 0 1", "there is no file no.jsonl"),
         ("--held-out 0 0.1", "--held-out 0 leaves nothing to compare"),
         ("--implementation auto hoper", "implementation='hoper'; must be one of"),
         ("--implementation auto hopper", "hopper"),
@@ -87,15 +92,22 @@ def calls(out: Path) -> list[str]:
     ],
 )
 def test_a_mistake_is_one_clear_line_before_anything_is_made(
-    flags, message, capsys, tmp_path, monkeypatch
+    flags, message, capsys, tmp_path, monkeypatch, checked_here
 ):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     assert sweep.main(flags.split()) == 2
     said = capsys.readouterr()
     assert message in said.err
     assert said.err.count("\n") == 1
     assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_that_another_process_finds_is_one_line_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main("--data no.jsonl --seed 0 1".split()) == 2
+    assert capsys.readouterr().err == "python -m train.sweep: there is no file no.jsonl\n"
     assert list(tmp_path.iterdir()) == []
 
 
