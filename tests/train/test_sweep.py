@@ -106,7 +106,7 @@ def test_a_mistake_is_one_clear_line_before_anything_is_made(
 def test_a_mistake_that_another_process_finds_is_one_line_too(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
-    assert sweep.main("--data no.jsonl --seed 0 1".split()) == 2
+    assert sweep.main(["--data", "no.jsonl", "--seed", "0", "1"]) == 2
     assert capsys.readouterr().err == "python -m train.sweep: there is no file no.jsonl\n"
     assert list(tmp_path.iterdir()) == []
 
