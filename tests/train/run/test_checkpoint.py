@@ -180,18 +180,17 @@ def test_a_checkpoint_that_cannot_be_written_says_what_is_kept(tmp_path, monkeyp
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-import jax, jax.numpy as jnp
+import jax.numpy as jnp, numpy as np
 sys.path[:0] = sys.argv[2:]
 from test_checkpoint import POSITION, create
-from train import mesh
-from train.models.config import PRESETS
 from train.run.checkpoint import Checkpointer
 
 with Checkpointer(Path(sys.argv[1]), keep=2) as checkpointer:
     checkpointer.save(1, create(1), POSITION)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    large = {str(i): jax.random.normal(jax.random.key(i), (100, 100)) for i in range(9)}
+    noise = np.random.default_rng(0).standard_normal((9, 100, 100), np.float32)
+    large = {str(i): jnp.asarray(x) for i, x in enumerate(noise)}
     try:
         checkpointer.save(2, large, POSITION)
     except OSError as error:
@@ -219,8 +218,6 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
 from test_checkpoint import POSITION, create
-from train import mesh
-from train.models.config import PRESETS
 from train.run.checkpoint import Checkpointer
 
 def kill(event, arguments):
