@@ -220,7 +220,6 @@ def test_two_models_are_compared_on_the_same_questions(
 ):
     # Without the errors, whose differences take seconds to compile.
     monkeypatch.setattr(measures, "GROUPS", measures.GROUPS[:1])
-    monkeypatch.setattr(measures, "SIGNED", measures.NAMES)
     flags = ("--task", "mmlu", "--task-data", data, "--shots", 2)
     out = tmp_path / "out"
     shutil.copytree(done, out)
