@@ -200,6 +200,14 @@ def _lay_out(batch: Batch) -> _Rows:
     )
 
 
+def _targets(batch: Batch) -> int:
+    """Predictions of a batch, filled up: of one with many tokens to the next 4ᵏ, else 2ᵏ."""
+    count = sum(len(c) for tree in batch.trees.values() for c in tree.continuations)
+    step = 2 if batch.rows * batch.length >= MANY else 1
+    doublings = (max(count - 1, 0) // FEWEST_TARGETS).bit_length()
+    return FEWEST_TARGETS << -(-doublings // step) * step
+
+
 class _Like(NamedTuple):
     """Shapes and dtypes of weights, which can be compared."""
 
@@ -238,6 +246,12 @@ class _Programs:
             rows = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32)
             lowered = _hidden.lower(self.graphdef, self.like, past, rows, rows, rows)
             self.compiled[key] = pool.submit(lowered.compile)
+        if (targets := _targets(batch)) not in self.compiled:
+            width = self.config.hidden_size
+            hidden = jax.ShapeDtypeStruct((targets, width), jnp.dtype(self.config.dtype))
+            label = jax.ShapeDtypeStruct((targets,), jnp.int32)
+            lowered = _predict.lower(self.graphdef, self.like, hidden, label)
+            self.compiled[targets] = pool.submit(lowered.compile)
 
     def past(self, params: nnx.State, batch: Batch) -> Cache:
         """The keys and values of a batch's common beginning."""
@@ -255,10 +269,12 @@ class _Programs:
         forward = self.compiled[batch.past_size, batch.rows, batch.length].result()
         hidden = forward(params, past, rows.tokens, rows.segments, rows.positions)
         count = len(rows.label)
-        missing = max(FEWEST_TARGETS, 1 << (count - 1).bit_length()) - count
+        targets = _targets(batch)
+        missing = targets - count
         hidden = hidden[np.pad(rows.place, (0, missing))]
         label = np.pad(rows.label, (0, missing), constant_values=IGNORE)
-        found = jax.device_get(_predict(self.graphdef, params, hidden, label))
+        predict = self.compiled[targets].result()
+        found = jax.device_get(predict(params, hidden, label))
         log_prob, likeliest = (np.asarray(x)[:count] for x in found)
         total = np.bincount(rows.owner, log_prob)
         greedy = np.bincount(rows.owner, ~likeliest) == 0

@@ -152,3 +152,19 @@ def test_other_weights_of_the_same_shape_need_no_other_programs(model, monkeypat
         found[name] = [likelihood for batch in answers for likelihood in batch.values()]
         monkeypatch.setattr(likelihood, "_hidden", None)  # nothing is compiled from here on
     assert all(np.all(a.log_prob != b.log_prob) for a, b in zip(*found.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "filled"),
+    [
+        (1, 1, 256),
+        (256, 1, 256),
+        (257, 1, 512),
+        (1025, 1, 2048),
+        (257, 128, 1024),
+        (4097, 128, 16384),
+    ],
+)
+def test_predictions_are_filled_up_to_few_sizes(count, rows, filled):
+    batch = likelihood.Batch((), {0: Tree([1], [[1] * count])}, rows, 64, 0)
+    assert likelihood._targets(batch) == filled
