@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from lsce.backends import Arrays
@@ -65,12 +66,18 @@ def streaming_multiprocessors() -> int:
 
 
 def padded(problem: Problem, arrays: Arrays) -> Arrays:
-    """The arrays in the form that the kernels take."""
+    """The arrays in the form that the kernels take.
+
+    A slice of hidden states, as of a scan over parts of a batch, is copied: XLA would else make one
+    step of it and of the kernel that reads it, which finds its place by counting a loop's passes.
+    With such a step gradients came out wrong (benchmarks/notes/mistakes-found.md).
+    """
+    hidden, labels = lax.optimization_barrier((arrays.hidden, arrays.labels))
     head = arrays.head.T if problem.head_layout == "dv" else arrays.head
     # TMA's boxes: whole rows of 128 bytes, and more than one group of eight rows.
-    hidden, head = _pad(arrays.hidden, 8, 64), _pad(head, 8, 64)
+    hidden, head = _pad(hidden, 8, 64), _pad(head, 8, 64)
     missing = hidden.shape[0] - problem.n
-    labels = jnp.pad(arrays.labels, (0, missing), constant_values=-1)
+    labels = jnp.pad(labels, (0, missing), constant_values=-1)
     return arrays._replace(hidden=hidden, head=head, labels=labels)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lsce import formula
@@ -63,6 +64,8 @@ def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
     sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live, drop=drop)
     of_token = jax.tree.map(lambda x: x[rows.row_of_token], sums._replace(marks=None))
     out = results(call, of_token, target[rows.row_of_token], labels, labels >= 0)
+    # Where a scan keeps them they are copied to their place, see `call.padded`.
+    sums = sums._replace(marks=lax.optimization_barrier(sums.marks))
     saved = Saved(
         rows.hidden, head, bias, rows.labels, vocab_order, rows.row_of_token, rows.live, sums
     )

@@ -140,7 +140,9 @@ def with_gradients(
     def group(first, size, carry, zero):
         part = tokens
         if size < n:
-            part = Tokens(*(lax.dynamic_slice_in_dim(x, first, size) for x in tokens))
+            # Copies: see `call.padded`.
+            some = tuple(lax.dynamic_slice_in_dim(x, first, size) for x in tokens)
+            part = Tokens(*lax.optimization_barrier(some))
         lse, dh, zero = _gradients(call, wanted, part, head, center, poison, storage, carry, zero)
         return lse, dh.astype(hidden.dtype), zero
 
