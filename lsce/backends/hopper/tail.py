@@ -191,9 +191,7 @@ class Stretch:
         halves = tiles.tile_c // call.tiles.sparse.tile_c
         self.order = _part(shared.order, start * tiles.tile_c, count * tiles.tile_c)
         self.marked = _part(shared.marked, start * halves, count * halves)
-        column = _part(shared.column, start * tiles.tile_c, count * tiles.tile_c)
-        missing = self.chunks * self.width - column.shape[0]
-        self.column = jnp.pad(column, (0, missing), constant_values=LOWEST)
+        self.column = _part(shared.column, start * tiles.tile_c, count * tiles.tile_c)
         self.classes = jnp.reshape(call.problem.v - start * tiles.tile_c, 1)
         empty = lambda shape, dtype: jax.new_ref(lax.empty(shape, dtype))
         self.t_ref = empty((slots * BLOCK, tiles.tile_c), tail.E4M3)
@@ -223,11 +221,10 @@ class Stretch:
             "interpret": call.interpret,
         }
         c8 = tail.quantised(head, s.head_mean, s.head)
-        column = _part(self.column, at[0] * self.width, self.width)
         tail_terms(
             shared.e8,
             padded(c8),
-            Terms(shared.unit, shared.most, self.classes, column, *shared.of_rows),
+            Terms(shared.unit, shared.most, self.classes, self.column, *shared.of_rows),
             self.marked,
             self.work,
             at,

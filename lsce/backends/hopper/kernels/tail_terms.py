@@ -61,8 +61,9 @@ class Terms(NamedTuple):
     classes: Int[Array, " 1"]
     """How many columns from the first tile of all chunks on are of a class."""
     column: Float[Array, " columns"]
-    """Of the chunk's columns, finite; −1e30 where there is no class, which under a softcap says
-    nothing: then `classes` counts."""
+    """Of the columns of all chunks, finite; −1e30 where there is no class, which under a softcap
+    says nothing: then `classes` counts. Not of a chunk: XLA would slice them in one thunk with the
+    kernel, and that thunk does not know that the kernel writes into what it is given."""
     row: Float[Array, " rows"]
     lse: Float[Array, " rows"]
     """In log2 units; under a softcap only."""
@@ -178,8 +179,7 @@ def tail_terms(
                 for start in range(0, half_c, AT_A_TIME):
                     x = acc[:, start : start + AT_A_TIME] * unit
                     wide = lambda row, x=x: lax.broadcast_in_dim(row, x.shape, [0])
-                    first = (t - first_tile) * tile_c + left + start
-                    some = column_gmem.at[pl.ds(first, AT_A_TIME)]
+                    some = column_gmem.at[pl.ds(t * tile_c + left + start, AT_A_TIME)]
                     some = plgpu.load(some, layout=COLUMN, optimized=False)
                     x = x + lax.broadcast_in_dim(some, x.shape, [1]) + wide(row)
                     if softcap is None:
