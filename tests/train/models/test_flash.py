@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,8 +13,11 @@ import numpy as np
 import on_devices
 import pytest
 from attending import assert_close, numbered, ours, packed, theirs
+from flax import nnx
 
 from train.models import attention, flash
+from train.models.config import PRESETS
+from train.models.decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -30,12 +35,12 @@ def test_bounds_say_what_the_mask_says(window):
 
 def test_segments_attend_to_themselves_and_other_tiles_are_not_touched():
     """What is not a number there would be none here: 0 · NaN is NaN."""
-    arrays, starts, segments = packed([[0, 64, 70]], 100, (2, 1), 64)
+    arrays, starts, segments = packed([[0, 64, 70, 128]], 140, (2, 1), 64)
     wanted = theirs(arrays, segments, None, 0.1, None)
-    arrays = [x.at[:, :64].set(jnp.nan) for x in arrays]
+    arrays = [x.at[:, :64].set(jnp.nan).at[:, 128:].set(jnp.nan) for x in arrays]
     found = ours(arrays, starts, None, scale=0.1, interpret=plgpu.InterpretGPUParams())
     assert np.isnan(found[0][:, :64]).all()
-    assert_close([x[:, 64:] for x in found], [x[:, 64:] for x in wanted])
+    assert_close([x[:, 64:128] for x in found], [x[:, 64:128] for x in wanted])
 
 
 @pytest.mark.slow
@@ -102,3 +107,36 @@ ON_TWO = """
 @pytest.mark.slow
 def test_each_device_attends_for_its_rows():
     assert on_devices.run(2, ON_TWO) == "each its rows"
+
+
+@pytest.mark.slow
+def test_a_decoder_has_its_segments_and_windows_seen_so(monkeypatch):
+    """Each kind of layer its own window, in a loop over layers."""
+    interpret = plgpu.InterpretGPUParams()
+    run = functools.partial(flash.attention, interpret=interpret)
+    monkeypatch.setattr(attention.flash, "attention", run)
+    monkeypatch.setattr(attention, "capability", lambda: "9.0")
+    config = dataclasses.replace(
+        PRESETS["nano"],
+        head_size=64,
+        window=20,
+        sliding=(True, False),
+        attention_softcap=5.0,
+        dtype="bfloat16",
+    )
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 8192, (1, 96)), jnp.int32)
+    starts = jnp.array([[0, 40, 96]], jnp.int32)
+    segments = numbered(starts, 96)
+    positions = jnp.arange(96, dtype=jnp.int32)[None] - jnp.where(segments == 1, 0, 40)
+
+    def hidden(kind: str) -> Any:
+        random = np.random.default_rng(1)
+        model = Decoder(dataclasses.replace(config, attention=kind), rngs=nnx.Rngs(params=0))
+        # Residual branches begin as zeros, and would add nothing.
+        for matrix in (model.blocks.attention.out, model.blocks.mlp.down):
+            shape = matrix.kernel[...].shape
+            matrix.kernel[...] = jnp.asarray(random.normal(0, 0.1, shape), jnp.float32)
+        return np.asarray(model(tokens, segments, positions, starts), np.float32)
+
+    found, wanted = hidden("flash"), hidden("xla")
+    assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
