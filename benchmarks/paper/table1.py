@@ -3,8 +3,8 @@ without: python -m benchmarks.paper.table1.
 
 Each learning rate is tried with the first seed; the one with the least held-out NLL, for each β by
 itself, is run with the other seeds. The model before and these runs are evaluated at every task.
-For each a temperature is fitted on other questions, beside smoothing: what people do instead. So
-are penalties that others put in its place, which `--penalties` adds to the table.
+Beside smoothing there is what people do instead: a temperature that is fitted on other questions,
+and with `--penalties` two losses that others put in its place.
 """
 
 from __future__ import annotations
