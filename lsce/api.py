@@ -79,7 +79,7 @@ def linear_cross_entropy(
         multiple of 256 they are made afterwards all the same, as `lsce.explain` says), "auto"
         leaves it to the backend, and "hidden" is "auto" for hidden's gradient, the others exact.
         "fp8" drops nothing: what lies below ε is computed from 8-bit operands instead (on Hopper;
-        it has run on no GPU yet, so "auto" never takes it).
+        "auto" never takes it).
       vocab_order: a permutation of the classes by how active they are (`lsce.vocabulary_order`);
         a hint that may change a backend's speed, and no exact result. Which probabilities below
         the gradient filter are dropped may depend on it.

@@ -66,12 +66,10 @@ class Hopper:
         return None
 
     def remark(self, problem: Problem) -> str | None:
-        new = None
-        if problem.gradient_filter == "fp8":
-            new = "gradient_filter='fp8' has run in the interpreter only, on no GPU yet"
-            if not call_of(problem).tail:
-                new = "gradients are exact: too few for 8 bits to pay"
-        return "; ".join(filter(None, (new, copies(problem)))) or None
+        exact = None
+        if problem.gradient_filter == "fp8" and not call_of(problem).tail:
+            exact = "gradients are exact: too few for 8 bits to pay"
+        return "; ".join(filter(None, (exact, copies(problem)))) or None
 
     def call(self, problem: Problem) -> Call:
         return call_of(problem)
