@@ -109,6 +109,15 @@ def test_other_figures_of_the_readme_are_measured():
         next(row.p50_ms for row in pairs if row.n == n and row.run.settings == SMOOTHED)
         for n in (16384, 8192)
     )
+    h200 = {
+        (kind, row.run.implementation, row.run.settings.gradient_filter): row.matmul_ratio
+        for kind in ("flat", "like")
+        for row in report.read(RESULTS / f"h200-{kind}.json").rows
+    }
+    in_8_bits = sorted(h200[kind, "auto", "fp8"] for kind in ("flat", "like"))
+    of_flat = (h200["flat", name, some] for name, some in (
+        ("auto", "fp8"), ("auto", None), ("naive", "auto"), ("auto", "auto")
+    ))  # fmt: skip
     memory = {
         row["mesh"]: row for row in json.loads((RESULTS / "h100-step-memory.json").read_text())
     }
@@ -118,6 +127,12 @@ def test_other_figures_of_the_readme_are_measured():
         f"{share['peak'] / 1e9:.1f} GB in all",
         f"{exact.p50_ms:.1f} ms and {exact.extra_mb:,.0f} MiB",
         '{:.2f} products on random inputs, None {:.2f}, "fused" {:.2f}, optax {:.2f}'.format(*flat),
+        'on an H200 {:.2f}, where None took {:.2f}, optax {:.2f} and "auto" {:.2f}'.format(
+            *of_flat
+        ),
+        "from 8-bit operands, for {:.1f} to {:.1f} products".format(*in_8_bits),
+        f"exact: {h200['like', 'auto', 'hidden']:.1f} products,"
+        f" None takes {h200['like', 'auto', None]:.1f}",
         f"{rare['rows_left_out']:.0%} of the rows",
         f"{rare['rows_norm'] * 100:.1f}% of ‖dC‖".removeprefix("0"),
         f"off by {rare['rows_error']:.0%}",
