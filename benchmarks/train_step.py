@@ -4,7 +4,7 @@ Weights are random, tokens have Zipf's frequencies, and rows are packed as the t
 --variant is a step to measure, what it says apart from the defaults joined by commas:
 
     rows=32  segments=packed|masked|one  loss=auto|naive|…  beta=0.1  remat=none|block|full
-    scan=auto|on|off  attention=auto|xla|flash  bits=repeatable|excluded|tuned  accumulate=1
+    scan=auto|on|off  attention=auto|cudnn|xla  bits=repeatable|excluded|tuned  accumulate=1
     layers=2
 
 and "torch,rows=32,loss=full|liger|cut-cross-entropy,beta=0" is transformers' model with SDPA,

@@ -212,14 +212,14 @@ def choose(
     """
     major = int(capability.split(".")[0]) if capability else 0
     if (
-        config.attention == "flash"
+        config.attention == "auto"
         and major == 9
         and config.dtype == "bfloat16"
         and config.head_size in flash.HEAD_SIZES
         and segments is not None
         and not cached
     ):
-        return "flash", "asked for, and what no token sees is skipped"
+        return "flash", "what no token sees is skipped"
     most = 256 if major >= 9 else 128
     reasons = {
         "attention='xla' was asked for": config.attention == "xla",

@@ -124,9 +124,8 @@ class ModelConfig:
     """Whether blocks are iterations of a loop in the compiled program, or its lines: a GPU runs
     those a fifth faster, but they take longer to compile, and with cuDNN's attention XLA (jax
     0.11.2) fails to make them repeatable."""
-    attention: Literal["auto", "xla", "flash"] = "auto"
-    """auto: cuDNN's kernels where they can, as `attention.choose` says; flash: our own, where they
-    can, and else as auto."""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """auto: our own kernels where they can, or else cuDNN's, as `attention.choose` says."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -141,7 +140,7 @@ class ModelConfig:
             ("weights", ("float32", "bfloat16")),
             ("remat", ("none", "block", "full")),
             ("scan", ("on", "off")),
-            ("attention", ("auto", "xla", "flash")),
+            ("attention", ("auto", "cudnn", "xla")),
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {values}")

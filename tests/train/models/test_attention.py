@@ -16,9 +16,11 @@ from train.models.config import PRESETS
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
-SMOL = dataclasses.replace(PRESETS["smollm2-135m"], dtype="bfloat16")
-GEMMA = dataclasses.replace(PRESETS["gemma3-270m"], dtype="bfloat16")
-FLASH = dataclasses.replace(SMOL, attention="flash")
+SMOL, GEMMA = (
+    dataclasses.replace(PRESETS[name], dtype="bfloat16", attention="cudnn")
+    for name in ("smollm2-135m", "gemma3-270m")
+)
+FLASH = dataclasses.replace(SMOL, attention="auto")
 HERE = {"length": 1024, "segments": 8, "cached": False, "capability": "9.0"}
 
 
@@ -44,6 +46,7 @@ HERE = {"length": 1024, "segments": 8, "cached": False, "capability": "9.0"}
         (dataclasses.replace(SMOL, attention="xla"), {}, "xla", "asked"),
         (FLASH, {}, "flash", "skipped"),
         (FLASH, {"segments": 40}, "flash", "skipped"),
+        (dataclasses.replace(FLASH, attention_softcap=50.0), {}, "flash", "skipped"),
         (FLASH, {"segments": None}, "masked", "nobody says"),
         (FLASH, {"capability": "10.0"}, "packed", "up to 8 segments"),
         (FLASH, {"cached": True}, "xla", "cache"),

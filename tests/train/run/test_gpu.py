@@ -21,7 +21,7 @@ from train.run.state import TrainState
 from train.run.step import train_step
 
 ROWS, LENGTH = 16, 256
-flash = {"head_size": 64, "attention": "flash", "scan": "off"} if sys.argv[2] == "flash" else {}
+flash = {"head_size": 64, "scan": "off"} if sys.argv[2] == "flash" else {}
 shape = dataclasses.replace(PRESETS["tiny"], dtype="bfloat16", dropout=0.1, **flash)
 model = Decoder(shape, rngs=nnx.Rngs(0))
 state = TrainState.create(model, optax.scale_by_adam(), jax.random.key(0))
