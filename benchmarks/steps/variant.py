@@ -71,7 +71,7 @@ class Variant:
     beta: float = 0.1
     remat: Literal["none", "block", "full"] = "none"
     scan: Literal["auto", "on", "off"] = "auto"
-    """auto: as the trainer does, a loop unless the bits are tuned."""
+    """auto: a loop unless the bits are tuned."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     bits: Literal["repeatable", "excluded", "tuned"] = "repeatable"
     """Options of the compilation: the trainer's; `xla_gpu_exclude_nondeterministic_ops`, which

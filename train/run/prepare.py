@@ -17,6 +17,7 @@ from train import mesh
 from train.config import TrainConfig, described
 from train.data import dataset, summary
 from train.evaluation.tasks.held_out import Exam
+from train.models import attention
 from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.run import folder, memory, samples, tracker, trained
 from train.run.checkpoint import Checkpointer, saved_steps
@@ -175,17 +176,21 @@ def _fitting(
 
 def _maker(config: TrainConfig, model: Chosen, on: Mesh | None) -> StateMaker:
     shape = dataclasses.replace(model.shape, remat=config.model.remat)
-    shape = written_out(shape) if config.step.autotune else shape
+    shape = written_out(shape, repeatable=not config.step.autotune)
     frozen = trained.frozen(shape, config.trained.freeze)
     return state_maker(shape, optimizer(config.optimizer), on, frozen)
 
 
-def written_out(shape: ModelConfig) -> ModelConfig:
+def written_out(shape: ModelConfig, *, repeatable: bool) -> ModelConfig:
     """The shape with its layers as lines of the program, on a GPU and where they are not too many.
 
-    A step of them is never repeatable, see `ModelConfig.scan`.
+    Where cuDNN attends a step of them is never repeatable (`ModelConfig.scan`); by `flash` it is.
     """
     worth_it = jax.default_backend() == "gpu" and shape.layers <= MOST_WRITTEN_OUT
+    if worth_it and repeatable:
+        here = attention.capability()
+        way, _ = attention.choose(shape, length=2, segments=2, cached=False, capability=here)
+        worth_it = way == "flash"
     return dataclasses.replace(shape, scan="off") if worth_it else shape
 
 

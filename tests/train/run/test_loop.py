@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from train.config import TrainConfig
+from train.models import attention
 from train.models.config import MOST_WRITTEN_OUT, PRESETS
 from train.run import loop
 from train.run.checkpoint import Checkpointer
@@ -20,14 +21,23 @@ from train.run.step import StepMetrics
 
 
 @pytest.mark.parametrize(
-    ("backend", "layers", "scan"),
-    [("gpu", MOST_WRITTEN_OUT, "off"), ("gpu", MOST_WRITTEN_OUT + 1, "on"), ("cpu", 2, "on")],
+    ("backend", "layers", "repeatable", "kernels", "scan"),
+    [
+        ("gpu", MOST_WRITTEN_OUT, False, "cudnn", "off"),
+        ("gpu", MOST_WRITTEN_OUT, True, "cudnn", "on"),
+        ("gpu", MOST_WRITTEN_OUT, True, "auto", "off"),
+        ("gpu", MOST_WRITTEN_OUT + 1, False, "auto", "on"),
+        ("cpu", 2, False, "auto", "on"),
+    ],
 )
-def test_layers_are_written_out_where_that_pays(monkeypatch, backend, layers, scan):
+def test_layers_are_written_out_where_that_pays(
+    monkeypatch, backend, layers, repeatable, kernels, scan
+):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    shape = dataclasses.replace(PRESETS["nano"], layers=layers)
-    assert shape.scan == "on"  # what is repeatable
-    assert written_out(shape) == dataclasses.replace(shape, scan=scan)
+    monkeypatch.setattr(attention, "capability", lambda: "9.0")
+    shape = PRESETS["smollm2-135m"]
+    shape = dataclasses.replace(shape, layers=layers, dtype="bfloat16", attention=kernels)
+    assert written_out(shape, repeatable=repeatable) == dataclasses.replace(shape, scan=scan)
 
 
 class OnDevice:
