@@ -79,7 +79,7 @@ class Decoder(nnx.Module):
             segments: the segment of each token within its row; 0 marks padding.
             positions: the index of each token within its segment, for RoPE.
             starts: where the segments of each row begin, from left to right, and T where there are
-                no more: cuDNN's kernels then skip what no token sees. All segments must be there.
+                no more: kernels then skip what no token sees. All segments must be there.
             dropout_key: draws the dropout masks; None turns dropout off (evaluation).
         """
         first_key, keys, head_key = None, None, None
