@@ -15,8 +15,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lsce.backends.hopper.kernels.pipeline import COLUMN, smem_tile
-from train.models.flash import kernel
-from train.models.flash.kernel import along, factor
+from train.models.flash.kernel import (
+    factor,
+    factor_stage,
+    launch,
+    seen_by_columns,
+    this_block,
+    tile_spec,
+    tiles_of_queries,
+)
 from train.models.flash.tiles import STEPS, TILE, Bounds, Scores
 
 MOST_OF_BOTH = 128
@@ -37,115 +44,98 @@ def key_gradients(
     """dK and dV."""
     given = query, key, value, seen, lse, delta, gradient, scores
     if query.shape[-1] <= MOST_OF_BOTH:
-        dk, dv = _gradients(*given, of=("k", "v"))
+        dk, dv = _gradients(*given, of=("key", "value"))
         return dk, dv
-    return _gradients(*given, of=("k",))[0], _gradients(*given, of=("v",))[0]
+    return _gradients(*given, of=("key",))[0], _gradients(*given, of=("value",))[0]
 
 
 def _gradients(query, key, value, seen, lse, delta, gradient, scores, *, of):
     rows, length, heads, size = query.shape
     shared = heads // key.shape[2]
+    of_key, of_value = "key" in of, "value" in of
 
-    def body(
-        q_gmem,
-        k_gmem,
-        v_gmem,
-        first_gmem,
-        end_gmem,
-        lse_gmem,
-        delta_gmem,
-        do_gmem,
-        *out_gmems,
-        k_smem,
-        v_smem,
-        q_smem,
-        do_smem,
-        lse_smem,
-        delta_smem,
-        first_smem,
-        stage_smem,
-        ready,
-        arrived,
-    ):
-        row, shared_head, tile = kernel.this_block()
+    def body(q_gmem, k_gmem, v_gmem, first_gmem, end_gmem, lse_gmem, delta_gmem, do_gmem, *rest):
+        *out_gmems, k_smem, v_smem, stage, ready = rest
+        row, shared_head, tile = this_block()
         at = pl.ds(tile * TILE, TILE)
         plgpu.copy_gmem_to_smem(k_gmem.at[row, at, shared_head], k_smem, ready)
         plgpu.copy_gmem_to_smem(v_gmem.at[row, at, shared_head], v_smem, ready)
-        tiles = kernel.tiles_of_queries(end_gmem, row, tile)
-
-        def load(i, stage):
-            head = shared_head * shared + lax.div(i, tiles)
-            queries = pl.ds((tile + lax.rem(i, tiles)) * TILE, TILE)
-            for gmem, smem in (
-                (q_gmem.at[row, queries, head], q_smem),
-                (do_gmem.at[row, queries, head], do_smem),
-                (lse_gmem.at[row, head, queries], lse_smem),
-                (delta_gmem.at[row, head, queries], delta_smem),
-                (first_gmem.at[row, queries], first_smem),
-            ):
-                plgpu.copy_gmem_to_smem(gmem, smem.at[stage], arrived.at[stage])
-
-        def meanwhile():
-            plgpu.barrier_wait(ready)
-            return ()
+        tiles = tiles_of_queries(end_gmem, row, tile)
+        plgpu.barrier_wait(ready)
 
         def accumulate(*refs):
-            sums = dict(zip(of, refs, strict=True))
+            refs = dict(zip(of, refs, strict=True))
 
-            def visit(i, stage, carry):
+            def step(index, q_smem, do_smem, lse_smem, delta_smem, first_smem):
                 lse, delta, first = (
-                    plgpu.load(smem.at[stage], layout=COLUMN)
-                    for smem in (lse_smem, delta_smem, first_smem)
+                    plgpu.load(ref, layout=COLUMN) for ref in (lse_smem, delta_smem, first_smem)
                 )
 
                 def products(s_ref, dp_ref):
-                    plgpu.wgmma(s_ref, k_smem, q_smem.at[stage].T)
-                    if "k" in of:
-                        plgpu.wgmma(dp_ref, v_smem, do_smem.at[stage].T)
-                    return s_ref[...], dp_ref[...] if "k" in of else None
+                    plgpu.wgmma(s_ref, k_smem, q_smem.T)
+                    if of_key:
+                        plgpu.wgmma(dp_ref, v_smem, do_smem.T)
+                    return s_ref[...], dp_ref[...] if of_key else None
 
-                square = kernel.accumulator(TILE)
-                s, dp = pl.run_scoped(products, square, square if "k" in of else None)
+                square = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
+                s, dp = pl.run_scoped(products, square, square if of_key else None)
                 s, slope = scores.in_bits(s)
-                p = jnp.exp2(s - along(lse, 1))
-                queries = tile + lax.rem(i, tiles)
-                p = jnp.where(kernel.seen(queries, tile, first, keys_down=True), p, 0.0)
-                if "v" in of:
-                    p_factor = factor(p, gradient.dtype, stage_smem)
-                    plgpu.wgmma(sums["v"], p_factor, do_smem.at[stage])
-                if "k" in of:
-                    ds = p * (dp - along(delta, 1))
+                p = jnp.exp2(s - _wide(lse))
+                p = jnp.where(seen_by_columns(tile + index[1], tile, first), p, 0.0)
+                if of_value:
+                    plgpu.wgmma(refs["value"], factor(p, do_smem.dtype, stage), do_smem)
+                if of_key:
+                    ds = p * (dp - _wide(delta))
                     if slope is not None:
                         ds *= slope
-                    plgpu.wgmma(sums["k"], factor(ds, query.dtype, stage_smem), q_smem.at[stage])
+                    plgpu.wgmma(refs["key"], factor(ds, q_smem.dtype, stage), q_smem)
                 plgpu.wgmma_wait(0)
-                return carry
 
-            kernel.walk(shared * tiles, load, visit, arrived, meanwhile)
-            return tuple(ref[...] for ref in refs)
+            def head_of(i):
+                return shared_head * shared + i
 
-        totals = pl.run_scoped(accumulate, *[kernel.accumulator(size)] * len(of))
-        for which, total, gmem in zip(of, totals, out_gmems, strict=True):
-            smem = k_smem if which == "k" else v_smem
-            smem[...] = (total * scores.scale if which == "k" else total).astype(key.dtype)
+            queries = tile_spec(size, lambda i, j: (row, tile + j, head_of(i)))
+            by_head = plgpu.BlockSpec((None, None, TILE), lambda i, j: (row, head_of(i), tile + j))
+            plgpu.emit_pipeline(
+                step,
+                grid=(jnp.int32(shared), tiles),
+                in_specs=[
+                    queries,
+                    queries,
+                    by_head,
+                    by_head,
+                    plgpu.BlockSpec((None, TILE), lambda i, j: (row, tile + j)),
+                ],
+                max_concurrent_steps=STEPS,
+            )(q_gmem, do_gmem, lse_gmem, delta_gmem, first_gmem)
+            return tuple(ref[...] for ref in refs.values())
+
+        sum_of = plgpu.WGMMAAccumulatorRef((TILE, size), jnp.float32)
+        sums = pl.run_scoped(accumulate, *[sum_of] * len(of))
+        smems = {"key": k_smem, "value": v_smem}
+        for which, total, out_gmem in zip(of, sums, out_gmems, strict=True):
+            if which == "key":
+                total *= scores.scale
+            smems[which][...] = total.astype(key.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem, gmem.at[row, at, shared_head])
+            plgpu.copy_smem_to_gmem(smems[which], out_gmem.at[row, at, shared_head])
         plgpu.wait_smem_to_gmem(0)
 
-    vectors = plgpu.SMEM((STEPS, TILE), jnp.float32)
-    return kernel.launch(
+    tile = smem_tile((TILE, size), key.dtype)
+    return launch(
         body,
         (jax.ShapeDtypeStruct(key.shape, key.dtype),) * len(of),
-        name=f"packed_attention_d{''.join(of)}",
+        name="packed_attention_d" + "".join(which[0] for which in of),
         grid=(key.shape[2], length // TILE, rows),
-        scratch={
-            **dict.fromkeys(("k_smem", "v_smem"), smem_tile((TILE, size), key.dtype)),
-            **dict.fromkeys(("q_smem", "do_smem"), kernel.stages(size, query.dtype)),
-            **dict.fromkeys(("lse_smem", "delta_smem"), vectors),
-            "first_smem": plgpu.SMEM((STEPS, TILE), jnp.int32),
-            "stage_smem": kernel.factor_stage(scores, query.dtype),
-            "ready": plgpu.Barrier(num_arrivals=2),
-            "arrived": kernel.arrivals(5),
-        },
+        scratch=[
+            tile,
+            tile,
+            factor_stage(scores.interpret, key.dtype),
+            plgpu.Barrier(num_arrivals=2),
+        ],
         interpret=scores.interpret,
     )(query, key, value, seen.first, seen.end, lse, delta, gradient)
+
+
+def _wide(x):
+    return lax.broadcast_in_dim(x, (TILE, TILE), [1])

@@ -1,4 +1,4 @@
-"""dQ, and of each query δ = Σ_h o·do, which the gradients of its scores have in common.
+"""dQ, and of each query δ = Σ_h o·do, which the gradients of the scores have in common.
 
 ds = p · (do·vᵀ − δ),    dQ = scale · ds·k,    under a softcap with ds · (1 − tanh²)
 """
@@ -14,10 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lsce.backends.hopper.kernels.pipeline import ROW, i32, smem_tile
-from train.models.flash import kernel
-from train.models.flash.kernel import along, factor
-from train.models.flash.tiles import TILE, Bounds, Scores
+from lsce.backends.hopper.kernels.pipeline import ROW, smem_tile
+from train.models.flash.kernel import (
+    factor,
+    factor_stage,
+    launch,
+    seen_by_rows,
+    this_block,
+    tile_spec,
+    tiles_of_keys,
+)
+from train.models.flash.tiles import STEPS, TILE, Bounds, Scores
 
 
 @functools.partial(jax.jit, static_argnames="scores")
@@ -45,77 +52,68 @@ def query_gradient(
         do_gmem,
         dq_gmem,
         delta_gmem,
-        *,
         q_smem,
         o_smem,
         do_smem,
-        k_smem,
-        v_smem,
         delta_smem,
-        stage_smem,
+        stage,
         ready,
-        arrived,
     ):
-        row, head, tile = kernel.this_block()
-        at, shared_head = pl.ds(tile * TILE, TILE), lax.div(head, i32(shared))
-        for gmem, smem in ((o_gmem, o_smem), (do_gmem, do_smem), (q_gmem, q_smem)):
+        row, head, tile = this_block()
+        at = pl.ds(tile * TILE, TILE)
+        for gmem, smem in ((q_gmem, q_smem), (o_gmem, o_smem), (do_gmem, do_smem)):
             plgpu.copy_gmem_to_smem(gmem.at[row, at, head], smem, ready)
-        begin, tiles = kernel.tiles_of_keys(first_gmem, row, tile)
-
-        def load(i, stage):
-            keys = row, pl.ds((begin + i) * TILE, TILE), shared_head
-            plgpu.copy_gmem_to_smem(k_gmem.at[keys], k_smem.at[stage], arrived.at[stage])
-            plgpu.copy_gmem_to_smem(v_gmem.at[keys], v_smem.at[stage], arrived.at[stage])
-
-        def meanwhile():
-            first = plgpu.load(first_gmem.at[row, at], layout=ROW, optimized=False)
-            lse = plgpu.load(lse_gmem.at[row, head, at], layout=ROW, optimized=False)
-            plgpu.barrier_wait(ready)
-            delta = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROW)
-            for start in range(0, size, TILE):
-                part = slice(start, start + TILE)
-                o, do = (
-                    plgpu.load(ref.at[:, part], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-                    for ref in (o_smem, do_smem)
-                )
-                delta += (o * do).sum(axis=1)
-            delta_smem[...] = delta
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(delta_smem, delta_gmem.at[row, head, at])
-            return first, lse, delta
+        first = plgpu.load(first_gmem.at[row, at], layout=ROW, optimized=False)
+        lse = plgpu.load(lse_gmem.at[row, head, at], layout=ROW, optimized=False)
+        begin, tiles = tiles_of_keys(first_gmem, row, tile)
+        plgpu.barrier_wait(ready)
+        delta = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROW)
+        for start in range(0, size, TILE):
+            part = slice(start, start + TILE)
+            o, do = (
+                plgpu.load(ref.at[:, part], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                for ref in (o_smem, do_smem)
+            )
+            delta += (o * do).sum(axis=1)
+        delta_smem[...] = delta
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(delta_smem, delta_gmem.at[row, head, at])
 
         def accumulate(dq_ref):
-            def visit(i, stage, carry):
-                first, lse, delta = carry
-
+            def step(index, k_smem, v_smem):
                 def products(s_ref, dp_ref):
-                    plgpu.wgmma(s_ref, q_smem, k_smem.at[stage].T)
-                    plgpu.wgmma(dp_ref, do_smem, v_smem.at[stage].T)
+                    plgpu.wgmma(s_ref, q_smem, k_smem.T)
+                    plgpu.wgmma(dp_ref, do_smem, v_smem.T)
                     return s_ref[...], dp_ref[...]
 
-                square = kernel.accumulator(TILE)
+                square = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
                 s, dp = pl.run_scoped(products, square, square)
                 s, slope = scores.in_bits(s)
-                p = jnp.exp2(s - along(lse, 0))
-                p = jnp.where(kernel.seen(tile, begin + i, first, keys_down=False), p, 0.0)
-                ds = p * (dp - along(delta, 0))
+                p = jnp.exp2(s - _wide(lse))
+                p = jnp.where(seen_by_rows(tile, begin + index[0], first), p, 0.0)
+                ds = p * (dp - _wide(delta))
                 if slope is not None:
                     ds *= slope
-                plgpu.wgmma(dq_ref, factor(ds, key.dtype, stage_smem), k_smem.at[stage])
+                plgpu.wgmma(dq_ref, factor(ds, k_smem.dtype, stage), k_smem)
                 plgpu.wgmma_wait(0)
-                return carry
 
-            kernel.walk(tiles, load, visit, arrived, meanwhile)
+            keys = tile_spec(size, lambda i: (row, begin + i, lax.div(head, jnp.int32(shared))))
+            plgpu.emit_pipeline(
+                step,
+                grid=(tiles,),
+                in_specs=[keys, keys],
+                max_concurrent_steps=STEPS,
+            )(k_gmem, v_gmem)
             return dq_ref[...]
 
-        dq = pl.run_scoped(accumulate, kernel.accumulator(size))
+        dq = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((TILE, size), jnp.float32))
         q_smem[...] = (dq * scores.scale).astype(q_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem, dq_gmem.at[row, at, head])
         plgpu.wait_smem_to_gmem(0)
 
     tile = smem_tile((TILE, size), query.dtype)
-    return kernel.launch(
+    return launch(
         body,
         (
             jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -123,14 +121,17 @@ def query_gradient(
         ),
         name="packed_attention_dq",
         grid=(heads, length // TILE, rows),
-        scratch={
-            **dict.fromkeys(("q_smem", "o_smem", "do_smem"), tile),
-            "k_smem": kernel.stages(size, key.dtype),
-            "v_smem": kernel.stages(size, value.dtype),
-            "delta_smem": plgpu.SMEM((TILE,), jnp.float32),
-            "stage_smem": kernel.factor_stage(scores, key.dtype),
-            "ready": plgpu.Barrier(num_arrivals=3),
-            "arrived": kernel.arrivals(2),
-        },
+        scratch=[
+            tile,
+            tile,
+            tile,
+            plgpu.SMEM((TILE,), jnp.float32),
+            factor_stage(scores.interpret, query.dtype),
+            plgpu.Barrier(num_arrivals=3),
+        ],
         interpret=scores.interpret,
     )(query, key, value, seen.first, out, lse, gradient)
+
+
+def _wide(x):
+    return lax.broadcast_in_dim(x, (TILE, TILE), [0])

@@ -1,4 +1,4 @@
-"""What attention's kernels are told: what is seen, and how a score is made."""
+"""What attention's kernels share: tiles, what is seen of them, and how a score is made."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 TILE = 64
@@ -45,3 +46,10 @@ class Scores:
 
         tanh = capped(products, self.softcap / self.scale)
         return tanh * (self.softcap * LOG2E), 1.0 - tanh * tanh
+
+
+def cdiv(a: Any, b: int) -> Any:
+    """⌈a/b⌉ of int32 on the device."""
+    from jax import lax
+
+    return lax.div(a + jnp.int32(b - 1), jnp.int32(b))
