@@ -9,7 +9,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from train.data import files
+from train import files as whole
+from train.data import files, hub
 from train.evaluation import questions
 from train.evaluation.tasks import TASKS
 
@@ -103,28 +104,14 @@ def _files(name: str, found: Instructions, folder: pathlib.Path | None) -> list[
         if not there:
             raise ValueError(f"there is no *.jsonl and no *.parquet in {folder / name}")
         return there
-    try:
-        import huggingface_hub
-
-        copy = huggingface_hub.snapshot_download(
-            found.hub, repo_type="dataset", allow_patterns=[found.pattern]
-        )
-        there = sorted(pathlib.Path(copy).glob(found.pattern))
-        if not there:
-            raise ValueError(f"no {found.pattern} in it")
-    except Exception as error:  # of any kind: no network, no such name, no right to it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
-            f"the records of {name} come from the Hugging Face hub, data set {found.hub}, files"
-            f" {found.pattern}, which cannot be had: {reason}. Without a network --data-folder"
-            f" names a folder with a folder {name} that holds them as *.jsonl or *.parquet"
-        ) from None
-    return there
+    instead = (
+        f"Without a network --data-folder names a folder with a folder {name} that holds them as"
+        " *.jsonl or *.parquet"
+    )
+    return hub.files(f"the records of {name}", found.hub, found.pattern, instead)
 
 
 def write_lines(path: pathlib.Path, rows: Rows) -> None:
     """Records as JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(path.name + ".tmp")
-    whole.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    whole.replace(path)
+    whole.write(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.data import hub
 from train.evaluation.items import SUFFIXES, Item, values
 from train.evaluation.tasks import TASKS, Page, Task, page_of, plain
 from train.flags import require
@@ -139,7 +140,12 @@ def find(
     """
     require(split in SPLITS, f"the split of {name} must be one of {', '.join(SPLITS)}, not {split}")
     if data is None:
-        return _from_hub(name, task, split, flag)
+        instead = (
+            f"Without a network {flag} names a copy of them, or the JSON lines or CSV they were"
+            " published as"
+        )
+        pattern = f"{task.folder}/{split}*.parquet"
+        return hub.files(f"the questions of {name}", task.hub, pattern, instead)
     require(data.exists(), f"there is no {data}: {flag} names a file or a folder")
     if data.is_file():
         return [data]
@@ -159,26 +165,6 @@ def find(
         f"{folder} holds no file of {name} whose name says {' or '.join(SPLITS[split])}:"
         f" {', '.join(p.name for p in there[:5]) or 'nothing'}",
     )
-    return found
-
-
-def _from_hub(name: str, task: Task, split: str, flag: str) -> list[Path]:
-    """The Parquet files of a split, which huggingface_hub keeps in its cache."""
-    try:
-        import huggingface_hub
-
-        folder = huggingface_hub.snapshot_download(
-            task.hub, repo_type="dataset", allow_patterns=[f"{task.folder}/{split}*.parquet"]
-        )
-        found = sorted((Path(folder) / task.folder).glob(f"{split}*.parquet"))
-        require(bool(found), f"no {task.folder}/{split}*.parquet in it")
-    except Exception as error:  # of any kind: no network, no such name, no right to it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
-            f"the questions of {name} come from the Hugging Face hub, data set {task.hub}, files"
-            f" {task.folder}/{split}*.parquet, which cannot be had: {reason}. Without a network"
-            f" {flag} names a copy of them, or the JSON lines or CSV they were published as"
-        ) from None
     return found
 
 

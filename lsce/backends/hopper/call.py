@@ -72,12 +72,12 @@ def padded(problem: Problem, arrays: Arrays) -> Arrays:
     step of it and of the kernel that reads it, which finds its place by counting a loop's passes.
     With such a step gradients came out wrong (benchmarks/notes/mistakes-found.md).
     """
-    hidden, labels = lax.optimization_barrier((arrays.hidden, arrays.labels))
+    hidden = lax.optimization_barrier(arrays.hidden)
     head = arrays.head.T if problem.head_layout == "dv" else arrays.head
     # TMA's boxes: whole rows of 128 bytes, and more than one group of eight rows.
     hidden, head = _pad(hidden, 8, 64), _pad(head, 8, 64)
     missing = hidden.shape[0] - problem.n
-    labels = jnp.pad(labels, (0, missing), constant_values=-1)
+    labels = jnp.pad(arrays.labels, (0, missing), constant_values=-1)
     return arrays._replace(hidden=hidden, head=head, labels=labels)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from lsce.backends.hopper.kernels.pipeline import ROW, smem_tile
 from train.models.flash.kernel import (
+    along,
     factor,
     factor_stage,
     launch,
@@ -56,12 +57,12 @@ def forward(
             s, _ = scores.in_bits(_product(q_smem, k_smem.T))
             s = jnp.where(seen_by_rows(tile, begin + index[0], first), s, -jnp.inf)
             new = jnp.maximum(most, s.max(axis=1))
-            p = jnp.exp2(s - _wide(new, TILE))
+            p = jnp.exp2(s - along(new, 0))
             shrunk = jnp.exp2(most - new)
             total = total * shrunk + p.sum(axis=1)
             p = factor(p, v_smem.dtype, stage)
             acc = tuple(
-                part * _wide(shrunk, width) + _product(p, v_smem.at[:, columns])
+                part * along(shrunk, 0, width) + _product(p, v_smem.at[:, columns])
                 for part, columns in zip(acc, parts, strict=True)
             )
             return acc, new, total
@@ -84,7 +85,7 @@ def forward(
         )(k_gmem, v_gmem)
 
         for part, columns in zip(acc, parts, strict=True):
-            q_smem[:, columns] = (part * _wide(1.0 / total, width)).astype(q_smem.dtype)
+            q_smem[:, columns] = (part * along(1.0 / total, 0, width)).astype(q_smem.dtype)
         lse_smem[...] = most + jnp.log(total) * LOG2E
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem, o_gmem.at[row, at, head])
@@ -115,7 +116,3 @@ def _product(a, b):
         return ref[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE, b.shape[1]), jnp.float32))
-
-
-def _wide(x, columns: int):
-    return lax.broadcast_in_dim(x, (TILE, columns), [0])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lsce.backends.hopper.kernels.pipeline import swizzled
-from train.models.flash.tiles import TILE, cdiv
+from train.models.flash.tiles import TILE
 
 AXES = "head", "tile", "row"
 """Of a grid; heads that share keys come one after the other."""
@@ -73,21 +73,27 @@ def tiles_of_keys(first_gmem, row, tile):
 
 def tiles_of_queries(end_gmem, row, tile):
     """How many tiles of queries a tile of keys meets, from its own on."""
-    return cdiv(end_gmem[row, tile * TILE + (TILE - 1)], TILE) - tile
+    end = end_gmem[row, tile * TILE + (TILE - 1)]
+    return lax.div(end + jnp.int32(TILE - 1), jnp.int32(TILE)) - tile
 
 
 def seen_by_rows(query_tile, key_tile, first):
     """Which of a tile's queries, down, see which keys, across."""
     query = query_tile * TILE + _iota(0)
     key = key_tile * TILE + _iota(1)
-    return (key <= query) & (key >= lax.broadcast_in_dim(first, (TILE, TILE), [0]))
+    return (key <= query) & (key >= along(first, 0))
 
 
 def seen_by_columns(query_tile, key_tile, first):
     """The same, with keys down and queries across."""
     query = query_tile * TILE + _iota(1)
     key = key_tile * TILE + _iota(0)
-    return (key <= query) & (key >= lax.broadcast_in_dim(first, (TILE, TILE), [1]))
+    return (key <= query) & (key >= along(first, 1))
+
+
+def along(x, axis: int, columns: int = TILE):
+    """A vector of a tile's rows, or columns, at each of its entries."""
+    return lax.broadcast_in_dim(x, (TILE, columns), [axis])
 
 
 def _iota(axis: int):

@@ -11,11 +11,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from lsce.backends.hopper.kernels.pipeline import COLUMN, smem_tile
 from train.models.flash.kernel import (
+    along,
     factor,
     factor_stage,
     launch,
@@ -80,12 +80,12 @@ def _gradients(query, key, value, seen, lse, delta, gradient, scores, *, of):
                 square = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
                 s, dp = pl.run_scoped(products, square, square if of_key else None)
                 s, slope = scores.in_bits(s)
-                p = jnp.exp2(s - _wide(lse))
+                p = jnp.exp2(s - along(lse, 1))
                 p = jnp.where(seen_by_columns(tile + index[1], tile, first), p, 0.0)
                 if of_value:
                     plgpu.wgmma(refs["value"], factor(p, do_smem.dtype, stage), do_smem)
                 if of_key:
-                    ds = p * (dp - _wide(delta))
+                    ds = p * (dp - along(delta, 1))
                     if slope is not None:
                         ds *= slope
                     plgpu.wgmma(refs["key"], factor(ds, q_smem.dtype, stage), q_smem)
@@ -135,7 +135,3 @@ def _gradients(query, key, value, seen, lse, delta, gradient, scores, *, of):
         ],
         interpret=scores.interpret,
     )(query, key, value, seen.first, seen.end, lse, delta, gradient)
-
-
-def _wide(x):
-    return lax.broadcast_in_dim(x, (TILE, TILE), [1])

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from lsce.backends.hopper.kernels.pipeline import ROW, smem_tile
 from train.models.flash.kernel import (
+    along,
     factor,
     factor_stage,
     launch,
@@ -89,9 +90,9 @@ def query_gradient(
                 square = plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)
                 s, dp = pl.run_scoped(products, square, square)
                 s, slope = scores.in_bits(s)
-                p = jnp.exp2(s - _wide(lse))
+                p = jnp.exp2(s - along(lse, 0))
                 p = jnp.where(seen_by_rows(tile, begin + index[0], first), p, 0.0)
-                ds = p * (dp - _wide(delta))
+                ds = p * (dp - along(delta, 0))
                 if slope is not None:
                     ds *= slope
                 plgpu.wgmma(dq_ref, factor(ds, k_smem.dtype, stage), k_smem)
@@ -131,7 +132,3 @@ def query_gradient(
         ],
         interpret=scores.interpret,
     )(query, key, value, seen.first, out, lse, gradient)
-
-
-def _wide(x):
-    return lax.broadcast_in_dim(x, (TILE, TILE), [0])

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 TILE = 64
@@ -46,10 +45,3 @@ class Scores:
 
         tanh = capped(products, self.softcap / self.scale)
         return tanh * (self.softcap * LOG2E), 1.0 - tanh * tanh
-
-
-def cdiv(a: Any, b: int) -> Any:
-    """⌈a/b⌉ of int32 on the device."""
-    from jax import lax
-
-    return lax.div(a + jnp.int32(b - 1), jnp.int32(b))
