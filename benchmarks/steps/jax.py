@@ -26,6 +26,7 @@ from train.models.config import ModelConfig
 from train.models.decoder import Decoder
 from train.run.optimizer import optimizer
 from train.run.options import LossOptions, OptimizerOptions, StepOptions
+from train.run.prepare import written_out
 from train.run.state import TrainState
 from train.run.step import train_step_autotuned
 
@@ -62,6 +63,15 @@ def _try[R](work: Callable[[], R]) -> R | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
 
 
+def _shape(model: str, variant: Variant) -> ModelConfig:
+    shape = shape_of(model, variant)
+    return (
+        written_out(shape, repeatable=variant.bits == "repeatable")
+        if variant.scan == "auto"
+        else shape
+    )
+
+
 def _state(shape: ModelConfig) -> TrainState:
     weights, dropout = jax.random.split(jax.random.key(0))
     decoder = Decoder(shape, rngs=nnx.Rngs(params=weights))
@@ -69,7 +79,7 @@ def _state(shape: ModelConfig) -> TrainState:
 
 
 def _lower(model: str, variant: Variant, length: int) -> Any:
-    shape = shape_of(model, variant)
+    shape = _shape(model, variant)
     naive = variant.loss == "naive"
     loss = LossOptions(
         label_smoothing=variant.beta,
@@ -117,7 +127,7 @@ def _run(
     profile: bool,
 ) -> Measured:
     compiled, compile_s = program
-    shape = shape_of(model, variant)
+    shape = _shape(model, variant)
     plan = compiled.memory_analysis()
     peak = (
         plan.argument_size_in_bytes

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from train.data.packing import IGNORE, pack
-from train.models.config import MOST_WRITTEN_OUT, PRESETS, ModelConfig, Rope
+from train.models.config import PRESETS, ModelConfig, Rope
 from train.text.tokenizer import Example
 
 LLAMA_1B = ModelConfig(
@@ -71,7 +71,7 @@ class Variant:
     beta: float = 0.1
     remat: Literal["none", "block", "full"] = "none"
     scan: Literal["auto", "on", "off"] = "auto"
-    """auto: a loop unless the bits are tuned."""
+    """auto: layers written out where the trainer does so, which is on a GPU."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     bits: Literal["repeatable", "excluded", "tuned"] = "repeatable"
     """Options of the compilation: the trainer's; `xla_gpu_exclude_nondeterministic_ops`, which
@@ -120,16 +120,13 @@ def read(text: str) -> Variant:
 def shape_of(model: str, variant: Variant) -> ModelConfig:
     shape = SHAPES[model]
     layers = variant.layers or shape.layers
-    scan = variant.scan
-    if scan == "auto":
-        scan = "off" if variant.bits == "tuned" and layers <= MOST_WRITTEN_OUT else "on"
     return dataclasses.replace(
         shape,
         layers=layers,
         sliding=shape.sliding[:layers],
         dtype="bfloat16",
         remat=variant.remat,
-        scan=scan,
+        scan="off" if variant.scan == "off" else "on",
         attention=variant.attention,
     )
 
