@@ -118,7 +118,7 @@ def _fused_fwd(backend, call, arrays, weights):
     if wanted.hidden or wanted.head:
         into: Any = _differentiable(backend, (some, weights))
         marks = _marks(call.problem, weights)
-        losses, grads = backend.fused(call, *into, wanted, marks.sum())
+        losses, grads = _in_one_piece(backend, call, wanted)(*into, marks.sum())
         d_hidden = _marked(grads, marks).hidden if wanted.hidden else d_hidden
         d_head = grads.head if wanted.head else d_head
     if wanted.weights or losses is None:  # those of tokens of weight 0, too
@@ -127,6 +127,17 @@ def _fused_fwd(backend, call, arrays, weights):
     total = jnp.sum(formula.weighted(weights, losses))
     out, saved = varying(((total, None), (d_hidden, d_head, d_weights)), like=weights)
     return out, (wanted.as_residuals(), saved)
+
+
+def _in_one_piece(backend: Any, call: Any, wanted: Wanted) -> Any:
+    """(arrays, weights, mark) → the losses and gradients of `Fused.fused`.
+
+    A scan takes the derivative of its body apart, so as to do once what all steps share, and would
+    tear a kernel from the buffer that it writes to. It leaves whole what has a `vmap` of its own.
+    """
+    return jax.custom_batching.sequential_vmap(
+        lambda arrays, weights, mark: backend.fused(call, arrays, weights, wanted, mark)
+    )
 
 
 def _fused_bwd(backend, call, saved, cotangents):

@@ -155,7 +155,9 @@ def with_gradients(
     losses = formula.token_loss(p, lse, target, mean_logit)
     losses = jnp.where(labels >= 0, losses[rows.row_of_token], 0.0)
     dhidden = dhidden[rows.row_of_token] if wanted.hidden else None
-    return losses, Arrays(dhidden, storage.dhead_ref[...] if wanted.head else None)
+    # Where a scan keeps it it is copied to its place, see `call.padded`.
+    dhead = lax.optimization_barrier(storage.dhead_ref[...]) if wanted.head else None
+    return losses, Arrays(dhidden, dhead)
 
 
 def _in_groups(

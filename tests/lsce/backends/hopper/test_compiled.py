@@ -95,7 +95,7 @@ OTHER_SHAPES = """
 """
 
 IN_A_SCAN = """
-    for gradient_filter in ("auto", None):
+    for gradient_filter in ("auto", None, "fused"):
         def total(hidden, head, labels):
             def part(so_far, batch):
                 return so_far + some(gradient_filter)(batch[0], head, batch[1]), None

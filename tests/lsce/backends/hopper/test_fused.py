@@ -223,3 +223,39 @@ def test_fused_scales_its_gradients_by_a_factor_that_bfloat16_does_not_hold():
     for before, after in zip(one, scaled, strict=True):
         before, after = (np.asarray(x, np.float64).ravel() for x in (before, after))
         assert before @ after / (before @ before) == pytest.approx(0.7012, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_derivative_of_a_scan():
+    """Whose body JAX takes apart, to make once what does not change: the kernels' buffers among it.
+
+    Three parts of a batch and one head, against the derivatives one by one.
+    """
+    given = case((120, 64, 256), "bfloat16").inputs
+    hidden, head = given.hidden.reshape(3, 40, 64), jnp.asarray(given.head)
+    labels = jnp.asarray(given.labels).reshape(3, 40)
+
+    def loss(hidden, head, labels):
+        return lsce.linear_cross_entropy(
+            hidden,
+            head,
+            labels,
+            label_smoothing=0.1,
+            reduction="sum",
+            gradient_filter="fused",
+            implementation="hopper",
+        )
+
+    def total(hidden, head):
+        add = lambda so_far, part: (so_far + loss(part[0], head, part[1]), None)  # noqa: E731
+        return jax.lax.scan(add, jnp.float32(0.0), (hidden, labels))[0]
+
+    with hopper.interpreted():
+        value, (d_hidden, d_head) = jax.jit(jax.value_and_grad(total, (0, 1)))(hidden, head)
+        each = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        some = [each(*part) for part in zip(hidden, [head] * 3, labels, strict=True)]
+    assert value == pytest.approx(float(sum(value for value, _ in some)), rel=1e-6)
+    np.testing.assert_array_equal(d_hidden, np.stack([grads[0] for _, grads in some]))
+    expected = sum(np.asarray(grads[1], np.float32) for _, grads in some)
+    off = np.linalg.norm(np.asarray(d_head, np.float32) - expected)
+    assert 0 < off < 0.01 * np.linalg.norm(expected)  # the sum of bfloat16 is rounded
