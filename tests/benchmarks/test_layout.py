@@ -49,6 +49,8 @@ def test_a_folder_needs_only_those_before_it(module: str):
     assert not later
     # Of the trainer its model and step, which are measured, how a command line is read, and the
     # commands that experiments are made of.
-    trainers = module.startswith(("benchmarks.steps", "benchmarks.paper", "benchmarks.flags"))
+    trainers = module.startswith(
+        tuple(f"benchmarks.{name}" for name in ("steps", "paper", "flags", "whole_run"))
+    )
     others = ("tests",) if trainers else ("tests", "train")
     assert not any(name.split(".")[0] in others for name in imports(MODULES[module]))

@@ -11,6 +11,7 @@ from benchmarks.measure import report
 from benchmarks.measure.report import Row
 from benchmarks.steps.memory import StepMemory
 from benchmarks.train_step import from_json
+from benchmarks.whole_run import Found
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
@@ -62,6 +63,8 @@ def test_every_report_can_be_read():
             assert [from_json(row) for row in json.loads(path.read_text())], path.name
         elif "-step-memory" in path.name:
             assert [StepMemory(**row["found"]) for row in json.loads(path.read_text())], path.name
+        elif "-whole-run" in path.name:
+            assert not Found(**json.loads(path.read_text())).failed, path.name
         elif "-tune-" not in path.name:
             assert report.read(path).rows, path.name
 
