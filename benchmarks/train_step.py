@@ -1,7 +1,8 @@
 """A whole training step, ours and PyTorch's: python -m benchmarks.train_step.
 
-Weights are random, tokens have Zipf's frequencies, and rows are packed as the trainer packs. Each
---variant is a step to measure, what it says apart from the defaults joined by commas:
+Weights are random and tokens have Zipf's frequencies, or --checkpoint's and --data's; rows are
+packed as the trainer packs. Each --variant is a step to measure, what it says apart from the
+defaults joined by commas:
 
     rows=32  segments=packed|masked|one  loss=auto|naive|…  beta=0.1  remat=none|block|full
     scan=auto|on|off  attention=auto|cudnn|xla  bits=repeatable|excluded|tuned  accumulate=1
@@ -41,6 +42,11 @@ class TrainStepFlags(flags.TimedFlags):
     """Steps to measure of each; "" is the trainer's with 16 rows."""
     length: Annotated[int, shown("TOKENS")] = 1024
     """Tokens in a row."""
+    checkpoint: Annotated[str | None, shown("NAME")] = None
+    """The --model's weights, as the trainer's --model names them, for JAX's rows in place of random
+    ones; with --data."""
+    data: Annotated[pathlib.Path | None, shown("FILE")] = None
+    """Records to train on, with --checkpoint."""
     profile: bool = False
     """Print each step's kernels, too."""
     here: Annotated[bool, shown("", help="Start no process for PyTorch.")] = False
@@ -53,6 +59,10 @@ class TrainStepFlags(flags.TimedFlags):
                 raise ValueError(f"--model {name}: must be one of {', '.join(SHAPES)}")
         for text in self.variant:
             variants.read(text)
+        if (self.checkpoint is None) != (self.data is None):
+            raise ValueError("--checkpoint and --data go together")
+        if self.checkpoint is not None and len(self.model) > 1:
+            raise ValueError(f"--checkpoint {self.checkpoint} is of one --model")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,11 +94,21 @@ def _rows(
     if framework == "torch" and not options.here:
         yield from _elsewhere(model, options)
         return
+    real = None
     if framework == "jax":
         from benchmarks.steps import jax
+        from benchmarks.steps.real import Real
+
+        if options.checkpoint is not None and options.data is not None:
+            real = Real.find(options.checkpoint, options.data)
 
         found = jax.measure(
-            model, asked, options.length, seconds=options.seconds, profile=options.profile
+            model,
+            asked,
+            options.length,
+            seconds=options.seconds,
+            profile=options.profile,
+            real=real,
         )
     else:
         from benchmarks.steps import torch
@@ -96,7 +116,10 @@ def _rows(
         found = torch.measure(model, asked, options.length, seconds=options.seconds)
     for variant, result in found:
         shape = variants.shape_of(model, variant)
-        segments = variants.batch_of(shape, variant, options.length)["segments"]
+        batch = variants.batch_of(shape, variant, options.length)
+        if real is not None:
+            batch = real.batch(variant, options.length)
+        segments = batch["segments"]
         seen = np.ones_like(segments) if framework == "torch" else segments
         measured = result if isinstance(result, Measured) else None
         yield StepRow(
@@ -107,6 +130,7 @@ def _rows(
             flops_per_token=variants.flops_per_token(shape, seen),
             measured=measured,
             error=None if measured else str(result),
+            checkpoint=None if real is None else f"{options.checkpoint}, {options.data}",
             commit=options.commit or current_commit(),
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )

@@ -12,22 +12,23 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from jaxtyping import Int
 
 import lsce
 from benchmarks.implementations.optax import one_hot
 from benchmarks.implementations.settings import Settings
 from benchmarks.measure import timing
+from benchmarks.steps.real import Real
 from benchmarks.steps.row import Measured
 from benchmarks.steps.variant import Variant, batch_of, shape_of
 from train import mesh
 from train.models import attention
 from train.models.config import ModelConfig
-from train.models.decoder import Decoder
 from train.run.optimizer import optimizer
 from train.run.options import LossOptions, OptimizerOptions, StepOptions
 from train.run.prepare import written_out
-from train.run.state import TrainState
+from train.run.state import state_maker
 from train.run.step import train_step_autotuned
 
 OPTIONS = {
@@ -36,13 +37,20 @@ OPTIONS = {
     "tuned": {},
 }
 RATE = 1e-4
+OPTIMIZER = optimizer(OptimizerOptions())
 
 
 def measure(
-    model: str, variants: Sequence[Variant], length: int, *, seconds: float, profile: bool
+    model: str,
+    variants: Sequence[Variant],
+    length: int,
+    *,
+    seconds: float,
+    profile: bool,
+    real: Real | None = None,
 ) -> Iterator[tuple[Variant, Measured | str]]:
     """Each variant and what was found, or why nothing was. All compile at once, before any runs."""
-    lowered = [_try(lambda v=v: _lower(model, v, length)) for v in variants]
+    lowered = [_try(lambda v=v: _lower(model, v, length, real)) for v in variants]
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         programs = list(pool.map(_compile, variants, lowered))
     for variant in variants:
@@ -52,7 +60,9 @@ def measure(
         else:
             yield (
                 variant,
-                _try(lambda p=program, v=variant: _run(model, v, length, p, seconds, profile)),
+                _try(
+                    lambda p=program, v=variant: _run(model, v, length, p, seconds, profile, real)
+                ),
             )
 
 
@@ -63,23 +73,23 @@ def _try[R](work: Callable[[], R]) -> R | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
 
 
-def _shape(model: str, variant: Variant) -> ModelConfig:
+def _shape(model: str, variant: Variant, real: Real | None) -> ModelConfig:
     shape = shape_of(model, variant)
-    return (
-        written_out(shape, repeatable=variant.bits == "repeatable")
-        if variant.scan == "auto"
-        else shape
-    )
+    if real is not None:
+        shape = real.shape(shape)
+    if variant.scan == "auto":
+        shape = written_out(shape, repeatable=variant.bits == "repeatable")
+    return shape
 
 
-def _state(shape: ModelConfig) -> TrainState:
-    weights, dropout = jax.random.split(jax.random.key(0))
-    decoder = Decoder(shape, rngs=nnx.Rngs(params=weights))
-    return TrainState.create(decoder, optimizer(OptimizerOptions()), dropout)
+def _batch(
+    shape: ModelConfig, variant: Variant, length: int, real: Real | None
+) -> dict[str, Int[np.ndarray, "B _"]]:
+    return batch_of(shape, variant, length) if real is None else real.batch(variant, length)
 
 
-def _lower(model: str, variant: Variant, length: int) -> Any:
-    shape = _shape(model, variant)
+def _lower(model: str, variant: Variant, length: int, real: Real | None) -> Any:
+    shape = _shape(model, variant, real)
     naive = variant.loss == "naive"
     loss = LossOptions(
         label_smoothing=variant.beta,
@@ -87,8 +97,9 @@ def _lower(model: str, variant: Variant, length: int) -> Any:
         implementation="auto" if naive else variant.loss,
     )
     how = StepOptions(batch_size=variant.rows, accumulate=variant.accumulate)
-    state = jax.eval_shape(lambda: _state(shape))
-    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(shape, variant, length)))
+    state = jax.eval_shape(state_maker(shape, OPTIMIZER, None), 0)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _batch(shape, variant, length, real)))
+    jax.clear_caches()  # a step of these arguments may have been traced with the other loss
     with mock.patch.object(
         lsce, "linear_cross_entropy", _naive if naive else lsce.linear_cross_entropy
     ):
@@ -125,9 +136,10 @@ def _run(
     program: tuple[Any, float],
     seconds: float,
     profile: bool,
+    real: Real | None,
 ) -> Measured:
     compiled, compile_s = program
-    shape = _shape(model, variant)
+    shape = _shape(model, variant, real)
     plan = compiled.memory_analysis()
     peak = (
         plan.argument_size_in_bytes
@@ -135,9 +147,10 @@ def _run(
         + plan.output_size_in_bytes
         - plan.alias_size_in_bytes
     )
-    batch = jax.device_put(batch_of(shape, variant, length))
+    batch = jax.device_put(_batch(shape, variant, length, real))
     rate = jnp.float32(RATE)
-    state = jax.jit(lambda: _state(shape))()
+    create = state_maker(shape, OPTIMIZER, None)
+    state = create(0) if real is None else real.state(create)
 
     def step() -> jax.Array:
         nonlocal state

@@ -40,6 +40,8 @@ class StepRow:
     commit: str
     time: str
     """UTC, ISO 8601."""
+    checkpoint: str | None = None
+    """Whose weights, and on what text; None for random ones."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -69,7 +71,8 @@ def markdown(rows: Sequence[StepRow]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for row in rows:
-        cells = [row.model, str(row.variant), f"{row.segments_per_row:.1f}"]
+        name = str(row.variant) + (" real" if row.checkpoint else "")
+        cells = [row.model, name, f"{row.segments_per_row:.1f}"]
         if found := row.measured:
             mfu = row.mfu
             cells += [

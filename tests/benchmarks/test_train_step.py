@@ -31,7 +31,14 @@ def test_a_row_is_read_as_it_was_written():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--model", "gpt"], ["--variant", "rows=0"], ["--length", "1"]]
+    "arguments",
+    [
+        ["--model", "gpt"],
+        ["--variant", "rows=0"],
+        ["--length", "1"],
+        ["--checkpoint", "smollm2-135m"],
+        ["--checkpoint", "nano", "--data", "pyproject.toml"],
+    ],
 )
 def test_a_mistake_is_a_line_on_stderr(arguments, capsys):
     assert train_step.main(arguments) == 2
@@ -48,6 +55,7 @@ def test_the_trainers_step_is_measured_on_any_device(tmp_path, capsys):
     assert ours.measured is not None
     assert naive.measured is not None
     assert ours.measured.first_loss == pytest.approx(naive.measured.first_loss, abs=0.02)
+    assert ours.measured.first_loss != naive.measured.first_loss  # another program, not its trace
     assert 0 < ours.measured.last_loss < ours.measured.first_loss
     assert failed.measured is None
     assert "nobody" in str(failed.error)
