@@ -54,7 +54,8 @@ def test_the_trainers_step_is_measured_on_any_device(tmp_path, capsys):
     ours, naive, failed = map(train_step.from_json, json.loads(path.read_text()))
     assert ours.measured is not None
     assert naive.measured is not None
-    assert ours.measured.first_loss == pytest.approx(naive.measured.first_loss, abs=0.02)
+    # optax smooths the one ignored label of 16, too: β · ln V / 15.
+    assert ours.measured.first_loss == pytest.approx(naive.measured.first_loss, abs=0.1)
     assert ours.measured.first_loss != naive.measured.first_loss  # another program, not its trace
     assert 0 < ours.measured.last_loss < ours.measured.first_loss
     assert failed.measured is None
