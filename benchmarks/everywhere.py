@@ -92,7 +92,7 @@ def make(options: EverywhereFlags) -> int:
 
 
 def comparable(rows: Report) -> Report:
-    """Of rows and what was skipped, ours and optax's; ValueError if there are none or they are of
+    """Rows, and what was skipped, of ours and optax's; ValueError if there are none or they are of
     several devices."""
     found = Report(
         tuple(row for row in rows.rows if row.run in (OURS, NAIVE)),

@@ -297,7 +297,7 @@ def problem_of(hidden: Any, head: Any) -> Problem:
 
 
 def coefficients_of(lse: Any, head: Any) -> Coefficients:
-    """Of tokens whose losses are summed, one by one."""
+    """Those of tokens whose losses are summed, one by one."""
     one = jnp.ones_like(lse)
     return Coefficients(lse, one, (1 - BETA) * one, BETA / head.shape[0] * one, one, one[0])
 

@@ -54,9 +54,9 @@ class LossFlags(flags.TimedFlags):
     """Compute the per-token statistics too."""
     inputs: Annotated[str, flags.shown_inputs()] = "peaked"
     dtype: Annotated[str | None, shown("{bfloat16,float32}", "bfloat16 unless on a CPU")] = None
-    """Of hidden states and head."""
+    """The dtype of hidden states and head."""
     seed: Annotated[int, shown("SEED")] = 0
-    """Of the random inputs."""
+    """Decides the random inputs."""
     errors: bool = False
     """Compare the gradients with exact ones in float32."""
 

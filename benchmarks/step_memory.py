@@ -54,7 +54,7 @@ class StepMemoryRow:
     model: str
     mesh: str
     rows: int
-    """Of each device."""
+    """Rows of each device."""
     length: int
     remat: str
     found: StepMemory

@@ -78,9 +78,9 @@ class TableOfPeersFlags(flags.TableFlags):
     """Number of tokens, instead of the case's own."""
     inputs: Annotated[str, flags.shown_inputs()] = "peaked"
     dtype: Annotated[str, shown("{bfloat16,float32}")] = "bfloat16"
-    """Of hidden states and head."""
+    """The dtype of hidden states and head."""
     seed: Annotated[int, shown("SEED")] = 0
-    """Of the random inputs."""
+    """Decides the random inputs."""
     frameworks: tuple[FrameworkName, ...] = worker.FRAMEWORKS
     """Only these."""
     lines: Annotated[tuple[str, ...], shown("WORDS ...", "all")] = ("",)

@@ -70,7 +70,7 @@ class WholeRunFlags(flags.Flags):
     limit: Annotated[int | None, shown("N", "all")] = None
     batch_tokens: Annotated[int | None, shown("N", "as train.evaluate's")] = None
     seed: Annotated[int | None, shown("N", "another each time")] = None
-    """Of the step to kill at."""
+    """Decides the step to kill at."""
 
     def check(self) -> None:
         for name in ("--model", "--data"):
@@ -119,11 +119,11 @@ class Killed:
     """The last that it had recorded."""
     resumed_from: int
     compile_s: tuple[float, float]
-    """Of the killed process, the first that finds compiled programs, and of the one after it."""
+    """The killed process's, the first to find compiled programs, and that of the one after it."""
     arrays: int
     """In a checkpoint: weights, moments and counters."""
     sha256: tuple[str, str]
-    """Of all of them at the end, uninterrupted and killed."""
+    """The checksum of all of them at the end, uninterrupted and killed."""
     different_arrays: list[str]
     different_rows: list[int]
     """Steps of which a loss, a norm, an accuracy or an ECE differs."""

@@ -16,7 +16,7 @@ INT32 = np.iinfo(np.int32)
 SMALLEST_WEIGHT = float(np.finfo(np.float32).smallest_normal)
 LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 LARGEST = 1e30
-"""Of an option: its inverse, too, is a float32 that nothing flushes to 0."""
+"""The largest value of an option: its inverse, too, is a float32 that nothing flushes to 0."""
 
 
 def cdiv(a: Any, b: Any) -> Any:
@@ -50,7 +50,7 @@ class Problem:
     gradient_filter: GradientFilter = "auto"
     return_stats: bool = False
     examples: int = 1
-    """Of how many calls, equally long, `vmap` has made this one; the tokens of one lie together."""
+    """Equally long calls that `vmap` has made this one of; the tokens of each lie together."""
 
     def __post_init__(self):
         if self.v < 1 or self.d < 1:

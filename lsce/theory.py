@@ -45,7 +45,7 @@ from lsce.calibration import validate
 from lsce.stats import TokenStats
 
 ITERATIONS = 500
-"""Of the power method, at most; a trained head takes some ten, as one direction stands out."""
+"""Steps of the power method, at most; a trained head takes some ten: one direction stands out."""
 
 
 def entropy_lower_bound(sigma: Float[ArrayLike, "*norms"], vocab_size: int) -> Float[Array, "*"]:

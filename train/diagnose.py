@@ -43,7 +43,7 @@ class DiagnoseOptions:
     template: Annotated[str, shown("NAME")] = "auto"
     """Chat template, as in training."""
     checkpoint: Annotated[str, shown("{best,last,STEP}")] = "last"
-    """Of a run: whose weights."""
+    """The checkpoint of a run whose weights are taken."""
     out: Annotated[Path, shown("FOLDER")] = Path("diagnosis")
     """Where the two files go."""
 

@@ -67,7 +67,7 @@ class EvaluateOptions:
     tokens: Annotated[tuple[Path, ...], shown("FILE …", "none")] = ()
     """Records, as --data in training, of whose responses each token is predicted."""
     checkpoint: Annotated[str, shown("best|last|STEP")] = "last"
-    """Of a run: the one with the least held-out NLL, the newest, or that of a step."""
+    """Which of a run: the one with the least held-out NLL, the newest, or that of a step."""
     template: Annotated[str, shown("NAME")] = "auto"
     """Chat template of --tokens, as in training."""
     max_length: Annotated[
@@ -77,11 +77,11 @@ class EvaluateOptions:
     batch_tokens: Annotated[int | None, shown("N", "16384 on a GPU, 2048 on a CPU")] = None
     """Tokens that go through the model together."""
     dtype: Annotated[Literal["float32", "bfloat16"], shown("{float32,bfloat16}")] = "float32"
-    """Of activations and matmuls."""
+    """The dtype of activations and matmuls."""
     resamples: int = 1000
-    """Of the bootstrap, for 95 % intervals; 0 for none."""
+    """Samples of the bootstrap, for 95 % intervals; 0 for none."""
     seed: int = 0
-    """Of the sample and the bootstrap."""
+    """Decides the sample and the bootstrap."""
     out: Annotated[Path | None, shown("FOLDER", "evaluations/MODEL")] = None
     """Where result.json, the answers and the pictures go."""
     overwrite: bool = False

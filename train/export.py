@@ -36,12 +36,12 @@ class ExportOptions:
     folder: tyro.conf.Positional[Annotated[Path, shown("FOLDER")]]
     """Where to write: a new folder."""
     checkpoint: Annotated[str, shown("best|last|STEP")] = "last"
-    """Of a run: the one with the least held-out NLL, the newest, or that of a step."""
+    """Which of a run: the one with the least held-out NLL, the newest, or that of a step."""
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         shown("{float32,bfloat16,float16}", "as it was loaded"),
     ] = None
-    """Of the weights in the files. That of adapters is float32, if none is given."""
+    """The dtype of the weights in the files. That of adapters is float32, if none is given."""
     adapter: bool = False
     """Write the adapters of a run with --lora-rank alone, as PEFT has them, and not the model with
     them merged into it."""

@@ -28,7 +28,7 @@ class GenerateOptions:
     prompt: Annotated[str, shown("TEXT")]
     """What the user says; - reads it from the standard input."""
     checkpoint: Annotated[str, shown("best|last|STEP")] = "last"
-    """Of a run: the one with the least held-out NLL, the newest, or that of a step."""
+    """Which of a run: the one with the least held-out NLL, the newest, or that of a step."""
     system: Annotated[str | None, shown("TEXT", "none")] = None
     """What the system says before."""
     raw: bool = False
@@ -42,9 +42,9 @@ class GenerateOptions:
     top_p: Annotated[float, shown("P")] = 1.0
     """Draw among the likeliest tokens that have this share of the probability together."""
     seed: int = 0
-    """Of what is drawn."""
+    """Decides what is drawn."""
     dtype: Annotated[str, shown("{float32,bfloat16}")] = "float32"
-    """Of activations and matmuls."""
+    """The dtype of activations and matmuls."""
 
     def __post_init__(self) -> None:
         require_count("max_tokens", self.max_tokens)

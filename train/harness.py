@@ -113,7 +113,7 @@ def model_class(template_lm: type) -> type:
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[float]:
-            """Of whole texts, in windows that do not overlap."""
+            """The log-likelihoods of whole texts, in windows that do not overlap."""
             utils = importlib.import_module("lm_eval.utils")
             pairs, owners = [], []
             for number, request in enumerate(requests):

@@ -37,7 +37,7 @@ class ReportOptions:
     out: Annotated[Path, shown("FILE.html")] = Path("report.html")
     """The page; the Markdown lies beside it."""
     title: Annotated[str, shown("TEXT")] = "Accuracy and calibration"
-    """Of the page."""
+    """The page's title."""
 
     def __post_init__(self) -> None:
         require(bool(self.what), "nothing to report: name runs, sweeps or results")

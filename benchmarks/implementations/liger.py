@@ -23,7 +23,7 @@ from benchmarks.implementations.settings import Settings
 PACKAGES = ("liger-kernel",)
 CUTE_PACKAGES = (*PACKAGES, "nvidia-cutlass-dsl", "apache-tvm-ffi")
 ROOM = 16
-"""Of the logits of a chunk in `CHUNKS`, in hidden states [N, D]."""
+"""Room for the logits of a chunk in `CHUNKS`, in hidden states [N, D]."""
 
 
 def loss(hidden: Any, head: Any, labels: Any, order: Any, settings: Settings) -> Any:

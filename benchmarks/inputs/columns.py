@@ -12,15 +12,15 @@ class ColumnStatistics(NamedTuple):
     """Which probabilities pass ε, as shares; a block is 128 consecutive tokens."""
 
     elements: float
-    """Of all N·V, those with p > ε."""
+    """The share of the N·V elements with p > ε."""
     block_columns: float
-    """Of V, the columns with such an element in a block; mean over blocks."""
+    """The share of the V columns with such an element in a block; mean over blocks."""
     tiles: float
-    """Of the tiles of a block and 128 consecutive columns, those with such an element."""
+    """The share of tiles, a block and 128 consecutive columns, with such an element."""
     sorted_tiles: float
     """The same with the columns ordered by their mean logit."""
     union: dict[int, float]
-    """Of V, the columns with such an element in the first 1024, 2048, 4096, … tokens."""
+    """The share of the V columns with such an element in the first 1024, 2048, 4096, … tokens."""
 
 
 def column_statistics(

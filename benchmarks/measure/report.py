@@ -38,7 +38,7 @@ class Row:
     output_mb: float | None
     extra_mb: float | None
     tflops: float
-    """Of the 1 (fwd) or 3 (fwdbwd) matrix products that the loss is made of, at the median."""
+    """The rate of the loss's 1 (fwd) or 3 (fwdbwd) matrix products, at the median time."""
     matmul_ms: float
     """Median of the bare product E·Cᵀ, timed in turn with it."""
     matmul_ratio: float

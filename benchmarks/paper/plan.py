@@ -20,7 +20,7 @@ from benchmarks.paper.worker import Worker
 NOT_DONE = 75
 """Exit status: time was up, and the same command goes on (EX_TEMPFAIL)."""
 LEAST_SECONDS = 20
-"""Of the time that is left, for a step to begin."""
+"""Seconds that have to be left for a step to begin."""
 RECORD = "steps.json"
 LOCK = "steps.lock"
 

@@ -54,9 +54,9 @@ class PaperFlags:
     epochs: Annotated[float, shown("X")] = 3.0
     """Times to see all training rows."""
     rows: Annotated[int, shown("ROWS")] = BATCH_ROWS
-    """Of a step's 32 rows, how many are in memory at a time."""
+    """Rows, of a step's 32, that are in memory at a time."""
     seeds: Annotated[tuple[int, ...], shown("SEED ...")] = (0, 1, 2)
-    """Of weights, data and dropout: a run of each."""
+    """Decide weights, data and dropout: a run of each."""
     tasks: Annotated[tuple[str, ...], shown("TASK ...")] = published.ASKED
     """What is evaluated besides the held-out records."""
     limit: Annotated[int | None, shown("N", "all")] = None

@@ -26,11 +26,11 @@ class Coefficients(NamedTuple):
     lse: Float[Array, " rows"]
     """∞ in rows without a loss."""
     a: Float[Array, " rows"]
-    """Of p."""
+    """The coefficient of p."""
     b: Float[Array, " rows"]
-    """Of the target."""
+    """The coefficient of the target."""
     s: Float[Array, " rows"]
-    """Of the smoothing, a column."""
+    """The coefficient of the smoothing, for each column."""
     kappa: Float[Array, " rows"]
     """κ: the part of the smoothing that is the same for every column and added as rank 1."""
     poison: Float[Array, ""]
@@ -47,7 +47,7 @@ def coefficients(
     lse: Float[Array, " rows"],
     mean_square_logit: Float[Array, " rows"] | None = None,
 ) -> Coefficients:
-    """Of the first `live` rows; what the others hold does not matter.
+    """Those of the first `live` rows; what the others hold does not matter.
 
     Smoothing under a softcap is not of rank 1. Without `mean_square_logit` all of it is left to the
     tiles, which must then be all there are. With it κ is about J's mean over the columns, which

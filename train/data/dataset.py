@@ -29,7 +29,7 @@ class Counts:
     """What became of the records, for the user to see."""
 
     name: str = "all"
-    """Of the file."""
+    """The file's name."""
     skipped: int = 0
     """Bad records, left out before all that follows."""
     records: int = 0
@@ -41,11 +41,11 @@ class Counts:
     dropped: int = 0
     """Left out because, cut to `max_length`, no response was left."""
     shortened: int = 0
-    """Of train and held_out together: those that lost tokens to `max_length`."""
+    """Records, of train and held_out together, that lost tokens to `max_length`."""
     train_tokens: int = 0
     """In the training rows, prompts included and padding not."""
     train_labels: int = 0
-    """Of these, tokens that the loss is taken on."""
+    """Those of these tokens that the loss is taken on."""
 
     def __add__(self, other: Counts) -> Counts:
         sums = {
@@ -95,7 +95,7 @@ class Data:
 
     @property
     def counts(self) -> Counts:
-        """Of all files together."""
+        """The counts of all files together."""
         return sum(self.files, Counts())
 
 

@@ -14,7 +14,7 @@ from train.text.tokenizer import Example, Tokenizer
 logger = logging.getLogger(__name__)
 
 MOST_CHARACTERS = 600
-"""Of a stretch of the example; longer ones are shown without their middle."""
+"""Shown of a stretch of the example; a longer one loses its middle."""
 
 
 def log(data: Data) -> None:

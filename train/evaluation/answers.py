@@ -28,7 +28,7 @@ class Answers:
     log_prob: Float[np.ndarray, "N K"]
     """Σ log p of the choice's tokens, nats; −inf where there is no such choice."""
     tokens: Int[np.ndarray, "N K"]
-    """Of each choice; 1 where there is none."""
+    """Tokens of each choice; 1 where there is none."""
     characters: Int[np.ndarray, "N K"]
     subjects: list[str]
 

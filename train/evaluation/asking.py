@@ -194,7 +194,7 @@ def with_temperature(
 
 
 def checksum(params: nnx.State) -> str:
-    """Of weights: equal for equal ones, computed where they are."""
+    """The checksum of weights: equal for equal ones, computed where they are."""
 
     @jax.jit
     def of(leaf: Array) -> Array:

@@ -36,7 +36,7 @@ COLUMNS: dict[str, tuple[str, str, Callable[..., float]]] = {
 INK = "#333333"
 COLORS = ("#4c78a8", "#e45756", "#2a9d8f", "#f2a03d", "#b279a2", "#8c6d31")
 LEAST_SPAN = 0.05
-"""Of the accuracies along an axis."""
+"""The least range of accuracies that an axis shows."""
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -51,7 +51,7 @@ class Result:
     """What its `eval.json` holds."""
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Of the questions and of the tokens, in this order, where there are any."""
+        """The scores of the questions and of the tokens, in this order, where there are any."""
         choices = self.evaluation["choices"]
         found = {
             "questions": choices[choices["reported"]],

@@ -26,7 +26,7 @@ from train.models.decoder import Decoder
 
 ROWS_AT_ONCE = 4
 TOKENS_AT_ONCE = 64
-"""Of which logits are in memory at a time."""
+"""Tokens whose logits are in memory at a time."""
 TEMPERATURES = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 SOFTCAPS = (5.0, 10.0, 15.0, 30.0)
 RESAMPLES = 500
@@ -119,7 +119,7 @@ class Diagnosis:
 
 
 class TokenFields(NamedTuple):
-    """Of K variants of each of n tokens."""
+    """What K variants make of each of n tokens."""
 
     nll: Float[Any, "K n"]
     confidence: Float[Any, "K n"]

@@ -47,7 +47,7 @@ class Tree(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """Of each of the K continuations of a tree."""
+    """How likely each of the K continuations of a tree is."""
 
     log_prob: Float[np.ndarray, " K"]
     """Σ log p of its tokens given the context and those before, nats."""
@@ -231,7 +231,7 @@ class _Programs:
 
     def __init__(self, graphdef: nnx.GraphDef[Decoder], params: nnx.State) -> None:
         self.graphdef, self.like = graphdef, params
-        """Of the weights their shapes and dtypes alone."""
+        """The weights' shapes and dtypes alone."""
         self.config = nnx.merge(graphdef, params).config
         self.compiled: dict[Any, concurrent.futures.Future[Any]] = {}
 

@@ -20,7 +20,7 @@ from train.evaluation.results import Measure
 from train.run.metrics import HELD_OUT
 
 COLUMNS = ("accuracy", "ece", "rms")
-"""Of each task, as in Table 1 of the paper."""
+"""The measures of each task, as in Table 1 of the paper."""
 BESIDE = ("confidence", "auroc", "aurc", "brier", "nll", "smooth_ece", "outside")
 """The other measures, in a table below."""
 SHORT = {
@@ -57,7 +57,7 @@ class Group:
         return self.entries[0]
 
     def measure(self, task: str, name: str) -> Measure | None:
-        """Of one entry with its interval; of several their mean, from the least to the greatest."""
+        """One entry's with its interval; the mean of several, from the least to the greatest."""
         found = [e.blocks[task].measures.get(name) for e in self.entries if task in e.blocks]
         known = [m for m in found if m is not None and m.value is not None]
         if len(known) < 2:

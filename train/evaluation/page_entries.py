@@ -25,7 +25,7 @@ from train.run.metrics import HELD_OUT
 
 SWEEP = "sweep.json"
 MOST_POINTS = 250
-"""Of a training curve; more cannot be told apart on a screen."""
+"""Points of a training curve; more cannot be told apart on a screen."""
 RESAMPLES = 1000
 PATHS = ("out", "data", "eval_data", "resume", "overwrite")
 """Flags that say where things are and not what was done."""
@@ -60,7 +60,7 @@ class Entry:
     blocks: dict[str, Block]
     """By their `task`."""
     curves: dict[str, list[tuple[int, float]]]
-    """Of training: (step, value) by name."""
+    """Training's curves: (step, value) by name."""
     versions: Mapping[str, str | None]
     device: str
     command: str | None = None

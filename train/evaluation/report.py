@@ -125,7 +125,7 @@ def as_json(evaluation: Evaluation, flags: Mapping[str, Any], *, step: int) -> d
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that a figure may depend on."""
+    """The versions of Python and of the packages that a figure may depend on."""
     packages = ("lsce", "jax", "flax", "optax", "numpy")
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 

@@ -85,7 +85,7 @@ class Scored:
     measures: dict[str, Measure]
     """By the names in `measures.NAMES`: accuracy, ece, auroc, …"""
     bins: list[Bin]
-    """Of the reliability diagram: 15 even ones."""
+    """The reliability diagram's: 15 even ones."""
     risk_coverage: Curve
     subjects: list[Subject] = dataclasses.field(default_factory=list)
     """Where the task has several, by name."""
@@ -113,7 +113,7 @@ class TaskResult:
     data: str
     """Where the questions came from: a file, a folder or a data set's name."""
     data_sha256: str
-    """Of the questions as read and worded, in order: equal for two models if they answered the
+    """The questions' as read and worded, in order: equal for two models if they answered the
     same."""
     questions: int
     """Those scored."""
@@ -152,9 +152,9 @@ class Result:
     weights: str
     """A checksum of its weights: of two equal ones the models are the same."""
     step: int | None = None
-    """Of a run: the optimizer step of its checkpoint."""
+    """The optimizer step of a run's checkpoint; None for other models."""
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the run that trained it; empty for other models."""
+    """The flags of the run that trained it; empty for other models."""
     label_smoothing: float | None = None
     """The run's β; null for other models."""
     command: str

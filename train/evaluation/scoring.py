@@ -76,7 +76,7 @@ class Scores:
     """Mean of Σ_k (p_k − [k is the truth])², in [0, 2]."""
     mean_confidence: float
     confidence: Float32[np.ndarray, " n"] = dataclasses.field(repr=False)
-    """Of each prediction: the probability of the likeliest class."""
+    """The probability of each prediction's likeliest class."""
     correct: Bool[np.ndarray, " n"] = dataclasses.field(repr=False)
     """Whether the likeliest class is the truth."""
 

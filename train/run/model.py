@@ -168,7 +168,7 @@ class Loaded:
     tokenizer: PretrainedTokenizer
     config_json: dict[str, Any]
     step: int | None = None
-    """Of a run: the optimizer step of the weights."""
+    """The optimizer step of a run's weights; None for other models."""
 
     @property
     def architecture(self) -> str:

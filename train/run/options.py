@@ -208,7 +208,7 @@ class RunOptions:
     epochs: Annotated[float | None, shown("X", "as --steps says")] = None
     """Times to see all training rows, at least, instead of --steps."""
     seed: int = 0
-    """Of weights, dropout, order of the data, and questions."""
+    """Decides weights, dropout, order of the data, and questions."""
     out: Annotated[Path | None, shown("FOLDER", "a new folder under runs/")] = None
     """The run's folder: new or empty, unless --resume or --overwrite is given."""
     resume: bool = False

@@ -17,9 +17,9 @@ from train.run.folder import SAMPLES
 from train.text.tokenizer import Tokenizer
 
 MOST_TOKENS = 64
-"""Of an answer."""
+"""Tokens of an answer, at most."""
 MOST_CHARACTERS = 300
-"""Of a prompt or an answer, where it is shown; the file has all of it."""
+"""Shown of a prompt or an answer; the file has all of it."""
 
 
 @dataclasses.dataclass(frozen=True)

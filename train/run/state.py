@@ -33,9 +33,9 @@ class TrainState:
     params: nnx.State
     """The model's weights."""
     opt_state: optax.OptState
-    """Of the weights that are trained, and of their dtypes."""
+    """The optimizer's, of the weights that are trained and in their dtypes."""
     key: PRNGKeyArray
-    """Of dropout and rounding. It never changes: a step's are of the key and the step's number."""
+    """Decides dropout and rounding. It never changes: a step's is of it and the step's number."""
     graphdef: nnx.GraphDef[Decoder] = dataclasses.field(metadata={"static": True})
     optimizer: optax.GradientTransformation = dataclasses.field(metadata={"static": True})
     """Its updates are multiplied by the learning rate and taken from the weights."""

@@ -60,7 +60,7 @@ def call_of(problem: Problem) -> Call:
 
 
 def streaming_multiprocessors() -> int:
-    """Of the default GPU; 132, an H100's, where there is none (lowering without a device)."""
+    """The default GPU's; 132, an H100's, where there is none (lowering without a device)."""
     device = jax.devices()[0]
     return getattr(device, "core_count", None) or 132
 

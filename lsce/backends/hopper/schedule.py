@@ -33,7 +33,7 @@ class Cut(NamedTuple):
     """How so many blocks are cut; scalars that may be known on the device only."""
 
     rounds: Any
-    """Of G blocks."""
+    """Rounds of G blocks each."""
     rest: Any
     """R: the blocks after these."""
     splits: Any

@@ -12,7 +12,7 @@ from train.models.config import ModelConfig
 
 Form = Literal["huggingface", "gguf"]
 Path = tuple[str, ...]
-"""Of a weight within `nnx.state(decoder)`."""
+"""Where a weight is within `nnx.state(decoder)`."""
 
 SHARED: Mapping[str, tuple[str, str]] = {
     "embedding.embedding": ("model.embed_tokens", "token_embd"),
