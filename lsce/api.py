@@ -20,6 +20,7 @@ from lsce.problem import (
     of_call,
     require_float32,
     require_integers,
+    require_permutation,
 )
 
 ARRAYS = "hidden", "head", "labels", "bias", "weights", "vocab_order"
@@ -118,7 +119,7 @@ def linear_cross_entropy(
     hidden, head = array("hidden", hidden), array("head", head)
     require_float32(weights)
     y: Any = labels if isinstance(labels, jax.Array) else np.asarray(labels)
-    bias, weights, vocab_order = (
+    bias, weights, order = (
         None if x is None else array(name, x)
         for name, x in (("bias", bias), ("weights", weights), ("vocab_order", vocab_order))
     )
@@ -128,7 +129,7 @@ def linear_cross_entropy(
         y,
         weights=weights,
         bias=bias,
-        vocab_order=vocab_order,
+        vocab_order=order,
         ignore_index=ignore_index,
         reduction=reduction,
         head_layout=head_layout,
@@ -140,7 +141,8 @@ def linear_cross_entropy(
         return_stats=return_stats,
         device=_device(hidden),
     )
-    mesh = sharding.mesh_of((hidden, head, y, bias, weights, vocab_order))
+    require_permutation(vocab_order)
+    mesh = sharding.mesh_of((hidden, head, y, bias, weights, order))
     backend = backends.choose(sharding.of_one_device(problem, mesh), implementation)
 
     labels = _saturate(y)
@@ -160,7 +162,7 @@ def linear_cross_entropy(
     if reduction == "mean":
         w = _normalised(w if weights is None else _scaled(w))
 
-    arrays = backends.Arrays(hidden, head, y, bias, vocab_order)
+    arrays = backends.Arrays(hidden, head, y, bias, order)
     summed = reduction != "none"
     total, stats = sharding.weighted(backend, problem, arrays, w, summed=summed)
     if not summed:
@@ -212,6 +214,7 @@ def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Exp
     call = inspect.signature(linear_cross_entropy).bind(hidden, head, labels, **options)
     call.apply_defaults()
     given = call.arguments
+    order = given["vocab_order"]
     require_float32(given["weights"])
     for name in ARRAYS:
         left_out = given[name] is None and name in ("bias", "weights", "vocab_order")
@@ -220,6 +223,7 @@ def explain(hidden: Any, head: Any, labels: Any, **options: Any) -> backends.Exp
     options = dict(call.kwargs)
     implementation = options.pop("implementation")
     problem = of_call(*call.args, **options, device=_device(given["hidden"]))
+    require_permutation(order)
     mesh = sharding.mesh_of([given[name] for name in ARRAYS if given[name] is not None])
     share = sharding.of_one_device(problem, mesh)
     explanation = backends.explain(share, implementation)

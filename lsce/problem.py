@@ -185,6 +185,18 @@ def require_float32(weights: Any) -> None:
         )
 
 
+def require_permutation(vocab_order: Any) -> None:
+    """ValueError for an order on the host that leaves out a class, whose gradient would be lost."""
+    if vocab_order is None or isinstance(vocab_order, jax.Array | jax.ShapeDtypeStruct):
+        return
+    missing = np.setdiff1d(np.arange(len(vocab_order)), vocab_order)
+    if missing.size:
+        raise ValueError(
+            f"vocab_order leaves out {missing.size} of {len(vocab_order)} classes, the first of "
+            f"them {missing[0]}; must be a permutation of all (lsce.vocabulary_order makes one)"
+        )
+
+
 def require_integers(labels: Any) -> None:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels have dtype {labels.dtype}; must be integers, one class a token")

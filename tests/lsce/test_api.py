@@ -72,6 +72,11 @@ REFUSED = {
     "weight beyond float32": ({"weights": np.full(N, 1e39)}, ValueError, r"weights hold 1e\+39"),
     "order of another V": ({"vocab_order": zeros(3, dtype=np.int32)}, ValueError, r"\(3,\)"),
     "float order": ({"vocab_order": zeros(V)}, TypeError, "vocab_order has dtype float32"),
+    "order without a class": (
+        {"vocab_order": np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9])},
+        ValueError,
+        "vocab_order leaves out 1 of 11 classes, the first of them 10",
+    ),
     "smoothing above 1": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing=1.1.*\[0, 1\]"),
     "smoothing below 0": ({"label_smoothing": -0.1}, ValueError, "label_smoothing=-0.1"),
     "smoothing NaN": ({"label_smoothing": float("nan")}, ValueError, "label_smoothing=nan"),
