@@ -26,7 +26,7 @@ import optax
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("attending", "contract", "hopper_on_cpu", "on_devices")
+pytest.register_assert_rewrite("attending", "contract", "hopper_on_cpu", "on_devices", "tail_check")
 
 # A busy machine is no failure: examples are counted, not timed.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -279,6 +279,32 @@ def assert_fused(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("gradient_filter", [None, EPSILON, "fused"])
+def test_the_derivative_of_a_scan(subject, gradient_filter):
+    """Which gives its kernels slices and keeps what they write: four parts, against the truth."""
+    n, d, v = subject.even
+    if (subject.implementation, gradient_filter) == ("hopper", "fused"):
+        assert_fused((n // 4, d, v))
+    this = case(subject.even, "bfloat16", spread=5.0, label_smoothing=0.1, reduction="sum")
+    options = {**this.options, "gradient_filter": gradient_filter}
+
+    def total(arrays, labels):
+        def add(so_far, part):
+            hidden, labels = part
+            loss = lsce.linear_cross_entropy(
+                hidden, arrays["head"], labels, implementation=subject.implementation, **options
+            )
+            return so_far + loss, None
+
+        parts = arrays["hidden"].reshape(4, n // 4, d), labels.reshape(4, n // 4)
+        return jax.lax.scan(add, jnp.float32(0.0), parts)[0]
+
+    arrays = jax.tree.map(jnp.asarray, this.inputs.differentiable())
+    value, grads = jax.jit(jax.value_and_grad(total))(arrays, jnp.asarray(this.inputs.labels))
+    got = Result(np.asarray(value), jax.tree.map(np.asarray, grads), None)
+    assert_no_worse(got, this, slack=3.0)
+
+
+@pytest.mark.parametrize("gradient_filter", [None, EPSILON, "fused"])
 def test_on_a_mesh(subject, gradient_filter):
     """Half of the tokens on each of two devices, against the truth."""
     if jax.device_count() < 2:
