@@ -124,6 +124,8 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
     from train.evaluation import results
 
     # What needs no model first: a user's mistake costs no minute.
+    if options.out is not None:
+        _require_own(options.out / results.RESULT)
     loading: dict[str, Any] = {"shots": options.shots, "shots_from": options.shots_from}
     asked_for = [
         tasks.load(name, options.task_data, split=options.split, **loading) for name in options.task
@@ -293,6 +295,17 @@ def batch_tokens() -> int:
     import jax
 
     return 2048 if jax.default_backend() == "cpu" else 16384
+
+
+def _require_own(path: Path) -> None:
+    """ValueError for a file that would be replaced and is no result of ours."""
+    from train.evaluation import results
+
+    try:
+        if path.exists():
+            results.read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: name another --out") from None
 
 
 def _with_earlier(out: Path, result: Any) -> Any:

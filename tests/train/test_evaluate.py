@@ -236,6 +236,20 @@ def test_two_models_are_compared_on_the_same_questions(
     assert "with other questions or words (questions 12, here 3)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=str)
+def test_a_file_of_the_user_s_is_not_replaced(model, tmp_path, capsys, flags):
+    path, theirs = tmp_path / "own.jsonl", tmp_path / "out" / results.RESULT
+    path.write_text('{"question": "?", "choices": ["a", "b"], "answer": 0}\n')
+    theirs.parent.mkdir()
+    theirs.write_text('{"accuracy": 1}')
+    assert call(model, theirs.parent, "--task", path, *flags) == 2
+    assert f"{theirs} is no result of train.evaluate: it has no 'format': name another --out" in (
+        capsys.readouterr().err
+    )
+    assert theirs.read_text() == '{"accuracy": 1}'
+    assert list(theirs.parent.iterdir()) == [theirs]
+
+
 @pytest.mark.slow
 def test_tasks_whose_answers_are_text_and_responses(model, tmp_path, capsys):
     rows = [

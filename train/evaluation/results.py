@@ -193,7 +193,8 @@ def read(path: Path) -> Result:
             raise ValueError(f"of version {found['version']}, and this program reads {VERSION}")
         return _result(found)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of train.evaluate: {error}") from None
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no result of train.evaluate: {why}") from None
 
 
 def _result(found: Mapping[str, Any]) -> Result:
