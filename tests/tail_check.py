@@ -34,6 +34,7 @@ def assert_terms(
     terms = Terms(
         jnp.full(1, 3e-4),
         jnp.full(1, LOG2_EPSILON),
+        jnp.full(1, v, jnp.int32),
         column,
         row,
         one * 3,
@@ -55,7 +56,7 @@ def assert_terms(
                 ((2 * slots * 128,), jnp.float32),
             )
         ]
-        options = {"tiles": tiles, "softcap": cap, "smooth": cap is not None, "v": v, "ctas": 2}
+        options = {"tiles": tiles, "softcap": cap, "smooth": cap is not None, "ctas": 2}
         first = jnp.zeros(1, jnp.int32)
         tail_terms(e8, c8, terms, marked, work, first, *refs, interpret=interpret, **options)
         return [ref[...].astype(jnp.float32) for ref in refs]

@@ -51,6 +51,8 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
     splits = min(max(ctas // (cdiv(n, BLOCK) * cdiv(d, wide) or 1), 1), 4)
     of_tail = max(2, min(Tiles().tail.slots_per_block, most, tail_within_a_quarter(n, d, v)))
+    # A column alone takes 2 bytes a token and 6 a hidden entry, where of_tail's take 4 and 8.
+    alone = max(2, min(of_tail * (4 * n + 8 * d) // (2 * n + 6 * d), column_tiles))
     width, slots = within_a_quarter(n, d, v, width, BackwardTiles().slots_per_block)
     return Tiles(
         sparse=BackwardTiles(
@@ -65,6 +67,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas, dividing=True),
         tail=filling(Tiles().tail, n, d, column_tiles, range(2, of_tail + 1), ctas),
+        tail_alone=filling(Tiles().tail_alone, n, d, column_tiles, range(2, alone + 1), ctas),
     )
 
 

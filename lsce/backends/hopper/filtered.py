@@ -1,13 +1,11 @@
 """Filtered gradients: the tiles that hold a marked column, the head's rows gathered for each chunk.
 
 What the filter drops pulls on dE through one row that stands for the dropped ones; in dC it is
-dropped (`lsce.sparse.filter` says what that costs). Or nothing is dropped and `tail` computes it in
-8 bits; then all columns go through the chunks, in the same order.
+dropped (`lsce.sparse.filter` says what that costs). `tail` computes it in 8 bits instead.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -19,11 +17,10 @@ from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.chunks import Loop, Products, finite_bias
 from lsce.backends.hopper.forward import Saved
 from lsce.backends.hopper.kernels import marks, rows
-from lsce.backends.hopper.tail import Tail
-from lsce.problem import cdiv
 from lsce.sparse import columns, plan
 from lsce.sparse import filter as filtering
 from lsce.sparse.coefficients import Coefficients
+from lsce.sparse.columns import Columns
 from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
 
@@ -33,21 +30,10 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     v, tiles = call.problem.v, call.tiles.sparse
     head_rows, d = saved.head.shape
     blocks = saved.hidden.shape[0] // BLOCK
-    words = saved.sums.marks
-    assert words is not None  # made by the forward of a filtered call
-    bits = marks.column_bits(words, call.tiles.forward.tile_n, saved.live, v)
-    whole = jnp.zeros(blocks, jnp.bool_) if call.tail else _flat_blocks(saved)
-    bits = columns.with_labels(bits, saved.labels, whole)
-    found, active = columns.order_columns(bits, saved.vocab_order, blocks, tiles.tile_c)
-    if call.tail:
-        width = call.tiles.tail.slots_per_block * call.tiles.tail.tile_c
-        per_chunk = width // tiles.tile_c
-        slots = per_chunk * blocks
-        work = plan.even_work(active, tiles=per_chunk, group=tiles.group)
-    else:
-        width, per_chunk = tiles.width, tiles.width // tiles.tile_c
-        slots = tiles.slots_for(blocks, active.shape[0])
-        work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.group)
+    found, active = columns_by_need(call, saved, _flat_blocks(saved))
+    width, per_chunk = tiles.width, tiles.width // tiles.tile_c
+    slots = tiles.slots_for(blocks, active.shape[0])
+    work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.group)
     target = jnp.where(saved.labels >= 0, found.position[saved.labels], -1)
     # What the last tile lacks is out of bounds, and dropped.
     order = jnp.pad(found.order, (0, -v % tiles.tile_c), constant_values=head_rows)
@@ -55,58 +41,52 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     first_tile, poison = lax.optimization_barrier((work.first_tile, c.poison))
     work, c = work._replace(first_tile=first_tile), c._replace(poison=poison)
     loop = Loop(call, saved, c, wanted, tiles, slots, work, target, gathered=True)
-    tail = Tail(call, saved, c, wanted, active, loop.padded_d) if call.tail else None
     bias = finite_bias(saved)
     shared: dict[str, Any] = {"ctas": call.ctas, "interpret": call.interpret}
     part_ref = jax.new_ref(lax.empty((width, d), saved.head.dtype))
     dhead_ref = None
     if wanted.head:
         dhead_ref = jax.new_ref(lax.empty(saved.head.shape, saved.head.dtype))
-        if tail is None:  # else no row is left out
-            rows.fill(loop.constant[:d].astype(saved.head.dtype), dhead_ref, **shared)
+        rows.fill(loop.constant[:d].astype(saved.head.dtype), dhead_ref, **shared)
 
     def body(number, carry):
-        dbias, kept, left = carry
+        dbias, kept = carry
         chunk = rows.Chunk(order, work.first_tile, number, tiles.tile_c)
         rows.gather(saved.head, chunk, part_ref, **shared)
         ids, mine = chunk.ids(width)
         part_bias = None if bias is None else bias.at[ids].get(mode="clip")
-        rest = None
-        if tail is not None:
-            rest = functools.partial(
-                tail.products, number, part_ref[...], ids, mine, dh_ref=loop.dh_ref, dc_ref=part_ref
-            )
         # The gathered rows of the head have done their work when dC takes their place.
-        loop.products(number, part_ref, part_bias, part_ref, rest)
+        loop.products(number, part_ref, part_bias, part_ref)
         if wanted.head:
             rows.scatter(part_ref, chunk, dhead_ref, **shared)
         if wanted.bias:
             ids = jnp.where(mine, ids, head_rows)
-            sums = loop.column_sums(number, per_chunk)
-            sums = sums if tail is None else sums + tail.column_sums()
-            dbias = dbias.at[ids].set(sums, mode="drop")
+            dbias = dbias.at[ids].set(loop.column_sums(number, per_chunk), mode="drop")
         if wanted.hidden:
             kept = kept + loop.mass(number, per_chunk)
-            if left is not None and tail is not None:
-                left = left + tail.mass(number)
-        return dbias, kept, left
+        return dbias, kept
 
     column_tiles = active.shape[0]
     carry = jnp.zeros(v if wanted.bias else 0, jnp.float32), jnp.zeros_like(c.a)
-    left = jnp.zeros_like(c.a) if tail is not None and call.problem.softcap is not None else None
-    carry = *carry, left
-    if tail is not None:
-        carry = lax.fori_loop(0, cdiv(column_tiles, per_chunk), body, carry)
-    else:
-        static = tiles.static_chunks(column_tiles, blocks, slots)
-        carry = lax.fori_loop(0, static, body, carry)
-        if static < tiles.most_chunks(column_tiles, blocks, slots):
-            carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
-    dbias, kept, left = carry
-    if tail is not None and left is None:  # without a cap, what the tiles of 16 bits lack
-        left = c.a * jnp.clip(1.0 - kept, 0.0, 1.0)
-    dhead = () if dhead_ref is None else dhead_ref[...]
-    return Products(loop.dhidden(), dhead, dbias, kept, left)
+    static = tiles.static_chunks(column_tiles, blocks, slots)
+    carry = lax.fori_loop(0, static, body, carry)
+    if static < tiles.most_chunks(column_tiles, blocks, slots):
+        carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
+    dbias, kept = carry
+    return Products(loop.dhidden(), () if dhead_ref is None else dhead_ref[...], dbias, kept)
+
+
+def columns_by_need(
+    call: Call, saved: Saved, keep_all: Bool[Array, " blocks"]
+) -> tuple[Columns, Bool[Array, "T B"]]:
+    """The columns in the order of a backward pass, and the (tile, block) pairs that hold a marked
+    one; some blocks keep all."""
+    words, tiles = saved.sums.marks, call.tiles
+    assert words is not None  # made by the forward of a filtered call
+    bits = marks.column_bits(words, tiles.forward.tile_n, saved.live, call.problem.v)
+    bits = columns.with_labels(bits, saved.labels, keep_all)
+    blocks = saved.hidden.shape[0] // BLOCK
+    return columns.order_columns(bits, saved.vocab_order, blocks, tiles.sparse.tile_c)
 
 
 def _flat_blocks(saved: Saved) -> Bool[Array, " blocks"]:

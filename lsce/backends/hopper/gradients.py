@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lsce.backends import Arrays
-from lsce.backends.hopper import exact, filtered
+from lsce.backends.hopper import exact, filtered, tail
 from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.chunks import Products
 from lsce.backends.hopper.forward import Saved
@@ -51,9 +51,14 @@ def gradients(
 
 
 def _products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
-    """The sums over P: all of it, what the filter leaves, or that for dE and all for the rest."""
+    """The sums over P: all of it, what the filter leaves, or that for dE and all for the rest.
+
+    All of it in 16 bits, or in 8 where the filter leaves it out.
+    """
     if call.epsilon is None:
         return exact.products(call, saved, c, wanted)
+    if call.tail:
+        return tail.products(call, saved, c, wanted)
     if call.filters_head or not (wanted.head or wanted.bias):
         return filtered.products(call, saved, c, wanted)
     some = filtered.products(call, saved, c, wanted._replace(head=False, bias=False))

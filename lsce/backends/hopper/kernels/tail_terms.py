@@ -58,8 +58,12 @@ class Terms(NamedTuple):
     unit: Float[Array, " 1"]
     most: Float[Array, " 1"]
     """log2 ε: no p of the tail is more."""
+    classes: Int[Array, " 1"]
+    """How many columns from the first tile of all chunks on are of a class."""
     column: Float[Array, " columns"]
-    """Of the chunk's columns, finite; −1e30 where there is no class."""
+    """Of the columns of all chunks, finite; −1e30 where there is no class, which under a softcap
+    says nothing: then `classes` counts. Not of a chunk: XLA would slice them in one thunk with the
+    kernel, and that thunk does not know that the kernel writes into what it is given."""
     row: Float[Array, " rows"]
     lse: Float[Array, " rows"]
     """In log2 units; under a softcap only."""
@@ -89,7 +93,6 @@ def tail_terms(
     tiles: BackwardTiles,
     softcap: float | None,
     smooth: bool,
-    v: int,
     ctas: int,
     interpret: Any,
 ) -> None:
@@ -110,6 +113,7 @@ def tail_terms(
         c_gmem,
         unit_gmem,
         most_gmem,
+        classes_gmem,
         column_gmem,
         row_gmem,
         lse_gmem,
@@ -175,8 +179,7 @@ def tail_terms(
                 for start in range(0, half_c, AT_A_TIME):
                     x = acc[:, start : start + AT_A_TIME] * unit
                     wide = lambda row, x=x: lax.broadcast_in_dim(row, x.shape, [0])
-                    first = (t - first_tile) * tile_c + left + start
-                    some = column_gmem.at[pl.ds(first, AT_A_TIME)]
+                    some = column_gmem.at[pl.ds(t * tile_c + left + start, AT_A_TIME)]
                     some = plgpu.load(some, layout=COLUMN, optimized=False)
                     x = x + lax.broadcast_in_dim(some, x.shape, [1]) + wide(row)
                     if softcap is None:
@@ -189,12 +192,12 @@ def tail_terms(
                         if smooth:
                             change = slope - wide(of_row(kappa_gmem))
                             out = out - wide(of_row(s_gmem) * ours) * change
-                        if v % tile_c:  # the cap makes a logit of −1e30 one of a class
-                            column = plgpu.broadcasted_iota(
-                                jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA
-                            )
-                            inside = column < v - t * tile_c - left - start
-                            out = jnp.where(inside, out, 0.0)
+                        # The cap makes a logit of −1e30 one of a class.
+                        column = plgpu.broadcasted_iota(
+                            jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA
+                        )
+                        inside = column < classes_gmem[0] - t * tile_c - left - start
+                        out = jnp.where(inside, out, 0.0)
                     mass = out.sum(axis=1) if mass is None else mass + out.sum(axis=1)
                     columns = pl.ds(left + start, AT_A_TIME)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
