@@ -59,7 +59,7 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     first_tile, poison = lax.optimization_barrier((work.first_tile, c.poison))
     work, c = work._replace(first_tile=first_tile), c._replace(poison=poison)
     loop = Loop(
-        call, saved, c, wanted, tiles.sparse, per_chunk * blocks, work, target, gathered=True
+        call, saved, c, wanted, tiles.sparse, narrow * blocks, work, target, gathered=True
     )
     shared = Tail(call, saved, c, wanted, loop.padded_d, order, active)
     bias = finite_bias(saved)
