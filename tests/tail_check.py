@@ -80,5 +80,7 @@ def assert_terms(
     assert 0.5 < np.count_nonzero(t8) / t8.size < 1
     by_token = by_token.reshape(per_chunk, blocks, 256, 128).transpose(0, 2, 1, 3).reshape(-1, n)
     np.testing.assert_array_equal(by_token, np.asarray(interleaved(jnp.asarray(t8))).T)
+    if cap is None:  # then Σ T is what the tiles of 16 bits lack
+        return
     mass = mass.reshape(per_chunk, blocks, 2, 128).sum((0, 2)).reshape(-1)
     np.testing.assert_allclose(mass, expected.sum(1), rtol=1e-2 if most > 1e-3 else 1e-4)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from lsce.backends.hopper import filtered
@@ -58,9 +59,7 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     # The plan before dC is begun: what it is made from then lies where dC will, not beside it.
     first_tile, poison = lax.optimization_barrier((work.first_tile, c.poison))
     work, c = work._replace(first_tile=first_tile), c._replace(poison=poison)
-    loop = Loop(
-        call, saved, c, wanted, tiles.sparse, narrow * blocks, work, target, gathered=True
-    )
+    loop = Loop(call, saved, c, wanted, tiles.sparse, narrow * blocks, work, target, gathered=True)
     shared = Tail(call, saved, c, wanted, loop.padded_d, order, active)
     bias = finite_bias(saved)
     moved: dict[str, Any] = {"ctas": call.ctas, "interpret": call.interpret}
@@ -76,11 +75,15 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
         def body(number, carry):
             dbias, kept, left = carry
             chunk = rows.Chunk(stretch.order, stretch.work.first_tile, number, tile_c)
-            rows.gather(saved.head, chunk, part_ref, **moved)
             ids, mine = chunk.ids(width)
+            if both:
+                rows.gather(saved.head, chunk, part_ref, **moved)
+                part = part_ref[...]
+            else:  # 16-bit rows are nobody's operand
+                part = saved.head.at[ids].get(mode="clip")
             # The gathered rows of the head have done their work when dC takes their place.
             rest = functools.partial(
-                stretch.products, number, part_ref[...], dh_ref=loop.dh_ref, dc_ref=part_ref
+                stretch.products, number, part, dh_ref=loop.dh_ref, dc_ref=part_ref
             )
             if both:
                 part_bias = None if bias is None else bias.at[ids].get(mode="clip")
@@ -220,7 +223,10 @@ class Stretch:
             "ctas": call.ctas,
             "interpret": call.interpret,
         }
-        c8 = tail.quantised(head, s.head_mean, s.head)
+        # Else XLA makes the other order first, and this one from that.
+        c8 = lax.optimization_barrier(
+            with_layout_constraint(tail.quantised(head, s.head_mean, s.head), Layout((0, 1)))
+        )
         tail_terms(
             shared.e8,
             padded(c8),

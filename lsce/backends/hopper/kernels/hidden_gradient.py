@@ -6,13 +6,27 @@ from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 
-from lsce.backends.hopper.kernels.pipeline import COLUMN, ROW, Stream, i32, launch, run, share
+from lsce.backends.hopper.kernels.pipeline import (
+    COLUMN,
+    ROW,
+    Stream,
+    i32,
+    launch,
+    run,
+    share,
+    smem_tile,
+    store,
+)
 from lsce.backends.hopper.kernels.probabilities import HALF, p_address
-from lsce.backends.hopper.tiles import BackwardTiles
+from lsce.backends.hopper.tiles import CONSUMERS, BackwardTiles
 from lsce.sparse.plan import Work
 from lsce.sparse.tokens import BLOCK
+
+AT_A_TIME = 64
+"""Hidden entries of a consumer's tile that are on their way out at a time: 16 KB."""
 
 
 def accumulate_hidden(
@@ -91,7 +105,7 @@ def accumulate_hidden(
             )
 
         stream = Stream(
-            steps=tiles.fitting(BLOCK + tiles.hidden_d),
+            steps=tiles.fitting(BLOCK + tiles.hidden_d, (HALF, 256)),
             a=(BLOCK, stage),
             b=b_shape,
             accumulator=(HALF, tiles.hidden_d),
@@ -103,7 +117,7 @@ def accumulate_hidden(
             ),
         )
 
-        def consume(consumer):
+        def consume(consumer, sums_smem):
             wg = consumer.number
 
             def visit(tile, ring):
@@ -113,23 +127,38 @@ def accumulate_hidden(
                 @pl.when(count > 0)
                 def _():
                     rows = pl.ds(block * BLOCK + wg * HALF, HALF)
-                    entries = pl.ds(dt * tiles.hidden_d, tiles.hidden_d)
-                    at = dh_gmem.at[split, rows, entries]
-                    old = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
-                    new = acc
+                    of_rows = None
                     if factors is not None:
-                        of_row, of_entry = factors_gmem
-                        of_row = plgpu.load(of_row.at[rows], layout=ROW, optimized=False)
-                        of_entry = plgpu.load(of_entry.at[entries], layout=COLUMN, optimized=False)
-                        new = acc * lax.broadcast_in_dim(of_row, acc.shape, [0])
-                        new = new * lax.broadcast_in_dim(of_entry, acc.shape, [1])
-                    at[...] = old + new
+                        of_rows = plgpu.load(factors_gmem[0].at[rows], layout=ROW, optimized=False)
+                    # Nobody else adds to this tile meanwhile: the same inputs give the same bits.
+                    for start in range(0, tiles.hidden_d, AT_A_TIME):
+                        new = acc[:, start : start + AT_A_TIME]
+                        entries = pl.ds(dt * tiles.hidden_d + start, AT_A_TIME)
+                        if factors is not None:
+                            some = factors_gmem[1].at[entries]
+                            some = plgpu.load(some, layout=COLUMN, optimized=False)
+                            new = new * lax.broadcast_in_dim(of_rows, new.shape, [0])
+                            new = new * lax.broadcast_in_dim(some, new.shape, [1])
+                        at = dh_gmem.at[split, rows, entries]
+                        if interpret is None:
+                            store(new, sums_smem.at[wg], at, add=True)
+                        else:  # the interpreter has no such copies
+                            old = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
+                            at[...] = old + new
 
                 return ring
 
             every_tile(visit, i32(0))
+            plgpu.wait_smem_to_gmem(0)
 
-        run(stream, head.dtype, tiles=every_tile, consume=consume, cluster=cluster > 1)
+        run(
+            stream,
+            head.dtype,
+            tiles=every_tile,
+            consume=consume,
+            cluster=cluster > 1,
+            scratch={"sums_smem": smem_tile((CONSUMERS, HALF, AT_A_TIME), jnp.float32)},
+        )
 
     launch(
         body,

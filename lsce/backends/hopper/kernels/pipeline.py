@@ -192,8 +192,9 @@ def store_stage(rows: int, columns: int, dtype):
     return smem_tile((CONSUMERS, rows, staged_columns(rows, columns)), dtype)
 
 
-def store(value, stage, destination) -> None:
-    """Writes some columns of a consumer's tile to global memory through its shared memory.
+def store(value, stage, destination, *, add: bool = False) -> None:
+    """Writes some columns of a consumer's tile to global memory through its shared memory, or adds
+    them to what is there.
 
     Goes through TMA, which also cuts off what lies outside the array. The caller waits for the last
     copies (`wait_smem_to_gmem`) before the kernel ends.
@@ -201,7 +202,7 @@ def store(value, stage, destination) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     stage[...] = value
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(stage, destination)
+    plgpu.copy_smem_to_gmem(stage, destination, reduction_op="add" if add else None)
 
 
 def store_tile(value, stage, destination) -> None:

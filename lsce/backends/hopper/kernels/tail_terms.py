@@ -98,9 +98,9 @@ def tail_terms(
 ) -> None:
     """Writes T₈ of a chunk's tiles, c8 [columns, D] being the chunk's rows of the head.
 
-    t_ref is [slots · BLOCK, tile_c], transposed_ref [slots · tile_c, BLOCK], and mass_ref
-    [2 · slots · BLOCK] receives each row's Σ T·r in both halves of a tile. `marked` says which
-    halves of column tiles, by block, are none of the tail's.
+    t_ref is [slots · BLOCK, tile_c], transposed_ref [slots · tile_c, BLOCK], and under a softcap
+    mass_ref [2 · slots · BLOCK] receives each row's Σ T·r in both halves of a tile. `marked` says
+    which halves of column tiles, by block, are none of the tail's.
     """
     blocks = e8.shape[0] // BLOCK
     tile_c, half_c = tiles.tile_c, tiles.tile_c // CONSUMERS
@@ -198,17 +198,19 @@ def tail_terms(
                         )
                         inside = column < classes_gmem[0] - t * tile_c - left - start
                         out = jnp.where(inside, out, 0.0)
-                    mass = out.sum(axis=1) if mass is None else mass + out.sum(axis=1)
+                    if softcap is not None:
+                        mass = out.sum(axis=1) if mass is None else mass + out.sum(axis=1)
                     columns = pl.ds(left + start, AT_A_TIME)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    t_smem[wg] = e4m3(out)
+                    t_smem[wg] = out.astype(E4M3)  # r has made them no more than the largest
                     store_transposed(out, transposed_smem.at[wg], interpret=interpret is not None)
                     plgpu.commit_smem()
                     tokens = pl.ds(slot * BLOCK, BLOCK)
                     plgpu.copy_smem_to_gmem(t_smem.at[wg], t_gmem.at[tokens, columns])
                     columns = pl.ds(slot * tile_c + left + start, AT_A_TIME)
                     plgpu.copy_smem_to_gmem(transposed_smem.at[wg], transposed_gmem.at[columns])
-                mass_gmem[pl.ds((slot * CONSUMERS + wg) * BLOCK, BLOCK)] = mass
+                if softcap is not None:
+                    mass_gmem[pl.ds((slot * CONSUMERS + wg) * BLOCK, BLOCK)] = mass
                 return ring
 
             every_tile(visit, i32(0))
