@@ -62,8 +62,7 @@ class Terms(NamedTuple):
     """How many columns from the first tile of all chunks on are of a class."""
     column: Float[Array, " columns"]
     """Of the columns of all chunks, finite; −1e30 where there is no class, which under a softcap
-    says nothing: then `classes` counts. Not of a chunk: XLA would slice them in one thunk with the
-    kernel, and that thunk does not know that the kernel writes into what it is given."""
+    says nothing: then `classes` counts. Not sliced for each chunk: a kernel less."""
     row: Float[Array, " rows"]
     lse: Float[Array, " rows"]
     """In log2 units; under a softcap only."""
