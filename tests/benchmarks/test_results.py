@@ -119,7 +119,7 @@ def test_other_figures_of_the_readme_are_measured():
     }
     fp8 = {
         kind: next(
-            row.matmul_ratio
+            row.matmul_ratio or 0.0
             for row in report.read(RESULTS / f"h200-fp8-{kind}.json").rows
             if row.run.settings.gradient_filter == "fp8"
         )
