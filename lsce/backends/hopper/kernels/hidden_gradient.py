@@ -134,7 +134,7 @@ def accumulate_hidden(
                     for start in range(0, tiles.hidden_d, AT_A_TIME):
                         new = acc[:, start : start + AT_A_TIME]
                         entries = pl.ds(dt * tiles.hidden_d + start, AT_A_TIME)
-                        if factors is not None:
+                        if of_rows is not None:
                             some = factors_gmem[1].at[entries]
                             some = plgpu.load(some, layout=COLUMN, optimized=False)
                             new = new * lax.broadcast_in_dim(of_rows, new.shape, [0])
