@@ -149,3 +149,36 @@ def test_other_figures_of_the_readme_are_measured():
         f"16,384 tokens take {two:.1f} ms where one takes {one:.1f}",
     ):
         assert said in text
+
+
+def test_the_readmes_steps_are_measured():
+    (text,) = (
+        part for part in README.split("\n\n") if part.startswith("| model | rows | tokens/s")
+    )
+    found: dict[tuple[str, int, str], set[str]] = {}
+    for path in RESULTS.glob("h200-train-step-*.json"):
+        for step in map(from_json, json.loads(path.read_text())):
+            if step.variant.bits == "repeatable" and step.measured and step.tokens_per_s:
+                mfu = f"{step.mfu:.1%}"
+                cells = {f"{step.tokens_per_s:,.0f}", mfu, f"{step.measured.peak_gb:.1f}"}
+                key = step.model, step.variant.rows, step.variant.framework
+                found[key] = found.get(key, set()) | cells
+    names = {
+        "SmolLM2 135M": "smollm2-135m",
+        "Gemma 3 270M, random weights": "gemma3-270m",
+        "Llama 3.2 1B": "llama3.2-1b",
+        "Gemma 2 2B": "gemma2-2b",
+    }
+    lines = text.splitlines()[2:]
+    assert len(lines) == 5
+    for line in lines:
+        name, rows, speed, peer, mfu, memory = (cell.strip() for cell in line.split("|")[1:-1])
+        if name not in names:  # the whole run's
+            whole = json.loads((RESULTS / "h200-whole-run.json").read_text())
+            ms = whole["training"]["step_ms"]
+            assert (rows, speed) == ("16", f"{16 * 1024 / ms * 1e3:,.0f}")
+            assert f"killed at step {whole['killed']['at_step']} and resumed" in README
+            continue
+        assert {speed, mfu, memory} <= found[names[name], int(rows), "jax"], name
+        peers = {cell for key, some in found.items() if key[0] == names[name] for cell in some}
+        assert not peer or peer in peers, name
