@@ -1,14 +1,15 @@
-"""The memory of a training step on several H100s: python -m benchmarks.step_memory.
+"""The memory of a training step on H100s: python -m benchmarks.step_memory.
 
 XLA compiles the trainer's own step, bits repeatable, for H100s that it is told of: it takes jax's
 CUDA plugin (`pip install ".[cuda13]"`) and no GPU. Nothing runs and nothing is tuned; cuBLAS
-makes the products and XLA's own attention attends, as it does for Gemma 2 anyway. Bytes are those
+makes the products, and on several devices XLA's own attention attends. Bytes are those
 that the compiled program asks of each device, beside what the CUDA context and NCCL take.
 """
 
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
@@ -29,9 +30,11 @@ class StepMemoryFlags(flags.Flags):
     model: Annotated[str, shown(f"{{{','.join(SHAPES)}}}")] = "gemma2-2b"
     """The shape; all of it is trained, weights and moments float32."""
     mesh: Annotated[tuple[str, ...], shown("data=D,fsdp=F ...")] = ("data=2", "fsdp=2")
-    """As the trainer's, of two devices or more."""
-    rows: Annotated[int, shown("ROWS")] = 8
+    """As the trainer's."""
+    rows: Annotated[tuple[int, ...], shown("ROWS ...")] = (8,)
     """Rows of each device."""
+    loss: Literal["auto", "naive"] = "auto"
+    """naive is optax's, on all logits."""
     length: Annotated[int, shown("TOKENS")] = 1024
     """Tokens in a row."""
     remat: Literal["none", "block", "full"] = "block"
@@ -39,12 +42,13 @@ class StepMemoryFlags(flags.Flags):
 
     def check(self) -> None:
         super().check()
-        flags.check_at_least(1, "--rows", self.rows)
+        for rows in self.rows:
+            flags.check_at_least(1, "--rows", rows)
         flags.check_at_least(8, "--length", self.length)
         if self.model not in SHAPES:
             raise ValueError(f"--model {self.model}: must be one of {', '.join(SHAPES)}")
         for text in self.mesh:
-            flags.check_at_least(2, f"devices of --mesh {text}", MeshShape.read(text).size)
+            MeshShape.read(text)
         if not any(map(importlib.util.find_spec, PLUGINS)):
             raise ValueError('needs jax\'s CUDA plugin: pip install ".[cuda13]"')
 
@@ -57,6 +61,7 @@ class StepMemoryRow:
     """Rows of each device."""
     length: int
     remat: str
+    loss: str
     found: StepMemory
     compiled_only: bool
     commit: str
@@ -87,15 +92,16 @@ def make(options: StepMemoryFlags) -> int:
 
 
 def _rows(options: StepMemoryFlags) -> Iterator[StepMemoryRow]:
-    for text in options.mesh:
+    for text, rows in itertools.product(options.mesh, options.rows):
         devices = MeshShape.read(text)
-        variant = Variant(rows=options.rows * devices.size, remat=options.remat)
+        variant = Variant(rows=rows * devices.size, remat=options.remat, loss=options.loss)
         yield StepMemoryRow(
             model=options.model,
             mesh=str(devices),
-            rows=options.rows,
+            rows=rows,
             length=options.length,
             remat=options.remat,
+            loss=options.loss,
             found=memory.measure(options.model, variant, options.length, devices),
             compiled_only=True,
             commit=options.commit or current_commit(),

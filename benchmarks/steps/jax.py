@@ -101,12 +101,12 @@ def _lower(model: str, variant: Variant, length: int, real: Real | None) -> Any:
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _batch(shape, variant, length, real)))
     jax.clear_caches()  # a step of these arguments may have been traced with the other loss
     with mock.patch.object(
-        lsce, "linear_cross_entropy", _naive if naive else lsce.linear_cross_entropy
+        lsce, "linear_cross_entropy", one_hot_loss if naive else lsce.linear_cross_entropy
     ):
         return train_step_autotuned.lower(state, batch, jnp.float32(RATE), loss=loss, how=how)
 
 
-def _naive(hidden: Any, head: Any, labels: Any, *, ignore_index: int, **options: Any) -> Any:
+def one_hot_loss(hidden: Any, head: Any, labels: Any, *, ignore_index: int, **options: Any) -> Any:
     """optax on whole logits; of the statistics, nothing."""
     settings = Settings(label_smoothing=options["label_smoothing"], softcap=options["softcap"])
     flat = labels.reshape(-1)

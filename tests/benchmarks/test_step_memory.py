@@ -16,7 +16,6 @@ from benchmarks.steps import memory
         ("--rows 0", "--rows must be at least 1, not 0"),
         ("--length 7", "--length must be at least 8, not 7"),
         ("--model huge", "--model huge: must be one of nano, "),
-        ("--mesh fsdp=1", "devices of --mesh fsdp=1 must be at least 2, not 1"),
         ("--mesh fsdp=two", "--mesh fsdp=two: must be like data=2,fsdp=4"),
         ("--json .", "--json . is a folder: name a file"),
     ],
