@@ -182,3 +182,13 @@ def test_the_readmes_steps_are_measured():
         assert {speed, mfu, memory} <= found[names[name], int(rows), "jax"], name
         peers = {cell for key, some in found.items() if key[0] == names[name] for cell in some}
         assert not peer or peer in peers, name
+
+
+def test_the_largest_batches_fit():
+    found = json.loads((RESULTS / "h100-step-memory-batch.json").read_text())
+    most = {
+        loss: max(row["rows"] for row in found if row["loss"] == loss) for loss in ("auto", "naive")
+    }
+    assert all(row["found"]["peak"] < 80e9 for row in found)
+    text = f"{most['auto']} of its rows fit into 80 GB, and {most['naive']} with optax's loss"
+    assert text in " ".join(README.split())
