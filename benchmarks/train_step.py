@@ -16,6 +16,7 @@ sees, none twice for being recomputed, against 989 TFLOP/s (H100 and H200).
 
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 import subprocess
@@ -62,7 +63,9 @@ class TrainStepFlags(flags.TimedFlags):
         if (self.checkpoint is None) != (self.data is None):
             raise ValueError("--checkpoint and --data go together")
         if self.checkpoint is not None and len(self.model) > 1:
-            raise ValueError(f"--checkpoint {self.checkpoint} is of one --model")
+            raise ValueError(
+                f"--checkpoint {self.checkpoint} is one model's; --model names {len(self.model)}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,10 +119,8 @@ def _rows(
         found = torch.measure(model, asked, options.length, seconds=options.seconds)
     for variant, result in found:
         shape = variants.shape_of(model, variant)
-        batch = variants.batch_of(shape, variant, options.length)
-        if real is not None:
-            batch = real.batch(variant, options.length)
-        segments = batch["segments"]
+        random = functools.partial(variants.batch_of, shape)
+        segments = (random if real is None else real.batch)(variant, options.length)["segments"]
         seen = np.ones_like(segments) if framework == "torch" else segments
         measured = result if isinstance(result, Measured) else None
         yield StepRow(

@@ -65,6 +65,16 @@ def test_where_it_holds_nearly_all(usual, of_any_size, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_chunk_has_room_for_all_of_its_pairs_in_16_bits(of_any_size, monkeypatch):
+    """Its tiles of 16 bits are half as wide as those by which it is counted."""
+    monkeypatch.setattr(filtering, "log_epsilon", lambda *_: jnp.float32(math.log(2.0**-12)))
+    this = case((400, 64, 600), "bfloat16", spread=3.0, label_smoothing=0.1)
+    got = run(this, "fp8")
+    assert of_any_size[0].mean() > 0.6
+    assert_no_worse(got, this)
+
+
+@pytest.mark.slow
 def test_not_a_bit_of_the_loss_depends_on_it(of_any_size):
     given = case((150, 64, 600), "bfloat16", spread=2.0).inputs
     p = problem(n=150, d=64, v=600, label_smoothing=0.1)
