@@ -61,6 +61,9 @@ class PaperFlags:
     """What is evaluated besides the held-out records."""
     limit: Annotated[int | None, shown("N", "all")] = None
     """Questions of each task."""
+    resamples: Annotated[int, shown("N")] = 1000
+    """Of the bootstrap of an evaluation. 0 on a machine that is lent: `gather` makes them up for
+    from the answers, wherever."""
     commit: Annotated[str | None, shown("COMMIT", "git's answer")] = None
     """What steps.json records where the checkout has no git."""
     tiny: Annotated[bool, shown("", help="A few made-up records and steps, for a CPU.")] = False
@@ -71,6 +74,8 @@ class PaperFlags:
             raise ValueError(f"--minutes must be above 0, not {self.minutes:g}")
         if self.rows < 1 or BATCH_ROWS % self.rows:
             raise ValueError(f"--rows must divide {BATCH_ROWS}, not {self.rows}")
+        if self.resamples < 0:
+            raise ValueError(f"--resamples must be at least 0, not {self.resamples}")
         if not self.seeds:
             raise ValueError("--seeds has no value")
         for task in self.tasks if not self.tiny else ():
@@ -239,24 +244,35 @@ def before(options: PaperFlags) -> pathlib.Path:
 
 
 def evaluations(options: PaperFlags, model: str, out: pathlib.Path) -> Iterator[Step]:
-    """A `train.evaluate` of a model at each task, into one result."""
-    for task in tasks_of(options):
-        given: list[object] = ["--model", model, "--task", task, "--out", out]
+    """A `train.evaluate` of a model at all tasks that are asked alike, into one result.
+
+    Weights are read and pictures drawn once for each of these, seconds in which no GPU works.
+    """
+
+    def alike(task: str) -> tuple[bool, bool]:
+        return task in published.FITTED, bool(published.questions_of(task, options.data_folder))
+
+    for (fitted, there), same in itertools.groupby(
+        sorted(tasks_of(options), key=alike, reverse=True), alike
+    ):
+        tasks = list(same)
+        given: list[object] = ["--model", model, "--task", *tasks, "--out", out]
         if options.tiny:
             given += ["--resamples", 50, "--max-length", 128]
         else:
-            given += ["--dtype", "bfloat16"]
-            if where := published.questions_of(task, options.data_folder):
-                given += ["--task-data", where]
-            if task in published.FITTED:
+            given += ["--dtype", "bfloat16", "--resamples", options.resamples]
+            if there:
+                given += ["--task-data", options.data_folder]
+            if fitted:
                 given += ["--temperature-from", "validation"]
         if options.limit is not None:
             given += ["--limit", options.limit]
+        asked = " and ".join(pathlib.Path(task).stem for task in tasks)
         yield Step(
-            f"evaluate {out.parent.name}/{out.name} at {pathlib.Path(task).stem}",
+            f"evaluate {out.parent.name}/{out.name} at {asked}",
             "train.evaluate",
             tuple(map(str, given)),
-            lambda task=task: _answered(options, out, [task]),
+            lambda tasks=tasks: _answered(options, out, tasks),
         )
 
 

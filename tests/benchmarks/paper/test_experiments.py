@@ -41,7 +41,7 @@ def finish(step):
     if step.module == "train.evaluate":
         asked = command_line.read(evaluate.EvaluateOptions, "it", flags)
         before = json.loads((out / "result.json").read_text()) if any(out.iterdir()) else {}
-        tasks = {**before.get("tasks", {}), asked.task[0]: {}}
+        tasks = {**before.get("tasks", {}), **dict.fromkeys(asked.task, {})}
         found = {"tasks": tasks, "settings": {"limit": asked.limit}}
         (out / "result.json").write_text(json.dumps(found))
     elif step.module == "train.report":
@@ -126,16 +126,15 @@ def test_a_folder_goes_on_elsewhere_without_weights(folder):
     for step in betas.plan(options):
         finish(step)
         made.append(step)
-        if len(made) == 6:  # the second run, and one of its three evaluations
+        if len(made) == 5:  # the second run, and one of its two evaluations
             break
     there = options.out.with_name("there")
     shutil.copytree(options.out, there, ignore=shutil.ignore_patterns("checkpoints", "model"))
     again = worked_off(betas.EXPERIMENT, dataclasses.replace(options, out=there))
     assert [s.name for s in again] == [
         "train m-alpaca/learning_rate=2e-05,label_smoothing=0.1,seed=0",
-        *(s.name for s in made[5:]),
+        "evaluate m-alpaca/learning_rate=2e-05,label_smoothing=0.1,seed=0 at mmlu and arc-easy",
         "evaluate m-alpaca/learning_rate=2e-05,label_smoothing=0.1,seed=0 at hellaswag",
-        "evaluate m-alpaca/learning_rate=2e-05,label_smoothing=0.1,seed=0 at arc-easy",
         "report",
     ]
     assert "--resume" in again[0].flags
@@ -146,7 +145,24 @@ def test_an_evaluation_of_fewer_questions_is_not_the_whole_one(folder):
     few = parsed(betas.EXPERIMENT, folder, "--seeds", "0", "--limit", "5")
     worked_off(betas.EXPERIMENT, few)
     made = worked_off(betas.EXPERIMENT, dataclasses.replace(few, limit=None))
-    assert [s.module for s in made[:4]] == ["train.__main__", *3 * ["train.evaluate"]]
+    assert [s.module for s in made[:4]] == ["train.__main__", *2 * ["train.evaluate"], "train.__main__"]
+
+
+def test_tasks_that_are_asked_alike_are_one_evaluation(folder):
+    """Reading the weights and drawing takes seconds, for which no GPU is lent."""
+    shutil.move(folder / "arc", folder.parent)  # which then comes from the hub
+    options = parsed(betas.EXPERIMENT, folder, "--resamples", "0", "--limit", "7")
+    flags = [" ".join(s.flags) for s in steps.evaluations(options, "m", options.out)]
+    mmlu, arc, hellaswag = (
+        command_line.read(evaluate.EvaluateOptions, "it", f.split()) for f in flags
+    )
+    assert (mmlu.task, mmlu.task_data, mmlu.temperature_from) == (("mmlu",), folder, "validation")
+    assert (arc.task, arc.task_data, arc.temperature_from) == (("arc-easy",), None, "validation")
+    assert (hellaswag.task, hellaswag.task_data) == (("hellaswag",), folder)
+    assert hellaswag.temperature_from is None  # it has no questions besides those asked
+    assert {(o.resamples, o.limit) for o in (mmlu, arc, hellaswag)} == {(0, 7)}
+    shutil.move(folder.parent / "arc", folder)
+    assert len(list(steps.evaluations(options, "m", options.out))) == 2
 
 
 def test_the_largest_difference_of_two_curves_is_found(tmp_path):
