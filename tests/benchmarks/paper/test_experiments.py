@@ -145,7 +145,11 @@ def test_an_evaluation_of_fewer_questions_is_not_the_whole_one(folder):
     few = parsed(betas.EXPERIMENT, folder, "--seeds", "0", "--limit", "5")
     worked_off(betas.EXPERIMENT, few)
     made = worked_off(betas.EXPERIMENT, dataclasses.replace(few, limit=None))
-    assert [s.module for s in made[:4]] == ["train.__main__", *2 * ["train.evaluate"], "train.__main__"]
+    assert [s.module for s in made[:4]] == [
+        "train.__main__",
+        *2 * ["train.evaluate"],
+        "train.__main__",
+    ]
 
 
 def test_tasks_that_are_asked_alike_are_one_evaluation(folder):
