@@ -41,7 +41,7 @@ def finish(step):
     if step.module == "train.evaluate":
         asked = command_line.read(evaluate.EvaluateOptions, "it", flags)
         before = json.loads((out / "result.json").read_text()) if any(out.iterdir()) else {}
-        tasks = {**before.get("tasks", {}), **dict.fromkeys(asked.task, {})}
+        tasks = {**before.get("tasks", {}), **{task: {} for task in asked.task}}
         found = {"tasks": tasks, "settings": {"limit": asked.limit}}
         (out / "result.json").write_text(json.dumps(found))
     elif step.module == "train.report":
