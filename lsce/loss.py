@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import batching
 from jaxtyping import Array, Float
@@ -174,6 +175,9 @@ def _marks(problem: Problem, g: Float[Array, " N"]) -> Float[Array, " examples"]
 
     A backend adds their sum to the gradients that examples share, and `_marked` each to its own.
     """
+    # Behind a barrier: XLA would else sum in one kernel with whatever a backend makes of the same
+    # weights, on a single multiprocessor (benchmarks/notes/filter.md).
+    g = lax.optimization_barrier(g)
     return jnp.sum(0.0 * g.reshape(problem.examples, -1), axis=1)
 
 
