@@ -81,7 +81,7 @@ def linear_cross_entropy(
         derivative of a scan keeps those of each step, unless `jax.checkpoint` is around it), "auto"
         leaves it to the backend, and "hidden" is "auto" for hidden's gradient, the others exact.
         "fp8" drops nothing: what lies below ε is computed from 8-bit operands instead (on Hopper;
-        "auto" never takes it).
+        "auto" takes it there where most tokens are flat, of logits without a bias or a cap).
       vocab_order: a permutation of the classes by how active they are (`lsce.vocabulary_order`);
         a hint that may change a backend's speed, and no exact result. Which probabilities below
         the gradient filter are dropped may depend on it.

@@ -64,19 +64,6 @@ def work(active: Bool[Array, "T B"], *, tiles: int, slots: int, group: int) -> W
     return _listed(pairs, chunk, chunks, first_tile)
 
 
-def even_work(active: Bool[Array, "T B"], *, tiles: int, group: int) -> Work:
-    """The active pairs in chunks of `tiles` column tiles each, whether any is active or not.
-
-    A chunk takes at most tiles · B slots.
-    """
-    t, b = active.shape
-    if b % group:
-        raise ValueError(f"{b} blocks make no groups of {group}")
-    chunk, chunks = jnp.arange(t, dtype=jnp.int32) // tiles, cdiv(t, tiles)
-    first_tile = jnp.minimum(jnp.arange(chunks + 1, dtype=jnp.int32) * tiles, t)
-    return _listed(_counted(active, group), chunk, jnp.int32(chunks), first_tile)
-
-
 class _Pairs(NamedTuple):
     """The active pairs, and how many there are up to each."""
 

@@ -37,6 +37,21 @@ class Call:
         return self.epsilon == "fp8"
 
     @property
+    def tail_where_flat(self) -> bool:
+        """Whether that is also done where the filter would keep most blocks of tokens whole.
+
+        A bias and a cap leave no bound by which flat tokens would be known to need few columns.
+        """
+        p = self.problem
+        return (
+            self.epsilon == "auto"
+            and self.filters_head
+            and p.softcap is None
+            and not p.has_bias
+            and filtering.tail_worthwhile(p)
+        )
+
+    @property
     def dense_smoothing(self) -> bool:
         """Smoothing is of rank 1, except under a softcap."""
         return self.problem.softcap is not None and self.problem.label_smoothing > 0.0

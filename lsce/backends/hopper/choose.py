@@ -51,8 +51,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
     splits = min(max(ctas // (cdiv(n, BLOCK) * cdiv(d, wide) or 1), 1), 4)
     of_tail = max(2, min(Tiles().tail.slots_per_block, most, tail_within_a_quarter(n, d, v)))
-    # A column alone takes 2 bytes a token and 6 a hidden entry, where of_tail's take 4 and 8.
-    alone = max(2, min(of_tail * (4 * n + 8 * d) // (2 * n + 6 * d), column_tiles))
+    of_flat = min(of_tail, Tiles().tail_where_flat.slots_per_block)
     width, slots = within_a_quarter(n, d, v, width, BackwardTiles().slots_per_block)
     return Tiles(
         sparse=BackwardTiles(
@@ -67,7 +66,9 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas, dividing=True),
         tail=filling(Tiles().tail, n, d, column_tiles, range(2, of_tail + 1), ctas),
-        tail_alone=filling(Tiles().tail_alone, n, d, column_tiles, range(2, alone + 1), ctas),
+        tail_where_flat=filling(
+            Tiles().tail_where_flat, n, d, column_tiles, range(2, of_flat + 1), ctas
+        ),
     )
 
 
@@ -89,12 +90,12 @@ def within_a_quarter(n: int, d: int, v: int, width: int, slots: int) -> tuple[in
 def tail_within_a_quarter(n: int, d: int, v: int) -> int:
     """Column tiles of a chunk of the tail, as many as keep the same promise, 4 at least.
 
-    A column takes 4 bytes a token, of P in 16 and in 8 bits, and 8 bytes a hidden entry: the rows
-    of the head, in 8 bits twice, and dC's in two parts. Where nothing is to be won, as many as may.
+    A column takes 2 bytes a token and as many a hidden entry: the terms and the head's row, each
+    in 8 bits twice. Where nothing is to be won, as many as may.
     """
     tile_c, most = Tiles().tail.tile_c, Tiles().tail.slots_per_block
     left = n * v - 6 * n * d - 3 * (n + v) * d // 2 - 20_000_000
-    return most if left <= 0 else max(left // (tile_c * (4 * n + 8 * d)), 4)
+    return most if left <= 0 else max(left // (2 * tile_c * (n + d)), 4)
 
 
 WIDTHS = {256: 1.0, 192: 1.04, 128: 1.15, 64: 1.5}

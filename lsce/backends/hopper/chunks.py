@@ -27,7 +27,7 @@ from lsce.sparse.plan import Work
 from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
 
-Rest = Callable[[Float[Array, " padded_d"]], Any]
+SoFar = Callable[[Any], None]
 
 
 class Products(NamedTuple):
@@ -84,11 +84,11 @@ class Loop:
         sums = (tiles.hidden_splits, rows, padded_d) if wanted.hidden else (1, 0, 0)
         self.dh_ref = jax.new_ref(jnp.zeros(sums, jnp.float32))
 
-    def products(self, chunk, head, bias, dhead_ref, rest: Rest | None = None) -> None:
+    def products(self, chunk, head, bias, dhead_ref, so_far: SoFar | None = None) -> None:
         """P of a chunk and what follows from it; `head` is the whole head or the chunk's rows.
 
-        `rest` adds to dE what the tiles leave out, and begins dC: it takes the constant row and
-        returns the reference to what rounding cuts off.
+        Where dC has been begun, with its constant row, `so_far` brings what there is of it to
+        dhead_ref, for which it has to wait for the reference that it is given.
         """
         p, saved = self.call.problem, self.saved
         at = jnp.asarray(chunk, jnp.int32).reshape(1)
@@ -114,12 +114,12 @@ class Loop:
                 self.p_ref, head, self.work, at, self.dh_ref, dense=not self.gathered, **same
             )
         constant = self.constant
-        if rest is not None:
-            low_ref = rest(constant)
-            same |= {"carry": (low_ref, True, False), "only_some": True}
-            constant = jnp.zeros_like(constant)
         if self.wanted.head:
             same["after"] = self.dh_ref if self.wanted.hidden else None
+            if so_far is not None:
+                so_far(self.dh_ref if self.wanted.hidden else self.p_ref)
+                same["carry"] = None, True, False
+                constant = jnp.zeros_like(constant)
             head_gradient(self.p_ref, saved.hidden, self.work, at, constant, dhead_ref, **same)
 
     def dhidden(self) -> Float[Array, "rows D"]:

@@ -1,12 +1,14 @@
 """Filtered gradients: the tiles that hold a marked column, the head's rows gathered for each chunk.
 
 What the filter drops pulls on dE through one row that stands for the dropped ones; in dC it is
-dropped (`lsce.sparse.filter` says what that costs). `tail` computes it in 8 bits instead.
+dropped (`lsce.sparse.filter` says what that costs). `tail` computes it in 8 bits first, and then
+what the tiles hold is added to that.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from lsce.backends.hopper.call import Call
-from lsce.backends.hopper.chunks import Loop, Products, finite_bias
+from lsce.backends.hopper.chunks import Loop, Products, finite_bias, live_blocks
 from lsce.backends.hopper.forward import Saved
 from lsce.backends.hopper.kernels import marks, rows
 from lsce.sparse import columns, plan
@@ -25,12 +27,28 @@ from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
 
 
-def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
-    """The sums over P of the tiles that are computed."""
+class Begun(NamedTuple):
+    """What the rest leaves beside dE and dC."""
+
+    bias: Float[Array, " V or none"]
+    """Σ_n T."""
+    tail: Float[Array, " rows"] | None
+    """Σ_v T, or None where it is what the tiles lack."""
+
+
+Rest = Callable[[Coefficients, Loop, Columns, Bool[Array, "T B"], Any], Begun]
+"""Begins dE in the loop's sums and dC in the reference given, by what the tiles leave out."""
+
+
+def products(
+    call: Call, saved: Saved, c: Coefficients, wanted: Wanted, rest: Rest | None = None
+) -> Products:
+    """The sums over P of the tiles that are computed, added to what `rest` begins."""
     v, tiles = call.problem.v, call.tiles.sparse
     head_rows, d = saved.head.shape
     blocks = saved.hidden.shape[0] // BLOCK
-    found, active = columns_by_need(call, saved, _flat_blocks(saved))
+    whole = _flat_blocks(saved) if rest is None else jnp.zeros(blocks, jnp.bool_)
+    found, active = columns_by_need(call, saved, whole)
     width, per_chunk = tiles.width, tiles.width // tiles.tile_c
     slots = tiles.slots_for(blocks, active.shape[0])
     work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.group)
@@ -44,10 +62,13 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     bias = finite_bias(saved)
     shared: dict[str, Any] = {"ctas": call.ctas, "interpret": call.interpret}
     part_ref = jax.new_ref(lax.empty((width, d), saved.head.dtype))
-    dhead_ref = None
+    dhead_ref, begun = None, Begun(jnp.zeros(v if wanted.bias else 0, jnp.float32), None)
     if wanted.head:
         dhead_ref = jax.new_ref(lax.empty(saved.head.shape, saved.head.dtype))
-        rows.fill(loop.constant[:d].astype(saved.head.dtype), dhead_ref, **shared)
+        if rest is None:
+            rows.fill(loop.constant[:d].astype(saved.head.dtype), dhead_ref, **shared)
+    if rest is not None:
+        begun = rest(c, loop, found, active, dhead_ref)
 
     def body(number, carry):
         dbias, kept = carry
@@ -56,24 +77,28 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
         ids, mine = chunk.ids(width)
         part_bias = None if bias is None else bias.at[ids].get(mode="clip")
         # The gathered rows of the head have done their work when dC takes their place.
-        loop.products(number, part_ref, part_bias, part_ref)
+        so_far = lambda after: rows.gather(dhead_ref, chunk, part_ref, after=after, **shared)
+        loop.products(number, part_ref, part_bias, part_ref, None if rest is None else so_far)
         if wanted.head:
             rows.scatter(part_ref, chunk, dhead_ref, **shared)
         if wanted.bias:
             ids = jnp.where(mine, ids, head_rows)
-            dbias = dbias.at[ids].set(loop.column_sums(number, per_chunk), mode="drop")
+            sums = dbias.at[ids]
+            sums = sums.set if rest is None else sums.add
+            dbias = sums(loop.column_sums(number, per_chunk), mode="drop")
         if wanted.hidden:
             kept = kept + loop.mass(number, per_chunk)
         return dbias, kept
 
     column_tiles = active.shape[0]
-    carry = jnp.zeros(v if wanted.bias else 0, jnp.float32), jnp.zeros_like(c.a)
-    static = tiles.static_chunks(column_tiles, blocks, slots)
+    carry = begun.bias, jnp.zeros_like(c.a)
+    static = tiles.static_chunks(column_tiles, blocks, slots, more=1.0 if rest is None else 4 / 3)
     carry = lax.fori_loop(0, static, body, carry)
     if static < tiles.most_chunks(column_tiles, blocks, slots):
         carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)
     dbias, kept = carry
-    return Products(loop.dhidden(), () if dhead_ref is None else dhead_ref[...], dbias, kept)
+    dhead = () if dhead_ref is None else dhead_ref[...]
+    return Products(loop.dhidden(), dhead, dbias, kept, begun.tail)
 
 
 def columns_by_need(
@@ -94,6 +119,21 @@ def _flat_blocks(saved: Saved) -> Bool[Array, " blocks"]:
     in_use = jnp.arange(saved.hidden.shape[0]) < saved.live
     kept = jnp.where(in_use, saved.sums.extra["kept"], 1.0).reshape(-1, BLOCK)
     return 1.0 - kept.mean(1) > filtering.FLAT
+
+
+def mostly_flat(call: Call, saved: Saved) -> Bool[Array, ""]:
+    """Whether so many blocks would be kept whole that 8 bits for all of them are faster.
+
+    A block kept whole takes .8 ms of the 30 that 8 bits take at 8,192 tokens. They help where few
+    columns are marked: those are in 16 bits.
+    """
+    words, flat = saved.sums.marks, _flat_blocks(saved)
+    assert words is not None  # made by the forward of a filtered call
+    # At most: each warp of the forward's has marks of its own.
+    marked = lax.population_count(words.reshape(flat.shape[0], -1)).sum(1, dtype=jnp.int32)
+    share = marked / call.problem.v
+    helped = flat & (share < 0.1)
+    return 2 * helped.sum(dtype=jnp.int32) > live_blocks(saved)
 
 
 def dropped_pull(

@@ -56,7 +56,7 @@ def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
         bound = jnp.zeros_like(target).at[rows.row_of_token].set(hot.lse, unique_indices=True)
         drop = filtering.log_epsilon(call.epsilon, rows.live, call.problem.v)
         bound = jnp.maximum(bound, target)
-        if call.tail and call.problem.softcap is None and bias is None:
+        if call.tail_where_flat or (call.tail and call.problem.softcap is None and bias is None):
             bound = jnp.maximum(bound, _mean_bound(call, rows.hidden, head))
         bound = bound + drop
         # An infinite threshold keeps rows without a loss from marking anything.

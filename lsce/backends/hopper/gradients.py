@@ -53,14 +53,21 @@ def gradients(
 def _products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
     """The sums over P: all of it, what the filter leaves, or that for dE and all for the rest.
 
-    All of it in 16 bits, or in 8 where the filter leaves it out.
+    All of it in 16 bits, or in 8 where the filter leaves it out, or would keep most blocks whole.
     """
     if call.epsilon is None:
         return exact.products(call, saved, c, wanted)
     if call.tail:
         return tail.products(call, saved, c, wanted)
     if call.filters_head or not (wanted.head or wanted.bias):
-        return filtered.products(call, saved, c, wanted)
+        if not call.tail_where_flat:
+            return filtered.products(call, saved, c, wanted)
+        return lax.cond(
+            filtered.mostly_flat(call, saved),
+            lambda c: tail.where_flat(call, saved, c, wanted),
+            lambda c: filtered.products(call, saved, c, wanted),
+            c,
+        )
     some = filtered.products(call, saved, c, wanted._replace(head=False, bias=False))
     # One after the other: the buffers of the second may lie where those of the first did.
     a, some = lax.optimization_barrier((c.a, some))

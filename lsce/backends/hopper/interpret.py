@@ -51,6 +51,6 @@ def small_tiles() -> Tiles:
         exact=exact,
         fused=exact,
         tail=exact,
-        tail_alone=dataclasses.replace(exact, slots_per_block=3),
+        tail_where_flat=exact,
         hot=128,
     )

@@ -142,7 +142,9 @@ class BackwardTiles:
         spare, most = slots - blocks, self.width // self.tile_c - 1
         return (column_tiles - 1) * max(blocks * most, spare) // (spare * most) + 1
 
-    def static_chunks(self, column_tiles: int, blocks: int, slots: int) -> int:
+    def static_chunks(
+        self, column_tiles: int, blocks: int, slots: int, *, more: float = 1.0
+    ) -> int:
         """How many steps the loop over chunks takes without looking whether there are any left.
 
         A look costs the host's waiting for the GPU, and then the GPU's waiting for the host: about
@@ -150,8 +152,10 @@ class BackwardTiles:
         can be where that is cheaper; else as many as real text needs, fitted at ε = 2^-10 to
         Gemma 3 270M's activations (8,192 tokens, V = 256,000: 12.5% of the columns, 4% of the
         pairs) and SmolLM2 135M's (V = 49,152: 37% and 11.5%), each also with 2,048 and 32,768.
+        A smaller ε takes so many times `more`: a third at half of it.
         """
-        share = usual_share(column_tiles, blocks)
+        # Fewer tiles or more blocks make more of them active.
+        share = more * (2000 / column_tiles) ** 0.65 * (blocks / 64) ** 0.2
         by_columns = 0.125 * column_tiles / (self.width // self.tile_c - 1)
         by_pairs = 0.04 * column_tiles * blocks / (slots - blocks)
         usual = math.ceil(0.8 * share * (by_columns + by_pairs))
@@ -164,12 +168,6 @@ class BackwardTiles:
         return min(self.steps, free // (2 * rows * self.stage))
 
 
-def usual_share(column_tiles: int, blocks: int) -> float:
-    """The share of active columns of a real text, of the 12.5% that 2,000 tiles of 128 columns and
-    64 blocks have at ε = 2^-10: fewer tiles or more blocks make more of them active."""
-    return (2000 / column_tiles) ** 0.65 * (blocks / 64) ** 0.2
-
-
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Everything that can be tuned for one problem."""
@@ -180,26 +178,12 @@ class Tiles:
     exact: BackwardTiles = BackwardTiles(slots=0, slots_per_block=44, tile_c=256)
     fused: BackwardTiles = BackwardTiles(slots=0, tile_c=256)
     """With the gradients in the forward, all columns at once."""
-    tail: BackwardTiles = BackwardTiles(slots=0, slots_per_block=22, tile_c=256)
-    """With a filter whose rest is computed in 8 bits: `slots_per_block` tiles are a chunk."""
-    tail_alone: BackwardTiles = BackwardTiles(slots=0, slots_per_block=37, tile_c=256)
-    """The same where no tile of 16 bits is needed."""
+    tail: BackwardTiles = BackwardTiles(slots=0, slots_per_block=40, tile_c=256)
+    """Of what a filter leaves out, in 8 bits: `slots_per_block` tiles are a chunk."""
+    tail_where_flat: BackwardTiles = BackwardTiles(slots=0, slots_per_block=22, tile_c=256)
+    """The same in the memory of a filter that drops it."""
     hot: int = 2048
     """Columns of the pass that bounds the log-sum-exp before the forward."""
-
-    def tail_chunks(self, column_tiles: int, blocks: int) -> int:
-        """How many chunks of the tail have 16-bit tiles in any case, so that the device need not be
-        asked (`static_chunks`); all where no more chunks than four would be spared.
-
-        ε is halved there, which makes a third more columns active, and one chunk too many costs
-        less than one too few.
-        """
-        chunks = cdiv(column_tiles, self.tail.slots_per_block)
-        narrow = column_tiles * self.tail.tile_c // self.sparse.tile_c
-        usual = math.ceil(0.125 * 1.33 * usual_share(narrow, blocks) * chunks) + 1
-        left = column_tiles - usual * self.tail.slots_per_block
-        spared = chunks - usual - cdiv(max(left, 0), self.tail_alone.slots_per_block)
-        return usual if spared > 4 else chunks
 
 
 FUSED_BYTES = 2_200_000_000

@@ -68,14 +68,6 @@ def test_chunks_stay_within_their_bound(density, width, slots):
     assert 1 <= sizes.static_chunks(40, 8, slots) <= most
 
 
-@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_even_work_takes_as_many_tiles_a_chunk_whatever_is_active(density):
-    active = np.random.default_rng(0).random((13, 8)) < density
-    work = jax.jit(lambda a: plan.even_work(a, tiles=5, group=2))(active)
-    check_work(work, active, 5, 40, 2)
-    np.testing.assert_array_equal(work.first_tile, [0, 5, 10, 13])
-
-
 @pytest.mark.parametrize("together", [1, 2, 3, 9])
 @pytest.mark.parametrize("live", [0, 1, 4, 5, 8])
 def test_dense_work_covers_the_live_blocks(live, together):

@@ -42,7 +42,6 @@ def head_gradient(
     after: Any = None,
     panels: int = 1,
     factors: Any = None,
-    only_some: bool = False,
     ctas: int,
     interpret: Any,
 ) -> None:
@@ -55,12 +54,13 @@ def head_gradient(
 
     `carry` = (low_ref, add, split) sums over calls in more than bfloat16: with `add` the result so
     far, dc_ref + low_ref, is added; with `split` low_ref receives what rounding cuts off dc_ref.
-    `only_some` leaves out the tiles that no block needs, whose result so far is whole.
+    Without a low_ref the result so far is dc_ref alone.
 
     With `factors` of hidden entries P and E are of 8 bits and come transposed, P as tiles of
     [tile_c, BLOCK] and E as [D, rows], and their product is multiplied by them.
     """
-    low_ref, add, split = carry or (constant, False, False)
+    low_ref, add, split = carry or (None, False, False)
+    exact = low_ref is not None
     within = p_ref is dc_ref
     after = constant if after is None else after
     turned = factors is not None
@@ -158,13 +158,6 @@ def head_gradient(
 
             def visit(tile, ring):
                 acc, ring = consumer.multiply(tile, ring)
-                if not only_some:
-                    finish(tile, acc)
-                else:
-                    pl.when(tile[4] > 0)(lambda: finish(tile, acc))
-                return ring
-
-            def finish(tile, acc):
                 t, part, dt, _, _ = tile
                 columns = pl.ds(dt * tiles.head_d, tiles.head_d)
                 row = plgpu.load(constant_gmem.at[columns], layout=COLUMN, optimized=False)
@@ -176,7 +169,7 @@ def head_gradient(
                 first = first + part * tiles.head_c + wg * half_c
                 here = pl.ds(first, half_c), columns
                 if add:
-                    for so_far in (dc_gmem, low_gmem):
+                    for so_far in (dc_gmem, low_gmem) if exact else (dc_gmem,):
                         so_far = so_far.at[here]
                         old = plgpu.load(so_far, layout=plgpu.Layout.WGMMA, optimized=False)
                         out = out + old.astype(jnp.float32)
@@ -185,6 +178,7 @@ def head_gradient(
                 if split:
                     rest = (out - rounded.astype(jnp.float32)).astype(dtype)
                     store_tile(rest, out_smem.at[wg], low_gmem.at[here])
+                return ring
 
             every_tile(visit, i32(0))
             plgpu.wait_smem_to_gmem(0)
@@ -215,7 +209,7 @@ def head_gradient(
         work.tile_slot,
         chunk,
         dc_ref,
-        low_ref,
+        low_ref if exact else constant,
         after,
         *([factors] if turned else ()),
     )

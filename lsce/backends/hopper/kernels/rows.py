@@ -44,18 +44,17 @@ class Chunk(NamedTuple):
         return self.order.at[first + offset].get(mode="clip"), offset < after - first
 
 
-def gather(
-    head: BFloat16[Array, "rows D"], chunk: Chunk, chunk_ref, *, ctas: int, interpret: Any
-) -> None:
+def gather(head, chunk: Chunk, chunk_ref, *, after: Any = None, ctas: int, interpret: Any) -> None:
     """chunk_ref[i] = head[id of the chunk's column i]; an id behind the last row stands for that.
 
-    Rows behind the chunk's last stay as they are.
+    Rows behind the chunk's last stay as they are. `after` is only there to be waited for, as in
+    `head_gradient`.
     """
     if interpret is not None:
         ids, _ = chunk.ids(chunk_ref.shape[0])
-        chunk_ref[...] = head.at[ids].get(mode="clip")
+        chunk_ref[...] = head[...].at[ids].get(mode="clip")
         return
-    _move("gather", head, chunk_ref, chunk, ctas)
+    _move("gather", head, chunk_ref, chunk, ctas, after)
 
 
 def scatter(chunk_ref, chunk: Chunk, head_ref, *, ctas: int, interpret: Any) -> None:
@@ -76,18 +75,21 @@ def fill(row: BFloat16[Array, " D"], head_ref, *, ctas: int, interpret: Any) -> 
     _move("fill", row[None, :], head_ref, None, ctas)
 
 
-def _move(kind: str, source, destination_ref, chunk: Chunk | None, ctas: int) -> None:
+def _move(
+    kind: str, source, destination_ref, chunk: Chunk | None, ctas: int, after: Any = None
+) -> None:
     """Moves a chunk's rows, or without one a row to everywhere."""
     rows, d = destination_ref.shape
     last = source.shape[0] - 1
     vectors, step = d // VECTOR, ctas * WARPGROUPS * 128
     lists, tile = (), 0
+    waited = () if after is None else (after,)
     if chunk is not None:
         tile = chunk.tile
         lists = chunk.order, chunk.first_tile, jnp.asarray(chunk.number, jnp.int32).reshape(1)
 
     def body(source_gmem, *refs):
-        *lists, destination_gmem = refs
+        *lists, destination_gmem = refs[: len(refs) - len(waited)]
         first, count, order_gmem = jnp.int32(0), jnp.int32(rows), source_gmem
         if lists:
             order_gmem, first_tile_gmem, chunk_gmem = lists
@@ -140,5 +142,5 @@ def _move(kind: str, source, destination_ref, chunk: Chunk | None, ctas: int) ->
         device_move(source_gmem, order_gmem, destination_gmem, first, count, cta)
 
     launch(body, (), ctas=ctas, threads=WARPGROUPS, interpret=None, name=f"lsce_{kind}_rows")(
-        source, *lists, destination_ref
+        source, *lists, destination_ref, *waited
     )

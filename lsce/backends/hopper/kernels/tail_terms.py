@@ -1,6 +1,6 @@
 """The tail's terms in 8 bits, in the two orders that its two products need (`lsce.sparse.tail`).
 
-    T₈ = e4m3((a·p·J − s·(J − κ))·r)      0 in the (block of tokens, column tile) pairs kept in 16
+    T₈ = e4m3((a·p·J − s·(J − κ))·r)      0 in the (block of tokens, column) pairs kept in 16 bits
 
 An 8-bit product takes both operands with the summed index last: dE wants T₈ by columns, dC by
 tokens. Nothing transposes bytes on Hopper, but `stmatrix` does transpose words of 16 bits. So two
@@ -26,7 +26,7 @@ from jax.extend.mlir.dialects import vector
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
-from lsce.backends.hopper.kernels.lse_forward import LOG2E, capped
+from lsce.backends.hopper.kernels.lse_forward import LOG2E, LOWEST, capped
 from lsce.backends.hopper.kernels.pipeline import (
     COLUMN,
     ROW,
@@ -44,6 +44,8 @@ from lsce.sparse.plan import Work
 from lsce.sparse.tail import E4M3, e4m3
 from lsce.sparse.tokens import BLOCK
 
+NO_CLASS = 2 * LOWEST
+"""Of a column that adds nothing: less than any logit, which is no less than LOWEST."""
 AT_A_TIME = 64
 """Columns of a consumer's tile that are on their way out at a time."""
 
@@ -58,11 +60,10 @@ class Terms(NamedTuple):
     unit: Float[Array, " 1"]
     most: Float[Array, " 1"]
     """log2 ε: no p of the tail is more."""
-    classes: Int[Array, " 1"]
-    """How many columns from the first tile of all chunks on are of a class."""
     column: Float[Array, " columns"]
-    """Of the columns of all chunks, finite; −1e30 where there is no class, which under a softcap
-    says nothing: then `classes` counts. Not sliced for each chunk: a kernel less."""
+    """Of the columns of all chunks, finite; `NO_CLASS` behind the last class. Not of a chunk: XLA
+    would slice them in one thunk with the kernel, and that thunk does not know that the kernel
+    writes into what it is given."""
     row: Float[Array, " rows"]
     lse: Float[Array, " rows"]
     """In log2 units; under a softcap only."""
@@ -82,7 +83,7 @@ def tail_terms(
     e8,
     c8,
     terms: Terms,
-    marked: Int[Array, "halves B"],
+    kept: Int[Array, "groups columns"],
     work: Work,
     chunk,
     t_ref,
@@ -98,8 +99,8 @@ def tail_terms(
     """Writes T₈ of a chunk's tiles, c8 [columns, D] being the chunk's rows of the head.
 
     t_ref is [slots · BLOCK, tile_c], transposed_ref [slots · tile_c, BLOCK], and under a softcap
-    mass_ref [2 · slots · BLOCK] receives each row's Σ T·r in both halves of a tile. `marked` says
-    which halves of column tiles, by block, are none of the tail's.
+    mass_ref [2 · slots · BLOCK] receives each row's Σ T·r in both halves of a tile. `kept` says
+    which columns are none of the tail's: a bit a block, 32 of them a word.
     """
     blocks = e8.shape[0] // BLOCK
     tile_c, half_c = tiles.tile_c, tiles.tile_c // CONSUMERS
@@ -112,14 +113,13 @@ def tail_terms(
         c_gmem,
         unit_gmem,
         most_gmem,
-        classes_gmem,
         column_gmem,
         row_gmem,
         lse_gmem,
         a_gmem,
         s_gmem,
         kappa_gmem,
-        marked_gmem,
+        kept_gmem,
         item_gmem,
         first_item_gmem,
         first_tile_gmem,
@@ -170,17 +170,20 @@ def tail_terms(
                 rows = pl.ds(block * BLOCK, BLOCK)
                 of_row = lambda ref: plgpu.load(ref.at[rows], layout=ROW, optimized=False)
                 unit, most = unit_gmem[0], most_gmem[0]
-                ours = jnp.where(marked_gmem[t * CONSUMERS + wg, block] == 0, 1.0, 0.0)
-                row, a = of_row(row_gmem), of_row(a_gmem) * ours
+                row, a = of_row(row_gmem), of_row(a_gmem)
+                word, bit = lax.div(block, i32(32)), i32(1) << lax.rem(block, i32(32))
                 acc, ring = consumer.multiply(tile, ring)
                 slot, left = slot_gmem[t] + block, wg * half_c
                 mass = None
                 for start in range(0, half_c, AT_A_TIME):
                     x = acc[:, start : start + AT_A_TIME] * unit
                     wide = lambda row, x=x: lax.broadcast_in_dim(row, x.shape, [0])
-                    some = column_gmem.at[pl.ds(t * tile_c + left + start, AT_A_TIME)]
-                    some = plgpu.load(some, layout=COLUMN, optimized=False)
-                    x = x + lax.broadcast_in_dim(some, x.shape, [1]) + wide(row)
+                    columns = pl.ds(t * tile_c + left + start, AT_A_TIME)
+                    of_column = lambda ref: plgpu.load(ref, layout=COLUMN, optimized=False)
+                    elsewhere = (of_column(kept_gmem.at[word, columns]) & bit) != 0
+                    column = jnp.where(elsewhere, NO_CLASS, of_column(column_gmem.at[columns]))
+                    column = lax.broadcast_in_dim(column, x.shape, [1])
+                    x = x + column + wide(row)
                     if softcap is None:
                         out = jnp.exp2(jnp.minimum(x, most)) * wide(a)
                     else:
@@ -190,14 +193,9 @@ def tail_terms(
                         out = jnp.exp2(jnp.minimum(x, most)) * wide(a) * slope
                         if smooth:
                             change = slope - wide(of_row(kappa_gmem))
-                            out = out - wide(of_row(s_gmem) * ours) * change
-                        # The cap makes a logit of −1e30 one of a class.
-                        column = plgpu.broadcasted_iota(
-                            jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA
-                        )
-                        inside = column < classes_gmem[0] - t * tile_c - left - start
-                        out = jnp.where(inside, out, 0.0)
-                    if softcap is not None:
+                            out = out - wide(of_row(s_gmem)) * change
+                        # The cap makes a logit of any column.
+                        out = jnp.where(column >= LOWEST, out, 0.0)
                         mass = out.sum(axis=1) if mass is None else mass + out.sum(axis=1)
                     columns = pl.ds(left + start, AT_A_TIME)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -208,7 +206,7 @@ def tail_terms(
                     plgpu.copy_smem_to_gmem(t_smem.at[wg], t_gmem.at[tokens, columns])
                     columns = pl.ds(slot * tile_c + left + start, AT_A_TIME)
                     plgpu.copy_smem_to_gmem(transposed_smem.at[wg], transposed_gmem.at[columns])
-                if softcap is not None:
+                if mass is not None:
                     mass_gmem[pl.ds((slot * CONSUMERS + wg) * BLOCK, BLOCK)] = mass
                 return ring
 
@@ -238,7 +236,7 @@ def tail_terms(
         e8,
         c8,
         *terms,
-        marked,
+        kept,
         work.items,
         work.first_item,
         work.first_tile,

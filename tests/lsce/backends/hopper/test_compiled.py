@@ -132,13 +132,13 @@ def test_memory_at_the_papers_shape():
     memory = json.loads(run(ONE, MEMORY))
     assert memory["forward"] <= 1.1
     # What the plan is made from lies where dC will: beside it, 8 MB more.
-    assert 1161 < memory["default"] <= 1354
-    assert 1161 < memory["default, unsmoothed"] <= 1354
+    assert 1161 < memory["default"] <= 1399
+    assert 1161 < memory["default, unsmoothed"] <= 1399
     assert 1161 < memory["exact"] <= 1500
     assert 1161 < memory["dE filtered, dC not"] <= 1404
     assert 1161 < memory["fused"] <= 5000
     # With the terms and the gathered head in 8 bits, and without anything of 32 bits of their size.
-    assert 1161 < memory["fp8"] <= 1529
+    assert 1161 < memory["fp8"] <= 1457
     assert memory["fused, frozen head"] < memory["fused"] / 1.5  # of twice the tokens
     # 2 MB of it for the head's mean made beside P, 18 for a copy of a group's hidden states.
     assert memory["fused, frozen head"] <= 2251

@@ -220,6 +220,30 @@ def test_the_rest_in_8_bits(shape, spread, options, monkeypatch):
 
 @pytest.mark.gpu
 @GPU[1]
+@pytest.mark.parametrize("shape", [(300, 200, 5003), (2000, 512, 20_000)])
+def test_auto_in_8_bits_where_tokens_are_flat(shape, monkeypatch):
+    """All but the labels' pairs, which a filter would keep: other bits, and no worse."""
+    monkeypatch.setattr(filtering, "worthwhile", lambda problem: True)
+    monkeypatch.setattr(filtering, "tail_worthwhile", lambda problem: True)
+    step.cache_clear()
+    this = case(shape, "bfloat16", spread=0.1, label_smoothing=0.1, z_loss=1e-2, weights=True)
+    given = poisoned(this.inputs)
+    got, whole = (
+        run("hopper", given, **this.options, gradient_filter=choice, return_stats=True)
+        for choice in ("auto", EPSILON)
+    )
+    step.cache_clear()
+    assert got.value == whole.value
+    assert all(np.any(got.grads[name] != whole.grads[name]) for name in got.grads)
+    assert_no_worse(got, this)
+    assert_stats(got, this, filtered=True)
+    others = ~np.isin(np.arange(shape[2]), this.inputs.labels)
+    true, found = this.truth.grads["head"][others], got.grads["head"][others]
+    assert np.linalg.norm(found - true) < 0.1 * np.linalg.norm(true)
+
+
+@pytest.mark.gpu
+@GPU[1]
 @pytest.mark.parametrize("cap", [None, 9.0])
 def test_terms_of_the_tail_in_both_orders(cap):
     """The bits that the formula makes of the 8-bit operands; the sum keeps about 14 of its own."""

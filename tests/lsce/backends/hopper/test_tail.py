@@ -14,7 +14,6 @@ from tail_check import assert_terms
 
 from lsce.backends import Arrays, hopper
 from lsce.backends.hopper.call import call_of
-from lsce.backends.hopper.tiles import Tiles
 from lsce.sparse import filter as filtering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -43,13 +42,8 @@ def error(got: Result, this: Case, name: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("usual", [0, 2])
-def test_where_it_holds_nearly_all(usual, of_any_size, monkeypatch):
-    """Also of classes of which no pair is kept, which a filter leaves without a gradient.
-
-    Of two chunks with 16-bit tiles one is needed, and the rest is alone; or both are made.
-    """
-    monkeypatch.setattr(Tiles, "tail_chunks", lambda *_: usual)
+def test_where_it_holds_nearly_all(of_any_size):
+    """Also of classes of which no pair is kept, which a filter leaves without a gradient."""
     this = case((150, 64, 600), "bfloat16", spread=1.0, label_smoothing=0.1)
     got = run(this, "fp8")
     assert 0 < of_any_size[0].mean() < 0.5
@@ -75,6 +69,27 @@ def test_a_chunk_has_room_for_all_of_its_pairs_in_16_bits(of_any_size, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("spread", "in_8_bits"), [(0.1, True), (5.0, False)])
+def test_auto_takes_it_where_the_filter_would_keep_most_blocks_whole(
+    spread, in_8_bits, of_any_size, monkeypatch
+):
+    """Flat tokens without 16-bit pairs but for their labels', which are exact; others as ever."""
+    monkeypatch.setattr(filtering, "worthwhile", lambda problem: True)
+    this = case((150, 64, 600), "bfloat16", spread=spread, label_smoothing=0.1)
+    got, filtered = (run(this, choice) for choice in ("auto", EPSILON))
+    assert_no_worse(got, this, slack=3.0)
+    assert_stats(got, this, filtered=True)
+    assert got.value == filtered.value
+    assert (of_any_size[0].mean() < of_any_size[1].mean()) == in_8_bits
+    equal = [np.array_equal(got.grads[name], filtered.grads[name]) for name in got.grads]
+    assert equal == [not in_8_bits] * 2
+    if in_8_bits:
+        assert of_any_size[1][:, 0].all()
+        assert error(got, this, "hidden") < 0.006
+        assert error(got, this, "head") < 0.005
+
+
+@pytest.mark.slow
 def test_not_a_bit_of_the_loss_depends_on_it(of_any_size):
     given = case((150, 64, 600), "bfloat16", spread=2.0).inputs
     p = problem(n=150, d=64, v=600, label_smoothing=0.1)
@@ -90,12 +105,11 @@ def test_not_a_bit_of_the_loss_depends_on_it(of_any_size):
 
 
 @pytest.mark.slow
-def test_with_every_option(of_any_size, monkeypatch):
+def test_with_every_option(of_any_size):
     """What a filter drops is in none of these, nor what the cap makes of the smoothing.
 
-    Columns alone begin at a chunk that the device counts, and end beyond the last class.
+    The second of two chunks ends beyond the last class.
     """
-    monkeypatch.setattr(Tiles, "tail_chunks", lambda *_: 0)
     options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 15.0}
     this = case((150, 64, 600), "bfloat16", spread=2.0, bias=True, weights=True, **options)
     got = run(this, "fp8", detect_races=True)
