@@ -234,7 +234,7 @@ def test_auto_in_8_bits_where_tokens_are_flat(shape, monkeypatch):
     )
     step.cache_clear()
     assert got.value == whole.value
-    assert all(np.any(got.grads[name] != whole.grads[name]) for name in got.grads)
+    assert all(np.any(got.grads[name] != whole.grads[name]) for name in ("hidden", "head"))
     assert_no_worse(got, this)
     assert_stats(got, this, filtered=True)
     others = ~np.isin(np.arange(shape[2]), this.inputs.labels)
