@@ -23,6 +23,8 @@ EVALUATIONS = Path("evaluations")
 LENGTH = 2048
 """Tokens up to which the code published with MMLU keeps solved examples, and those of a prompt for
 a model that does not say its context."""
+AND = " && "
+"""Between the commands of a result that several made."""
 OF_TASKS = ("task_data", "split", "prompt", "answer", "shots", "shots_from", "limit")
 OF_TASKS += ("temperature_from", "against")
 """Flags that mean nothing without --task."""
@@ -321,6 +323,9 @@ def _with_earlier(out: Path, result: Any) -> Any:
     if not same or earlier.weights != result.weights:
         return result
     found: dict[str, Any] = {"tasks": earlier.tasks | result.tasks}
+    if earlier.tasks.keys() - result.tasks.keys() or (earlier.tokens and result.tokens is None):
+        before = [c for c in earlier.command.split(AND) if c != result.command]
+        found["command"] = AND.join((*before, result.command))
     if result.tokens is None:
         found |= {"tokens": earlier.tokens, "tokens_data": earlier.tokens_data}
     return dataclasses.replace(result, **found)

@@ -377,6 +377,31 @@ def test_impossible_flags(changes, message):
         evaluate.EvaluateOptions(**{"model": "m", "task": ("mmlu",)} | changes)
 
 
+def test_a_result_of_several_commands_has_them_all(tmp_path):
+    def found(command: str, *tasks: str) -> results.Result:
+        one = results.TaskResult(
+            **{"task": "t", "data": "d", "data_sha256": "0", "questions": 1, "available": 1},
+            **{"left_out": 0, "prompt": "harness", "answer": "text", "shots": 0, "chance": 0.5},
+            **{"reported": "sum", "scorings": {}, "items": "i"},
+        )
+        settings = {"dtype": "float32", "limit": None, "seed": 0}
+        whose = {"model": "m", "weights": "0", "seed": 0, "versions": {}, "device": "cpu"}
+        return results.Result(
+            command=command, settings=settings, tasks=dict.fromkeys(tasks, one), **whose
+        )
+
+    def kept(command: str, *tasks: str) -> results.Result:
+        merged = evaluate._with_earlier(tmp_path, found(command, *tasks))
+        results.write(tmp_path / results.RESULT, merged)
+        return merged
+
+    assert kept("first", "a", "b").command == "first"
+    second = kept("second", "c")
+    assert (second.command, [*second.tasks]) == ("first && second", ["a", "b", "c"])
+    assert kept("second", "c").command == "first && second"
+    assert kept("all", "a", "b", "c").command == "all"
+
+
 def test_weights_are_told_apart():
     from flax import nnx
 

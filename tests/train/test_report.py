@@ -169,6 +169,36 @@ def test_paired_differences_are_said_with_their_luck(tmp_path):
     assert "ECE -0.0100 [-0.0400, +0.0200]: chance may explain it" in said
 
 
+def test_differences_of_several_seeds_are_one_sentence(tmp_path):
+    """Their own intervals decide, and what unpaired ones would say is not said besides."""
+    found = []
+    for seed, (low, high) in enumerate(((-0.05, -0.01), (-0.04, 0.02), (-0.06, -0.02))):
+        ece = Measure((low + high) / 2, low, high)
+        against = results.Against(
+            "runs/label_smoothing=0,seed=1", "r.json", 200, {"sum": {"ece": ece}}
+        )
+        name = f"runs/label_smoothing=0.1,seed={seed}"
+        path = result(tmp_path / f"{seed}.json", model=name, against=against)
+        flags = {"label_smoothing": 0.1, "seed": seed}
+        results.write(path, dataclasses.replace(results.read(path), flags=flags))
+        found.append(path)
+    plain = result(tmp_path / "plain.json", model="runs/label_smoothing=0,seed=0")
+    flags = {"label_smoothing": 0.0, "seed": 0}
+    results.write(plain, dataclasses.replace(results.read(plain), flags=flags))
+    said = page.render(*page_entries.read([plain, *found]), "t")["md"]
+    assert (
+        "β 0.1, 3 seeds less β 0, seed by seed on the same 200 questions, ECE -0.0267 on average,"
+        " from -0.0400 to -0.0100: more than chance with 2 of 3 seeds."
+    ) in said
+    assert "than without smoothing" not in said
+
+
+def test_what_is_not_said_is_counted(monkeypatch):
+    monkeypatch.setattr(page, "MOST_SENTENCES", 3)
+    assert page._few(["a", "b", "c", "d"]) == ["a", "b", "c", "d"]
+    assert page._few(["a", "b", "c", "d", "e"]) == ["a", "b", "c", "2 more are left out here."]
+
+
 def test_the_interval_of_binned_ece_covers_what_sampling_gives():
     r = np.random.default_rng(1)
     covered = 0

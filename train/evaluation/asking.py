@@ -24,7 +24,7 @@ from train.evaluation.items import Item
 from train.evaluation.likelihood import log_likelihoods
 from train.evaluation.prompts import Answer, Prompt, continuations, word
 from train.evaluation.questions import Questions
-from train.evaluation.results import TaskResult, Temperature
+from train.evaluation.results import Scored, TaskResult, Temperature
 from train.flags import require
 from train.run.model import Loaded
 
@@ -118,12 +118,7 @@ def result(
 ) -> TaskResult:
     """Every measure of what was answered."""
     answers = asked.answers
-    scorings = {
-        name: measures.score(
-            log_probs, answers.label, answers.subjects, resamples=resamples, seed=seed
-        )
-        for name, log_probs in log_probs_by_scoring(answers, how.answer).items()
-    }
+    scorings = scored(answers, how.answer, resamples=resamples, seed=seed)
     return TaskResult(
         task=questions.name,
         data=questions.source,
@@ -141,6 +136,16 @@ def result(
         scorings=scorings,
         items=asked.file.name,
     )
+
+
+def scored(answers: Answers, answer: str, *, resamples: int, seed: int) -> dict[str, Scored]:
+    """The measures by scoring, the reported one first."""
+    return {
+        name: measures.score(
+            log_probs, answers.label, answers.subjects, resamples=resamples, seed=seed
+        )
+        for name, log_probs in log_probs_by_scoring(answers, answer).items()
+    }
 
 
 def scores(answers: Answers, answer: str) -> dict[str, Float[np.ndarray, "N K"]]:
@@ -183,11 +188,11 @@ def with_temperature(
         logits = fitting[name].astype(np.float32)
         temperature = float(calibration.fit_temperature(logits, others.label))
         log_probs = _log_softmax(score / temperature)
-        scored = measures.score(log_probs, answers.label, resamples=resamples, seed=seed)
+        cooled = measures.score(log_probs, answers.label, resamples=resamples, seed=seed)
         scorings[name] = dataclasses.replace(
             scorings[name],
             temperature=Temperature(
-                temperature, fitted_on, len(others.label), scored.measures, scored.bins
+                temperature, fitted_on, len(others.label), cooled.measures, cooled.bins
             ),
         )
     return dataclasses.replace(task, scorings=scorings)

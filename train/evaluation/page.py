@@ -15,12 +15,14 @@ import jinja2
 from train.evaluation import page_drawings
 from train.evaluation.comparison import name_of, sort_key, text
 from train.evaluation.measures import NAMES, SHIFTED
-from train.evaluation.page_entries import Block, Entry, Unfinished
+from train.evaluation.page_entries import Block, Entry, Unfinished, in_words
 from train.evaluation.results import Measure
 from train.run.metrics import HELD_OUT
 
 COLUMNS = ("accuracy", "ece", "rms")
 """The measures of each task, as in Table 1 of the paper."""
+COMPARED = ("accuracy", "ece", "auroc")
+"""Those of which paired differences are told: a lower ECE is no gain where AUROC falls with it."""
 BESIDE = ("confidence", "auroc", "aurc", "brier", "nll", "smooth_ece", "outside")
 """The other measures, in a table below."""
 SHORT = {
@@ -117,7 +119,7 @@ def render(
         "varied": varied(entries),
         "best": _best(made, what),
         "beside": [(task, _beside(made, task)) for task in what],
-        "sentences": list(itertools.islice(sentences(made, what), MOST_SENTENCES)),
+        "sentences": _few(list(sentences(made, what))),
         "meanings": {name: NAMES[name] for name in (*COLUMNS, *BESIDE) if name in NAMES},
         "several_seeds": any(len(group.entries) > 1 for group in made),
         "shifted": SHIFTED,
@@ -161,31 +163,60 @@ def interval(measure: Measure | None, name: str) -> str:
 
 
 def sentences(made: Sequence[Group], what: Sequence[str]) -> Iterator[str]:
-    """What the numbers say, and whether chance may have said it: paired differences, then β."""
-    for entry in (entry for group in made for entry in group.entries):
-        for block in entry.blocks.values():
-            if block.against:
-                yield from _paired(entry, block)
-    for task in what:
-        for group in made:
-            plain = _without_smoothing(group, made, task)
-            if plain:
-                yield _of_smoothing(plain, group, task)
+    """What the numbers say, and whether chance may have said it: paired differences, then β where
+    there are none, which say less."""
+    for task, group in itertools.product(what, made):
+        compared = [e for e in group.entries if task in e.blocks and e.blocks[task].against]
+        if len(compared) > 1:
+            yield from _paired_by_seed(group, [e.blocks[task] for e in compared])
+        for entry in compared if len(compared) == 1 else ():
+            yield from _paired(entry, entry.blocks[task])
+    for task, group in itertools.product(what, made):
+        paired = any(task in e.blocks and e.blocks[task].against for e in group.entries)
+        plain = None if paired else _without_smoothing(group, made, task)
+        if plain:
+            yield _of_smoothing(plain, group, task)
+
+
+def _few(said: list[str]) -> list[str]:
+    """Those that can be read; the tables have all."""
+    left = len(said) - MOST_SENTENCES
+    return said if left < 2 else [*said[:MOST_SENTENCES], f"{left} more are left out here."]
 
 
 def _paired(entry: Entry, block: Block) -> Iterator[str]:
     assert block.against
     other, apart = block.against
-    for name in ("accuracy", "ece"):
+    for name in COMPARED:
         m = apart.get(name)
         if m is None or m.value is None or m.low is None or m.high is None:
             continue
         sure = "more than chance" if m.low > 0 or m.high < 0 else "chance may explain it"
         yield (
-            f"{block.task}: {entry.name} less {Path(other.model).name} on the same {other.n:,}"
-            f" questions, {SHORT.get(name, name)} {_signed(m.value)}"
+            f"{block.task}: {entry.name} less {in_words(Path(other.model).name)} on the same"
+            f" {other.n:,} questions, {SHORT.get(name, name)} {_signed(m.value)}"
             f" [{_signed(m.low)}, {_signed(m.high)}]:"
             f" {sure}."
+        )
+
+
+def _paired_by_seed(group: Group, blocks: Sequence[Block]) -> Iterator[str]:
+    """The mean of the seeds' differences, their range, and how many are more than chance."""
+    pairs = [block.against for block in blocks if block.against]
+    others = {in_words(Path(other.model).name, seed=False) for other, _ in pairs}
+    asked = {other.n for other, _ in pairs}
+    for name in COMPARED:
+        found = [m for _, apart in pairs if (m := apart.get(name)) and m.value is not None]
+        values = [m.value for m in found if m.value is not None]
+        if not values:
+            continue
+        sure = sum((m.low or 0) > 0 or (m.high or 0) < 0 for m in found)
+        yield (
+            f"{blocks[0].task}: {group.name} less {' or '.join(sorted(others))}, seed by seed on"
+            f" the same {' or '.join(f'{n:,}' for n in sorted(asked))} questions,"
+            f" {SHORT.get(name, name)} {_signed(math.fsum(values) / len(values))} on average,"
+            f" from {_signed(min(values))} to {_signed(max(values))}: more than chance with"
+            f" {sure} of {len(found)} seeds."
         )
 
 

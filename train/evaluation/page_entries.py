@@ -287,14 +287,20 @@ def _merged(entries: list[Entry]) -> list[Entry]:
 
 
 def _in_words(entry: Entry) -> Entry:
-    """With "learning rate 0.001, β 0.1" for a name that a sweep made of flags, which has no blank
-    where a line may end."""
-    parts = [part.partition("=") for part in entry.name.split(",")]
-    if not all(equals and field in entry.settings for field, equals, _ in parts):
-        return entry
-    return dataclasses.replace(
-        entry, name=", ".join(f"{name_of(field)} {value}" for field, _, value in parts)
-    )
+    """With words for a name that a sweep made of flags."""
+    fields = [part.partition("=")[0] for part in entry.name.split(",")]
+    known = all(field in entry.settings for field in fields)
+    return dataclasses.replace(entry, name=in_words(entry.name)) if known else entry
+
+
+def in_words(name: str, *, seed: bool = True) -> str:
+    """ "learning rate 0.001, β 0.1" for a name that a sweep made of flags, which has no blank where
+    a line may end; others as they are."""
+    parts = [part.partition("=") for part in name.split(",")]
+    if not all(equals for _, equals, _ in parts):
+        return name
+    kept = [(field, value) for field, _, value in parts if seed or field != "seed"]
+    return ", ".join(f"{name_of(field)} {value}" for field, value in kept)
 
 
 def _named_apart(entries: list[Entry]) -> list[Entry]:

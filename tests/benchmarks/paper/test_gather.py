@@ -1,0 +1,148 @@
+"""What a folder of experiments comes down to, where time was up: all but weights and answers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.paper import gather
+from train.config import TrainConfig
+from train.evaluation import asking, measures, results
+from train.evaluation.answers import AnswerFile, Answers
+
+N = 40
+ELSEWHERE = "/home/somebody/copy"
+"""Where the experiments ran."""
+
+
+@pytest.fixture
+def found(tmp_path, monkeypatch):
+    """Two seeds with and without smoothing, evaluated without a bootstrap, and a run cut off."""
+    monkeypatch.setattr(measures, "GROUPS", measures.GROUPS[:1])  # the others compile for long
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "runs" / "paper"
+    for seed in (0, 1):
+        for beta in (0.0, 0.1):
+            run(there, beta, seed)
+            evaluation(there, beta, seed)
+    run(there, 0.2, 0, done=False)
+    (there / "steps.json").write_text('[{"step": "train it", "status": "exit 1"}]\n')
+    return there
+
+
+def name(beta, seed):
+    return f"learning_rate=2e-05,label_smoothing={beta:g},seed={seed}"
+
+
+def flags(beta, seed):
+    out = f"runs/paper/runs/m-alpaca/{name(beta, seed)}"
+    found = TrainConfig.of(model="m", label_smoothing=beta, seed=seed, learning_rate=2e-5).flags()
+    data = [f"{ELSEWHERE}/runs/paper/data/alpaca.jsonl"]
+    return json.loads(json.dumps(found | {"data": data, "out": out}, default=list))
+
+
+def run(there, beta, seed, done=True):
+    folder = there / "runs" / "m-alpaca" / name(beta, seed)
+    (folder / "checkpoints" / "5").mkdir(parents=True)
+    (folder / "checkpoints" / "5" / "weights").write_bytes(b"many")
+    config = flags(beta, seed)
+    (folder / "run.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "grad_norm": 1.0}\n')
+    bins = [{"low": b / 15, "high": (b + 1) / 15, "count": 0} for b in range(15)]
+    bins = [b | {"confidence": 0.0, "accuracy": 0.0} for b in bins]
+    scores = {"n": 9, "nll": 2.0, "accuracy": 0.3, "ece": 0.1, "rms": 0.1, "brier": 0.7}
+    scores |= {"mean_confidence": 0.4, "bins": bins}
+    found = {"tokens": scores, "choices": {"reported": "sum", "chance": None, "sum": None}}
+    found |= {"config": config, "versions": {"jax": "0.11.2"}, "device": "NVIDIA H200"}
+    if done:
+        (folder / "eval.json").write_text(json.dumps(found))
+
+
+def evaluation(there, beta, seed):
+    folder = there / "evaluations" / "m-alpaca" / name(beta, seed)
+    temperature = None
+    for file, start in (("a.temperature.jsonl", 100), ("a.jsonl", 0)):
+        # The smoothed model is right where the other one is, and at five more.
+        r = np.random.default_rng(start)
+        z = r.normal(size=(N, 4)) * (1 - 3 * beta)
+        z[: N // 2 + (5 if beta else 0), 1] += 9
+        answered = AnswerFile(folder / file, {"format": "lsce-answers", "version": 1})
+        answered.add(
+            {
+                start + i: {
+                    **{"answer": 1, "subject": "", "log_prob": row.tolist()},
+                    **{"tokens": [2] * 4, "characters": [5] * 4},
+                }
+                for i, row in enumerate(z)
+            }
+        )
+        last = Answers.of(answered.lines)
+        temperature = temperature or last
+    task = results.TaskResult(
+        **{"task": "arc-easy", "data": "arc", "data_sha256": "0", "questions": N},
+        **{"available": N, "left_out": 0, "prompt": "harness", "answer": "text", "shots": 0},
+        **{"chance": 0.25, "reported": "sum", "items": "a.jsonl"},
+        scorings=asking.scored(last, "text", resamples=0, seed=0),
+    )
+    task = asking.with_temperature(task, last, temperature, "arc (val)", resamples=0, seed=0)
+    results.write(
+        folder / "result.json",
+        results.Result(
+            **{"model": f"runs/paper/runs/m-alpaca/{name(beta, seed)}", "weights": f"{beta}{seed}"},
+            **{"command": "python -m train.evaluate", "seed": 0, "label_smoothing": beta},
+            flags=flags(beta, seed),
+            settings={"resamples": 0, "limit": None},
+            **{"versions": {"jax": "0.11.2"}, "device": "NVIDIA H200"},
+            tasks={"arc-easy": task},
+        ),
+    )
+
+
+@pytest.mark.slow
+def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
+    assert gather.main(["--out", "kept", "--resamples", "50"]) == 0
+    kept = tmp_path / "kept"
+    plain, smoothed = (
+        results.read(kept / "evaluations" / "m-alpaca" / name(beta, 1)) for beta in (0, 0.1)
+    )
+    before = results.read(found / "evaluations" / "m-alpaca" / name(0.1, 1))
+    sums = smoothed.tasks["arc-easy"].scorings["sum"]
+    accuracy = sums.measures["accuracy"]
+    assert before.tasks["arc-easy"].scorings["sum"].measures["accuracy"].value == accuracy.value
+    assert accuracy.low is not None
+    assert accuracy.low < accuracy.value < accuracy.high
+    assert sums.temperature.measures["nll"].low is not None
+    assert smoothed.settings["resamples"] == 50
+    assert plain.tasks["arc-easy"].against is None
+    apart = smoothed.tasks["arc-easy"].against
+    assert apart.model.endswith(name(0, 1))  # of its own seed
+    least = apart.scorings["sum"]["accuracy"]
+    other = plain.tasks["arc-easy"].scorings["sum"].measures["accuracy"].value
+    assert least.value == pytest.approx(accuracy.value - other, abs=1e-6)
+    assert least.low >= 0  # nothing is wrong that was right: paired, the sign is sure
+    page = (kept / "m-alpaca.md").read_text()
+    assert "β 0.1, 2 seeds less learning rate 2e-05, β 0, seed by seed on the same 40" in page
+    assert f"{name(0.2, 0)}: not finished" in page  # nothing is dropped
+    assert "ECE is" not in page  # what pairs say, intervals side by side need not say again
+
+    files = [path for path in kept.rglob("*") if path.is_file()]  # small, and of no machine
+    assert {path.name for path in files} == {
+        *("steps.json", "run.json", "eval.json", "metrics.jsonl", "result.json"),
+        *("m-alpaca.html", "m-alpaca.md"),
+    }
+    assert not any(ELSEWHERE in path.read_text() for path in files)
+    told = json.loads((kept / "runs" / "m-alpaca" / name(0, 0) / "run.json").read_text())
+    assert told["data"] == ["runs/paper/data/alpaca.jsonl"]
+
+
+def test_answers_that_are_not_the_results_are_refused(found, capsys):
+    folder = found / "evaluations" / "m-alpaca" / name(0, 0)
+    lines = (folder / "a.jsonl").read_text().splitlines()
+    (folder / "a.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert gather.main(["--out", "kept"]) == 2
+    assert "a.jsonl answers 39 questions, and its result 40" in capsys.readouterr().err
+
+
+def test_a_folder_without_experiments_is_refused(tmp_path, capsys):
+    assert gather.main(["--found", str(tmp_path)]) == 2
+    assert "holds no experiments: there is no steps.json" in capsys.readouterr().err
