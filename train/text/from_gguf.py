@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -73,7 +73,8 @@ def tokenizer(get: Callable[[str, Any], Any], where: str) -> tokenizers.Tokenize
     elif model == "llama":
         gemma = str(get("general.architecture", "")).startswith("gemma")
         ranks = range(len(tokens)) if gemma else [-score for score in field("scores")]
-        found = _sentencepiece(tokens, merges, ranks, not gemma and field("add_space_prefix", True))
+        prefix = not gemma and field("add_space_prefix", True)
+        found = _sentencepiece(tokens, merges, ranks, prefix, where)
     else:
         raise ValueError(f"{where}: tokenizer {model!r} is not known here; gpt2 and llama are")
     known = found.get_vocab()
@@ -101,15 +102,19 @@ def _byte_level(
             f"{where}: how its tokenizer {split!r} splits text is not known here; put the model's"
             " tokenizer.json beside the file"
         )
-    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
-    found = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
+    known = {token: i for i, token in enumerate(tokens)}
+    found = tokenizers.Tokenizer(models.BPE(known, _pairs(merges, known, where)))
     found.pre_tokenizer = SPLITS[split]
     found.decoder = decoders.ByteLevel()
     return found
 
 
 def _sentencepiece(
-    tokens: Sequence[str], merges: Sequence[str] | None, ranks: Sequence[float], prefix: bool
+    tokens: Sequence[str],
+    merges: Sequence[str] | None,
+    ranks: Sequence[float],
+    prefix: bool,
+    where: str,
 ) -> tokenizers.Tokenizer:
     """BPE over characters, with bytes for those it has not, and ▁ for a space.
 
@@ -128,7 +133,7 @@ def _sentencepiece(
             if token[:cut] in known and token[cut:] in known
         ]
     else:
-        pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
+        pairs = _pairs(merges, known, where)
     found = tokenizers.Tokenizer(
         models.BPE(known, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
@@ -140,3 +145,17 @@ def _sentencepiece(
         found.normalizer = normalizers.Replace(" ", "▁")
     found.decoder = decoders.Sequence(back)
     return found
+
+
+def _pairs(
+    merges: Sequence[str], known: Mapping[str, int], where: str
+) -> list[tuple[str, str]]:
+    """The tokens that each merge joins. The library would panic where they, or the joined, are
+    none."""
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= known.keys():
+            raise ValueError(f"{where}: its tokenizer is damaged: no tokens for the merge {merge!r}")
+        pairs.append((left, right))
+    return pairs

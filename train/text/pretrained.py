@@ -120,8 +120,19 @@ class PretrainedTokenizer:
 
     @classmethod
     def from_gguf(cls, get: Any, path: Path, choose: str = "auto") -> Self:
-        """From the metadata of a GGUF file, by key and default; ValueError if they hold none."""
-        tokenizer = from_gguf.tokenizer(get, str(path))
+        """From the metadata of a GGUF file, by key and default.
+
+        Raises:
+          ValueError: naming the file, if they hold none, one of a kind not known here, or a damaged
+            one.
+        """
+        try:
+            tokenizer = from_gguf.tokenizer(get, str(path))
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises plain Exception for what does not fit
+            reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
+            raise ValueError(f"{path}: its tokenizer is damaged: {reason}") from None
         ids = {
             name: get(f"tokenizer.ggml.{key}_token_id", None)
             for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))

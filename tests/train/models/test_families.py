@@ -157,6 +157,10 @@ def test_gemma_3_inside_a_model_that_sees_pictures():
         ("llama", {"hidden_size": None}, "has no hidden_size"),
         ("llama", {"hidden_size": "32"}, "hidden_size must be a whole number above 0, not '32'"),
         ("llama", {"num_key_value_heads": 3}, "self.heads=4 must be a multiple"),
+        *(
+            (family, {"num_hidden_layers": 10**12}, "num_hidden_layers is 1,000,000,000,000, more")
+            for family in ("llama", "mistral", "qwen 3", "gemma 3")
+        ),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("llama", {"attention_bias": True}, "attention_bias is True"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -200,3 +201,18 @@ def test_a_tokenizer_that_is_not_known_is_refused():
         from_gguf.tokenizer(gguf_metadata(model="t5"), "it")
     with pytest.raises(ValueError, match="how its tokenizer 'odd' splits text is not known"):
         from_gguf.tokenizer(gguf_metadata(model="gpt2", pre="odd", merges=[]), "it")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model": "gpt2", "merges": ["a b"], "tokens": ["a", "b"]},
+        {"model": "gpt2", "merges": ["ab"], "tokens": ["a", "b", "ab"]},
+        {"merges": ["a c"]},
+        {"scores": None},
+        {"tokens": ["a", 5]},
+    ],
+)
+def test_a_damaged_tokenizer_in_gguf_is_one_line(damage):
+    with pytest.raises(ValueError, match=r"^it: its tokenizer is damaged: [^\n]+$"):
+        PretrainedTokenizer.from_gguf(gguf_metadata(**damage), Path("it"))

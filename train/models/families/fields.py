@@ -8,6 +8,8 @@ from typing import Any
 from train.models.config import Rope
 
 REQUIRED = object()
+MOST_LAYERS = 10_000
+"""No model has so many. A damaged file may say millions, and each is looked for."""
 
 
 class Fields:
@@ -59,6 +61,13 @@ class Fields:
         return value
 
 
+def layers(fields: Fields) -> int:
+    found = fields.integer("num_hidden_layers")
+    if found > MOST_LAYERS:
+        raise ValueError(f"{fields.where}: num_hidden_layers is {found:,}, more than any model's")
+    return found
+
+
 def common(fields: Fields) -> dict[str, Any]:
     """What is read alike in every family, as arguments of `ModelConfig`."""
     fields.refuse("quantization_config")
@@ -70,7 +79,7 @@ def common(fields: Fields) -> dict[str, Any]:
         "model_type": fields.text("model_type"),
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden_size,
-        "layers": fields.integer("num_hidden_layers"),
+        "layers": layers(fields),
         "heads": heads,
         "kv_heads": fields.integer("num_key_value_heads", heads),
         "head_size": fields.integer("head_dim", hidden_size // heads),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from train.models.config import ModelConfig
-from train.models.families.fields import Fields, common, rope, silu
+from train.models.families.fields import Fields, common, layers, rope, silu
 
 ARCHITECTURES = {"mistral": "MistralForCausalLM"}
 NAMES: Mapping[str, tuple[str, str]] = {}
@@ -14,12 +14,11 @@ NAMES: Mapping[str, tuple[str, str]] = {}
 def read(fields: Fields) -> ModelConfig:
     # Null is no window; a file that says nothing means the first release's.
     window = fields.integer("sliding_window", None if "sliding_window" in fields.values else 4096)
-    layers = fields.integer("num_hidden_layers")
     return ModelConfig(
         **common(fields),
         **silu(fields),
         rope=rope(fields),
         window=window,
-        sliding=(True,) * layers if window else (),
+        sliding=(True,) * layers(fields) if window else (),
         tied_head=fields.flag("tie_word_embeddings", False),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from train.models.config import ModelConfig
-from train.models.families.fields import Fields, common, rope, silu, sliding
+from train.models.families.fields import Fields, common, layers, rope, silu, sliding
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 NAMES: Mapping[str, tuple[str, str]] = {}
@@ -16,12 +16,11 @@ NAMES: Mapping[str, tuple[str, str]] = {}
 
 def read(fields: Fields) -> ModelConfig:
     third = fields.text("model_type") == "qwen3"
-    layers = fields.integer("num_hidden_layers")
     window = None
     if fields.flag("use_sliding_window", False):
         window = fields.integer("sliding_window", 4096)
     first = fields.values.get("max_window_layers", 28)
-    slides = sliding(fields, [window is not None and i >= first for i in range(layers)])
+    slides = sliding(fields, [window is not None and i >= first for i in range(layers(fields))])
     shape = common(fields)
     if third:
         shape["head_size"] = fields.integer("head_dim", 128)
