@@ -8,23 +8,26 @@ if __name__ == "__main__":
     start.begin("python -m train.export")  # the imports below take seconds
 
 import dataclasses
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from train import command_line
 from train.flags import shown
-from train.models import resolve
+from train.models import families, resolve
 from train.models.config import SHAPES
 from train.models.weights import peft, safetensors
 from train.models.weights.load import save
 from train.run import folder as run_folder
 from train.run import model as run_model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,11 +71,20 @@ def export(
         raise ValueError(f"{folder} is there already: name a new folder")
     loaded = run_model.read(where, checkpoint=checkpoint, merge=not adapter)
     base = base_of(where, loaded) if adapter else None
+    config, softcap = loaded.config_json, loaded.shape.final_softcap
+    if not adapter and softcap != _softcap(config):
+        config = config | {"final_logit_softcapping": softcap}  # which a Gemma's file can say
+    if softcap != _softcap(config):
+        logger.warning(
+            "the run learnt logits bounded by --softcap %g, which these files cannot say: other"
+            " tools will take logits as they are, and so probabilities further apart",
+            softcap,
+        )
     part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)
     try:
         if base is None:
-            _write_model(loaded, dtype or str(loaded.config_json.get("dtype", "float32")), part)
+            _write_model(loaded, config, dtype or str(config.get("dtype", "float32")), part)
         else:
             peft.save(loaded.shape, loaded.params, base, part, dtype or "float32")
         os.replace(part, folder)
@@ -80,9 +92,15 @@ def export(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_model(loaded: run_model.Loaded, dtype: str, folder: Path) -> None:
+def _softcap(config: dict[str, Any]) -> float | None:
+    return families.read(config, "config.json").final_softcap
+
+
+def _write_model(
+    loaded: run_model.Loaded, config: dict[str, Any], dtype: str, folder: Path
+) -> None:
     safetensors.save(save(loaded.shape, loaded.params, dtype), folder)
-    config = loaded.config_json | {"dtype": dtype, "torch_dtype": dtype}
+    config = config | {"dtype": dtype, "torch_dtype": dtype}
     config.setdefault("architectures", [loaded.architecture])
     description = run_model.description(
         run_model.Chosen(loaded.shape, config_json=config), loaded.tokenizer

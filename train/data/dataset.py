@@ -7,11 +7,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from train.data import corpus, files, mixture, records, sources
 from train.data.encode import MIN_LENGTH, encode_records
-from train.data.loader import PackedLoader
+from train.data.loader import PackedLoader, digest
 from train.data.packing import Rows, pack
 from train.data.records import Record
 from train.files import default_cache_dir
@@ -97,6 +97,25 @@ class Data:
     def counts(self) -> Counts:
         """The counts of all files together."""
         return sum(self.files, Counts())
+
+    def position(self) -> dict[str, Any]:
+        """Where the training rows are, fit for JSON, and what is held out."""
+        return {**self.train.state(), "held_out": digest(self.held_out)}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Goes on where `position` was taken.
+
+        Raises:
+          ValueError: if it is of other training rows, as `PackedLoader.set_state` says, or of other
+            held-out ones: the scores before and after would be of different questions, and the best
+            checkpoint one of the easier ones.
+        """
+        self.train.set_state(position)
+        if position.get("held_out", digest(self.held_out)) != digest(self.held_out):
+            raise ValueError(
+                "the saved position belongs to other held-out records: to resume, those of --data"
+                " or --eval-data must be the same, so that scores can be compared"
+            )
 
 
 @dataclasses.dataclass

@@ -121,7 +121,7 @@ def train(run: Run) -> Evaluation:
                 best = run.checkpointer.would_be_best(step, monitor.evaluated)
                 if stop.signum or saves(step) or best:
                     with monitor.paused():
-                        run.checkpointer.save(step, state, data.train.state())
+                        run.checkpointer.save(step, state, data.position())
                         run.checkpointer.mark_best(monitor.evaluated)
                 if stop.signum:
                     raise Interrupted(stop.signum, step, run.out)

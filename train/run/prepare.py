@@ -204,7 +204,7 @@ def restored(
 ) -> TrainState:
     """The state after `step` steps. The data's loader goes on from there."""
     with Checkpointer(out, keep=config.run.keep) as old:
-        data.train.set_state(old.position(step))
+        data.go_to(old.position(step))
         like = mesh.placed(jax.eval_shape(create, config.run.seed), on)
         return old.state(step, like=like)
 

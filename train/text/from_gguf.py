@@ -147,15 +147,15 @@ def _sentencepiece(
     return found
 
 
-def _pairs(
-    merges: Sequence[str], known: Mapping[str, int], where: str
-) -> list[tuple[str, str]]:
+def _pairs(merges: Sequence[str], known: Mapping[str, int], where: str) -> list[tuple[str, str]]:
     """The tokens that each merge joins. The library would panic where they, or the joined, are
     none."""
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= known.keys():
-            raise ValueError(f"{where}: its tokenizer is damaged: no tokens for the merge {merge!r}")
+            raise ValueError(
+                f"{where}: its tokenizer is damaged: no tokens for the merge {merge!r}"
+            )
         pairs.append((left, right))
     return pairs

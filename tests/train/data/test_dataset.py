@@ -235,6 +235,17 @@ def test_evaluation_may_have_files_of_its_own(tmp_path, caplog):
     assert "another" not in data.tokenizer.decode(data.train.rows.tokens.ravel().tolist())
 
 
+def test_a_run_goes_on_with_the_held_out_records_that_it_had(tmp_path):
+    path = write_records(tmp_path / "data.jsonl", 30)
+    other = write_records(tmp_path / "other.jsonl", 33, "another answer, {}")
+    data = build([path], tmp_path, eval_data=[path])
+    position = json.loads(json.dumps(data.position()))
+    data.go_to(position)
+    data.go_to({name: position[name] for name in ("identity", "iterator")})  # of before 2026-11-29
+    with pytest.raises(ValueError, match="belongs to other held-out records"):
+        build([path], tmp_path, eval_data=[other]).go_to(position)
+
+
 def test_a_pretrained_tokenizer_takes_the_place_of_the_bpe(tmp_path, monkeypatch):
     path = write_records(tmp_path / "data.jsonl", 30)
     own = build([path], tmp_path)

@@ -55,9 +55,6 @@ class Batches:
     def __next__(self):
         return None
 
-    def state(self):
-        return {}
-
 
 @pytest.fixture
 def happened(tmp_path, monkeypatch):
@@ -94,7 +91,7 @@ def happened(tmp_path, monkeypatch):
         monkeypatch.setattr(loop, "headline", lambda step: {"token_nll": nll(step)})
         monkeypatch.setattr(loop, "report", mock.Mock())
         start = SimpleNamespace(step=first_step, model=first_step)
-        data = SimpleNamespace(train=Batches())
+        data = SimpleNamespace(train=Batches(), position=dict)
         config = TrainConfig.of(checkpoint_every=4, **flags)
         prompts = Prompts([], [], mock.Mock())
         parts = (tmp_path, data, None, prompts, float, checkpointer, start)

@@ -16,14 +16,18 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 from oracles.inputs import weights
 from paths import ROOT
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from train import diagnose, export, generate
 from train.config import TrainConfig
 from train.models import families, resolve
+from train.models.config import PRESETS
+from train.models.decoder import Decoder
 from train.models.weights import safetensors
 from train.models.weights.load import shapes
 from train.run import folder as run_folder
@@ -147,14 +151,42 @@ def test_any_checkpoint_can_be_taken_and_it_is_said_which(
         assert np.abs(np.asarray(later) - np.asarray(one)).max() > 1e-5
 
 
-def test_a_run_s_softcap_is_part_of_its_model(trained, tmp_path):
-    """config.json of a family without one cannot say it."""
+def test_a_run_s_softcap_is_part_of_its_model(trained, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     flags = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(flags | {"softcap": 7.0}))
     assert run_model.read(str(trained)).shape.final_softcap == flags["softcap"] != 7
     assert run_model.read(str(run)).shape.final_softcap == 7
+    export.export(str(run), tmp_path / "out")
+    assert run_model.read(str(tmp_path / "out")).shape.final_softcap == 7
+    assert "softcap" not in caplog.text
+
+
+def test_a_softcap_that_no_file_can_say_is_told(checkpoint, tmp_path, monkeypatch, caplog):
+    shape = dataclasses.replace(PRESETS["nano"], vocab_size=260, final_softcap=5.0)
+    params = nnx.state(Decoder(shape, rngs=nnx.Rngs(0)))
+    tokenizer = run_model.read(str(checkpoint)).tokenizer
+    loaded = run_model.Loaded(shape, params, tokenizer, families.write(shape))
+    monkeypatch.setattr(run_model, "read", lambda *_arguments, **_options: loaded)
+    export.export("run", tmp_path / "out")
+    assert "logits bounded by --softcap 5, which these files cannot say" in caplog.text
+
+
+def test_what_cannot_be_written_is_an_error_of_the_system(trained, tmp_path, monkeypatch, capsys):
+    def save_file(*_arguments, **_options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors, "save_file", save_file)
+    assert export.main([str(trained), str(tmp_path / "out")]) == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(
+            "part-0.safetensors cannot be written: I/O error: No space left on device (os error 28)"
+        )
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_in_place_of_a_model_is_told_how_to_become_one(trained):

@@ -86,11 +86,17 @@ def _listed(folder: Path) -> dict[str, Path]:
 
 
 def write_file(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """One safetensors file, which others may read if they may read any new file."""
+    """One safetensors file, which others may read if they may read any new file.
+
+    Raises OSError if it cannot be written.
+    """
     path.touch()
     mode = path.stat().st_mode
-    # The mark that transformers looks for.
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        # The mark that transformers looks for.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its words for a full disk, too
+        raise OSError(f"{path.name} cannot be written: {error}") from None
     path.chmod(mode)  # save_file leaves the file to its owner alone
 
 
