@@ -73,8 +73,13 @@ def means(log_probs: Float[Array, "N K"], labels: Int[Array, " N"]) -> dict[str,
 
 @jax.jit
 def errors(log_probs: Float[Array, "N K"], labels: Int[Array, " N"]) -> dict[str, Float[Array, ""]]:
-    """Calibration errors, which are larger in resamples than in the data."""
+    """Calibration errors, which are larger in resamples than in the data.
+
+    SCE and ACE are means over choices that there are: a few questions of five would else make
+    those of thousands of four a fifth smaller, by a class that is never there and never wrong.
+    """
     probs = jnp.exp(log_probs)
+    there = jnp.mean((log_probs > -jnp.inf).astype(probs.dtype))
     confidence, correct = _predicted(probs, labels)
     parts = calibration.brier_decomposition(probs, labels, bins=BINS)
     return {
@@ -85,8 +90,8 @@ def errors(log_probs: Float[Array, "N K"], labels: Int[Array, " N"]) -> dict[str
         "rms": calibration.rms_calibration_error(confidence, correct),
         "hendrycks_rms": calibration.hendrycks_rms(confidence, correct),
         "mce": calibration.maximum_calibration_error(confidence, correct, bins=BINS),
-        "sce": calibration.static_calibration_error(probs, labels),
-        "ace": calibration.adaptive_calibration_error(probs, labels),
+        "sce": calibration.static_calibration_error(probs, labels) / there,
+        "ace": calibration.adaptive_calibration_error(probs, labels) / there,
         **{f"brier_{name}": value for name, value in parts._asdict().items()},
     }
 

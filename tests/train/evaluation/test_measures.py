@@ -56,7 +56,8 @@ def test_values_are_those_of_the_library(choices, scored):
         "gap": confidence.mean() - correct.mean(),
         "ece": calibration.expected_calibration_error(confidence, correct),
         "hendrycks_rms": calibration.hendrycks_rms(confidence, correct),
-        "ace": calibration.adaptive_calibration_error(probs, labels),
+        "sce": calibration.static_calibration_error(probs, labels) / (11 / 12),
+        "ace": calibration.adaptive_calibration_error(probs, labels) / (11 / 12),
         "brier": np.square(probs - np.eye(4)[labels]).sum(1).mean(),
         "nll": -log_probs[np.arange(N), labels].mean(),
         "auroc": calibration.auroc(confidence, correct),
@@ -67,6 +68,22 @@ def test_values_are_those_of_the_library(choices, scored):
         assert found[name] == pytest.approx(float(value), rel=1e-4), name
     parts = [found[f"brier_{part}"] for part in ("reliability", "uncertainty", "within_bins")]
     assert sum(parts) - found["brier_resolution"] == pytest.approx(found["brier"], abs=1e-5)
+
+
+def test_a_choice_that_few_questions_have_is_no_class_of_all(choices):
+    """SCE is Σ over choices k of n_k · ECE_k / Σ n_k, each ECE_k of the n_k questions that have k:
+    one question of five would else make it a fifth less."""
+    log_probs, labels = choices
+    wide = np.pad(log_probs, ((0, 0), (0, 1)), constant_values=-np.inf)
+    four, five = (measures.errors(lp, labels) for lp in (log_probs, wide))
+    for name in ("sce", "ace"):
+        assert float(five[name]) == pytest.approx(float(four[name]), rel=1e-6)
+    total = 0.0
+    for k in range(4):
+        there = np.isfinite(log_probs[:, k])
+        p, right = np.exp(log_probs[there, k]).astype(np.float32), labels[there] == k
+        total += there.sum() * float(calibration.expected_calibration_error(p, right, bins=30))
+    assert float(four["sce"]) == pytest.approx(total / np.isfinite(log_probs).sum(), rel=1e-5)
 
 
 def test_subjects_bins_and_the_curve_add_up_to_the_whole(scored):
