@@ -110,8 +110,7 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     while choices and not choices[-1]:
                         choices.pop()  # a question with fewer choices than others
                     answer = cells["answer"].strip()
-                    number = answer.isdecimal() and answer not in choices
-                    cells |= {"answer": int(answer) if number else answer}
+                    cells |= {"answer": _numbered(answer, choices, where)}
                     yield where, {**subject, **cells, "choices": choices}
                 else:
                     require(
@@ -131,6 +130,23 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from None
     except csv.Error as error:
         raise ValueError(f"{path} is a damaged CSV file: {error}") from None
+
+
+def _numbered(answer: str, choices: Sequence[str], where: str) -> str | int:
+    """An index where it is a number, which no cell of a CSV file is by itself.
+
+    Raises:
+      ValueError: if it is also the text of another choice, as of a sum's.
+    """
+    if not answer.isdecimal() or (answer in choices and int(answer) >= len(choices)):
+        return answer
+    meant = {i for i, choice in enumerate(choices) if choice == answer} | {int(answer)}
+    require(
+        len(meant) == 1,
+        f"{where}: the answer {answer} may mean any of the choices {sorted(meant)}, counted from 0:"
+        " write its letter",
+    )
+    return int(answer)
 
 
 def letter(answer: Any) -> Any:
@@ -181,4 +197,5 @@ def labelled(choices: Any, key: Any) -> tuple[tuple[str, ...], int]:
         raise ValueError(f"choices must have as many texts as labels, not {choices!r}")
     key = key.strip() if isinstance(key, str) else key
     require(key in labels, f"the answer {key!r} is none of the labels {labels}")
+    require(labels.count(key) == 1, f"the answer {key!r} may be any of the labels {labels}")
     return tuple(texts), labels.index(key)

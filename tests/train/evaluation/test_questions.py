@@ -73,6 +73,26 @@ def test_sciq_s_right_answer_stands_where_its_question_decides(tmp_path):
     assert sciq.word(items[0]) == "Because.\nQuestion: Why 0?\nAnswer:"
 
 
+def test_a_number_in_a_csv_file_is_no_two_choices(tmp_path):
+    """The index of one choice and the text of another: of sums, some would be read either way."""
+    path = tmp_path / "sums.csv"
+    for row, index in (("a,b,c,2", 2), ("3,4,2,2", 2), ("7,8,9,8", 1)):
+        path.write_text(f"question,A,B,C,answer\nWhich?,{row}\n")
+        assert questions.read([path])[0][0].answer == index
+    path.write_text("question,A,B,C,answer\n1 + 1?,1,2,3,2\n")
+    with pytest.raises(ValueError, match=r"sums\.csv:2: the answer 2 may mean any of .*\[1, 2\]"):
+        questions.read([path])
+
+
+def test_openbookqa_s_first_release_looks_like_arc_s(tmp_path):
+    """So that the name decides, which words it otherwise."""
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"question": NESTED, "answerKey": "1"}) + "\n")
+    assert questions.load("openbookqa", path, shots=0).page is openbookqa
+    assert questions.load("arc-easy", path, shots=0).page is arc
+    assert questions.load(str(path)).page is arc
+
+
 def test_csv_with_and_without_a_heading(tmp_path):
     test, dev = tmp_path / "data/test", tmp_path / "data/dev"
     for folder in (test, dev):
@@ -149,6 +169,12 @@ def test_bad_files_are_named(tmp_path):
         (json.dumps({"endings": ["a", "b"], "ctx": "c", "label": ""}), "without answers"),
         (json.dumps({"question": "?", "choices": CHOICES, "answerKey": "E"}), "none of the labels"),
         (json.dumps({"question": "?", "choices": 3, "answerKey": "E"}), "as many texts as labels"),
+        (
+            json.dumps(
+                {"question": "?", "choices": CHOICES | {"label": ["B"] * 3}, "answerKey": "B"}
+            ),
+            "the answer 'B' may be any of the labels",
+        ),
         (json.dumps(GOOD) + "\n" + json.dumps(PUBLISHED["HellaSwag"][0]), ":2: .* another task"),
     ):
         path.write_text(content)

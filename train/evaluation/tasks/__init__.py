@@ -56,7 +56,7 @@ TASKS = {
     "sciq": Task(sciq, "allenai/sciq", "data"),
     "openbookqa": Task(openbookqa, "allenai/openbookqa", "main"),
 }
-PAGES: tuple[Page, ...] = (openbookqa, arc, sciq, hellaswag, plain)
+PAGES: tuple[Page, ...] = (arc, openbookqa, sciq, hellaswag, plain)
 """What a file may hold, by its fields: the first that matches."""
 
 

@@ -11,7 +11,9 @@ from train.evaluation.items import Item, labelled
 
 
 def matches(row: dict[str, Any]) -> bool:
-    return "question_stem" in row or ("fact1" in row and "answerKey" in row)
+    """Its first release looks like ARC's, which a file of unknown task is taken for."""
+    nested = isinstance(row.get("question"), dict)
+    return "question_stem" in row or ("answerKey" in row and ("fact1" in row or nested))
 
 
 def parse(row: dict[str, Any]) -> Item:
