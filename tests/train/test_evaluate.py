@@ -19,7 +19,7 @@ from train.evaluation import answers, asking, encoding, measures, questions, res
 from train.evaluation.items import Item
 from train.evaluation.likelihood import Tree
 from train.evaluation.prompts import Worded
-from train.evaluation.tasks import mmlu
+from train.evaluation.tasks import mmlu, plain
 from train.models import families
 from train.models.weights import safetensors
 from train.models.weights.load import shapes
@@ -304,6 +304,23 @@ def test_solved_examples_go_where_they_have_no_room(model):
         )
 
 
+def test_the_last_of_the_solved_examples_go_first(model):
+    """As in the code published with MMLU, so that its prompts are ours."""
+    tokenizer = PretrainedTokenizer.from_folder(model)
+    examples = [Item(question, ("a", "b"), 0) for question in ("first", "second", "third")]
+    found = encoding.encode(
+        tokenizer,
+        {0: Item("y" * 30, ("a", "b"), 0)},
+        {"": examples},
+        *(mmlu, "harness", "letters"),
+        shots=3,
+        max_length=115,
+    )
+    said = tokenizer.decode(found[0].tree.context)
+    assert said.index("first") < said.index("second") < said.index("yyy")
+    assert "third" not in said
+
+
 def test_a_question_that_is_one_of_the_solved_examples_has_one_fewer(model):
     """MMLU has five a subject, and one of them stands in its validation split, too."""
     tokenizer = PretrainedTokenizer.from_folder(model)
@@ -400,6 +417,53 @@ def test_a_result_of_several_commands_has_them_all(tmp_path):
     assert (second.command, [*second.tasks]) == ("first && second", ["a", "b", "c"])
     assert kept("second", "c").command == "first && second"
     assert kept("all", "a", "b", "c").command == "all"
+
+
+def test_a_temperature_divides_what_it_was_not_fitted_on(monkeypatch):
+    """T has the least NLL of the other questions, by a grid, and then divides the scores of these,
+    whose own best one is another."""
+    monkeypatch.setattr(measures, "GROUPS", measures.GROUPS[:1])
+    rng = np.random.default_rng(0)
+
+    def asked(n: int, sharpness: float) -> answers.Answers:
+        z = rng.normal(size=(n, 3))
+        label = (rng.random((n, 1)) > np.cumsum(softmax(z), 1)[:, :2]).sum(1)
+        ones = np.ones((n, 3), int)
+        return answers.Answers(np.arange(n), label, sharpness * z, 2 * ones, 5 * ones, [""] * n)
+
+    def softmax(z: np.ndarray) -> np.ndarray:
+        return np.exp(z) / np.exp(z).sum(1, keepdims=True)
+
+    def nll(z: np.ndarray, label: np.ndarray) -> float:
+        return -float(np.log(softmax(z)[np.arange(len(z)), label]).mean())
+
+    these, others = asked(200, 8.0), asked(150, 3.0)
+    task = results.TaskResult(
+        **{"task": "t", "data": "d", "data_sha256": "0", "questions": 200, "available": 200},
+        **{"left_out": 0, "prompt": "harness", "answer": "text", "shots": 0, "chance": 1 / 3},
+        **{"reported": "sum", "items": "i"},
+        scorings=asking.scored(these, "text", resamples=0, seed=0),
+    )
+    task = asking.with_temperature(task, these, others, "it", resamples=0, seed=0)
+    for name, part in (("sum", 1.0), ("per_token", 0.5), ("per_character", 0.2)):
+        fitted = task.scorings[name].temperature
+        assert fitted is not None
+        assert fitted.n == 150
+        grid = np.geomspace(0.05, 20, 2000)
+        best = grid[np.argmin([nll(part * others.log_prob / t, others.label) for t in grid])]
+        assert fitted.value == pytest.approx(best, rel=5e-3)
+        expected = nll(part * these.log_prob / fitted.value, these.label)
+        assert fitted.measures["nll"].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_answers_depend_on_which_choice_is_right():
+    """Else a corrected key would be judged by the answers' old one."""
+    how = asking.Asking(prompt="harness", answer="text", shots=0, max_length=None, batch_tokens=1)
+    first, second = (
+        questions.Questions("q", "q", [Item("Why?", ("so", "not"), right)], plain)
+        for right in (0, 1)
+    )
+    assert asking._digest(first, how, {0: 0}) != asking._digest(second, how, {0: 0})
 
 
 def test_weights_are_told_apart():
