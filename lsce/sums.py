@@ -124,17 +124,25 @@ class LogitSums(NamedTuple):
         """log Σ_v exp z_v."""
         return _finite(self.maximum) + jnp.log(self.exp)
 
+    # A kernel may round the largest of the exponentials, 1, to a little less, and the sum with it:
+    # so what cannot be more than 1 or less than 0 is kept from that here.
+
+    @property
+    def confidence(self) -> Float[Array, " N"]:
+        """max_v p_v."""
+        return jnp.minimum(1.0 / self.exp, 1.0)
+
     @property
     def entropy(self) -> Float[Array, " N"]:
         """−Σ_v p_v log p_v, in nats."""
         assert self.shifted_exp is not None
-        return jnp.log(self.exp) - self.shifted_exp / self.exp
+        return jnp.maximum(jnp.log(self.exp) - self.shifted_exp / self.exp, 0.0)
 
     @property
     def sum_p_squared(self) -> Float[Array, " N"]:
         """Σ_v p_v²."""
         assert self.exp_squared is not None
-        return self.exp_squared / jnp.square(self.exp)
+        return jnp.minimum(self.exp_squared / jnp.square(self.exp), 1.0)
 
     def finish(
         self, problem: Problem, labels: Int[Array, " N"]
@@ -156,7 +164,7 @@ class LogitSums(NamedTuple):
             lse=self.lse,
             target_logit=self.target,
             mean_logit=mean_logit,
-            confidence=1.0 / self.exp,
+            confidence=self.confidence,
             prediction=self.argmax,
             correct=self.argmax == labels,
             entropy=self.entropy,

@@ -314,6 +314,9 @@ def assert_stats(got: Result, this: Case, *, filtered: bool = False) -> None:
     assert got.stats is not None
     assert this.truth.stats is not None
     stats = got.stats
+    assert (stats.entropy >= 0).all()
+    assert (stats.confidence <= 1).all()
+    assert (stats.sum_p_squared <= 1).all()
     if filtered:
         assert ((stats.below_filter >= 0) & (stats.below_filter <= 1)).all()
         assert not stats.below_filter[this.inputs.labels.reshape(stats.loss.shape) < 0].any()

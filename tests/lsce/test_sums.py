@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsce.problem import Problem
 from lsce.sums import LogitSums
+
+F32 = np.dtype(np.float32)
 
 N, PARTS, W = 7, 4, 5
 
@@ -73,3 +76,19 @@ def test_what_nobody_made_stays_away():
     assert (got.target, got.argmax, got.exp_squared, got.squares) == (None,) * 4
     np.testing.assert_allclose(got.kept, 0.5 * whole.exp, rtol=1e-6)
     np.testing.assert_allclose(got.shifted_exp, whole.shifted_exp, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rounded_largest_term_makes_no_impossible_statistic():
+    """A GPU's exp2 made 1.000001 of sure tokens, which a calibration error refuses."""
+    sure = np.float32(1 - 1e-6)
+    rounded = over_an_axis()._replace(
+        exp=jnp.full(N, sure), exp_squared=jnp.full(N, 1.0), shifted_exp=jnp.zeros(N)
+    )
+    _, stats = rounded.finish(
+        Problem(N, 1, PARTS * W, F32, F32, platform="cpu", chip="", return_stats=True),
+        jnp.asarray(LABELS),
+    )
+    live = LABELS >= 0
+    np.testing.assert_array_equal(stats.confidence, np.where(live, 1.0, 0.0))
+    np.testing.assert_array_equal(stats.sum_p_squared, np.where(live, 1.0, 0.0))
+    np.testing.assert_array_equal(stats.entropy, 0.0)

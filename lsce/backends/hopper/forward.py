@@ -140,7 +140,7 @@ def results(
         confidence=extra["confidence"],
         prediction=extra["prediction"],
         correct=extra["prediction"] == labels,
-        entropy=jnp.maximum(extra["entropy"], 0.0),
+        entropy=extra["entropy"],
         sum_p_squared=extra["sum_p_squared"],
         below_filter=jnp.maximum(1.0 - extra["kept"], 0.0) if "kept" in extra else 0.0 * lse,
     )

@@ -332,7 +332,7 @@ def lse_forward(
     ).over(0)
     extra = {}
     if stats:
-        extra["confidence"] = 1.0 / sums.exp
+        extra["confidence"] = sums.confidence
         extra["prediction"] = sums.argmax
         extra["entropy"] = sums.entropy
         extra["sum_p_squared"] = sums.sum_p_squared
