@@ -51,18 +51,21 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
     splits = min(max(ctas // (cdiv(n, BLOCK) * cdiv(d, wide) or 1), 1), 4)
     of_tail = max(2, min(Tiles().tail.slots_per_block, most, tail_within_a_quarter(n, d, v)))
-    of_flat = min(of_tail, Tiles().tail_where_flat.slots_per_block)
     width, slots = within_a_quarter(n, d, v, width, BackwardTiles().slots_per_block)
+    sparse = BackwardTiles(
+        width=width,
+        slots_per_block=slots,
+        # Where columns have many blocks a tile of two needs less of the L2, P's bound.
+        blocks=2 if n >= 128 * BLOCK else 1,
+        hidden_d=wide,
+        head_d=wide,
+        hidden_splits=splits,
+    )
+    # In the memory of a filter's P and gathered rows, whose branch of the program it is not.
+    of_filter = sparse.slots_for(cdiv(n, BLOCK), cdiv(v, sparse.tile_c)) * BLOCK * sparse.tile_c
+    of_flat = max(2, min(of_tail, (of_filter + width * d) // (tile_c * (n + d))))
     return Tiles(
-        sparse=BackwardTiles(
-            width=width,
-            slots_per_block=slots,
-            # Where columns have many blocks a tile of two needs less of the L2, P's bound.
-            blocks=2 if n >= 128 * BLOCK else 1,
-            hidden_d=wide,
-            head_d=wide,
-            hidden_splits=splits,
-        ),
+        sparse=sparse,
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas, dividing=True),
         tail=filling(Tiles().tail, n, d, column_tiles, range(2, of_tail + 1), ctas),
