@@ -244,17 +244,19 @@ def _how(name: str, page: Any, options: EvaluateOptions) -> Any:
 
 
 def _fitted_on(asked: Any, options: EvaluateOptions, loading: dict[str, Any]) -> Any:
-    """The questions that a temperature is fitted on; None if none is asked for."""
+    """The questions that a temperature is fitted on, without those that are evaluated; None if none
+    is asked for."""
     source = options.temperature_from
     if source is None:
         return None
     found = _fitting_questions(asked.name, source, options, loading)
     evaluated = {(item.context, item.question, item.choices) for item in asked.items}
+    others = [i for i in found.items if (i.context, i.question, i.choices) not in evaluated]
     require(
-        any((item.context, item.question, item.choices) not in evaluated for item in found.items),
+        bool(others),
         f"--temperature-from {source} is what is evaluated on: fit on other questions",
     )
-    return found
+    return dataclasses.replace(found, items=others)
 
 
 def _fitting_questions(

@@ -363,6 +363,19 @@ def test_mistakes_are_one_line(flags, message, model, data, tmp_path, capsys):
     assert error.strip().count("\n") == 0
 
 
+def test_no_temperature_is_fitted_on_what_it_is_judged_by(tmp_path):
+    """27 of the 1,531 questions of MMLU's validation split stand in its test split, too."""
+    asked, fitting = tmp_path / "asked.jsonl", tmp_path / "fitting.jsonl"
+    rows = [f'{{"question": "{q}?", "choices": ["a", "b"], "answer": 0}}\n' for q in "xyz"]
+    asked.write_text("".join(rows[:2]))
+    fitting.write_text("".join(rows[1:]))
+    options = evaluate.EvaluateOptions(model="m", task=(str(asked),), temperature_from=str(fitting))
+    found = evaluate._fitted_on(
+        questions.load(str(asked)), options, {"shots": None, "shots_from": None}
+    )
+    assert [item.question for item in found.items] == ["z?"]
+
+
 def test_the_same_questions_and_others_are_told_apart_before_the_model_is_read(tmp_path, capsys):
     path = tmp_path / "own.jsonl"
     path.write_text('{"question": "?", "choices": ["a", "b"], "answer": 0}\n')
