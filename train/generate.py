@@ -8,6 +8,7 @@ if __name__ == "__main__":
     start.begin("python -m train.generate")  # the imports below take seconds
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -78,6 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             loaded.tokenizer.encode_text(text)
             if options.raw
             else loaded.tokenizer.encode_prompt([*said, Message("user", text)])
+        )
+        context = loaded.config_json.get("max_position_embeddings") or math.inf
+        require(
+            len(prompt) <= context,
+            f"--prompt has {len(prompt):,} tokens, more than the {context:,} positions that"
+            f" {options.model} was made for: shorten it",
         )
         tokens = generate(
             loaded.model,

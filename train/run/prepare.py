@@ -63,6 +63,7 @@ def prepare(config: TrainConfig) -> Run:
     # A run that was killed before its first checkpoint begins again, with the weights in files.
     model = choose(config, out if first_step else None)
     config = check(config, model.shape)
+    _warn_of_positions(config, model)
     data = read(config, model)
     model = model.trained_on(data.tokenizer)
     total_steps = steps_in_all(config, data)
@@ -106,6 +107,18 @@ def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
     check_loss(config, shape)
     mesh.check(config.step.mesh_shape)
     return config
+
+
+def _warn_of_positions(config: TrainConfig, model: Chosen) -> None:
+    context = (model.config_json or {}).get("max_position_embeddings")
+    if context and config.data.max_length > context:
+        logger.warning(
+            "--max-length %d is more than the %d positions that %s was made for: it has never seen"
+            " the others",
+            config.data.max_length,
+            context,
+            config.model.model,
+        )
 
 
 def check_loss(config: TrainConfig, shape: ModelConfig) -> None:

@@ -397,6 +397,16 @@ def test_a_prompt_that_is_not_text_is_refused(checkpoint, words, capsys):
     assert r"'\udcff' is not text in UTF-8" in capsys.readouterr().err
 
 
+def test_positions_that_a_model_has_never_seen_are_told(checkpoint, trained, capsys, caplog):
+    prompt = ["--raw", "--prompt", "x" * 129, "--max-tokens", "1"]
+    for model in (checkpoint, trained):
+        assert generate.main([str(model), *prompt]) == 2
+        assert "--prompt has 129 tokens, more than the 128 positions that" in capsys.readouterr().err
+    config = run_folder.load(trained).replace(out=None, steps=1, max_length=129)
+    prepare(config.replace(out=trained.parent / "long", resume=False))
+    assert "--max-length 129 is more than the 128 positions" in caplog.text
+
+
 def test_a_seed_is_one_that_training_takes(checkpoint, capsys):
     assert generate.main([str(checkpoint), "--prompt", "x", "--seed", str(2**32)]) == 2
     assert "--seed must be in [0, 2**32)" in capsys.readouterr().err
