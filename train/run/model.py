@@ -129,7 +129,7 @@ def write(out: Path, model: Chosen, tokenizer: Tokenizer) -> None:
 def description(model: Chosen, tokenizer: Tokenizer) -> dict[str, str]:
     """The files of a Hugging Face folder besides the weights, by name."""
     own = not isinstance(tokenizer, PretrainedTokenizer)
-    special = OWN_SPECIAL if own else tokenizer.config()
+    special, generation = (OWN_SPECIAL, {}) if own else (tokenizer.config(), tokenizer.generation)
     config = model.config_json or families.write(model.shape)
     stops = sorted(tokenizer.stops)
     ids = {name: config[name] for name in config if name.endswith("_token_id")}
@@ -140,7 +140,7 @@ def description(model: Chosen, tokenizer: Tokenizer) -> dict[str, str]:
         resolve.CONFIG: _json(config),
         pretrained.TOKENIZER: tokenizer.to_json(),
         pretrained.CONFIG: _json(special),
-        pretrained.GENERATION: _json(ids | {"eos_token_id": stops}),
+        pretrained.GENERATION: _json({**ids, **generation, "eos_token_id": stops}),
     }
 
 

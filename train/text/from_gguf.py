@@ -99,8 +99,8 @@ def _byte_level(
 ) -> tokenizers.Tokenizer:
     if split not in SPLITS:
         raise ValueError(
-            f"{where}: how its tokenizer {split!r} splits text is not known here; put the model's"
-            " tokenizer.json beside the file"
+            f"{where}: how its tokenizer {split!r} splits text is not known here: take the model's"
+            " Hugging Face folder, which has a tokenizer.json"
         )
     known = {token: i for i, token in enumerate(tokens)}
     found = tokenizers.Tokenizer(models.BPE(known, _pairs(merges, known, where)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +37,7 @@ class PretrainedTokenizer:
       choose: "auto" for its own, or the one of its family if its tokenizer has that one's tokens,
         or else alpaca's; or a name of `chat.BUILT_IN`.
       where: the checkpoint, for messages.
+      generation: what its generation_config.json says.
 
     Raises:
       ValueError: for a template that is not valid, that needs tokens which are not there, or that
@@ -51,7 +53,9 @@ class PretrainedTokenizer:
         template: str | None,
         choose: str = "auto",
         where: str,
+        generation: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
+        self.generation = generation
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -116,6 +120,7 @@ class PretrainedTokenizer:
             template=template,
             choose=choose,
             where=str(folder),
+            generation=read_json(folder / GENERATION),
         )
 
     @classmethod

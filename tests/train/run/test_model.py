@@ -76,6 +76,7 @@ def checkpoint(tmp_path_factory) -> Path:
     tokenizer.save(str(path / "tokenizer.json"))
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": BUILT_IN["gemma"]}
     (path / "tokenizer_config.json").write_text(json.dumps(special))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 257, "top_p": 0.9}))
     return path
 
 
@@ -104,8 +105,8 @@ def trained(checkpoint, tmp_path_factory) -> Path:
 def test_a_run_keeps_what_its_weights_mean(trained, checkpoint):
     kept = json.loads((trained / "model" / "config.json").read_text())
     assert kept == CONFIG | {"dtype": "bfloat16"}
-    stops = json.loads((trained / "model" / "generation_config.json").read_text())["eos_token_id"]
-    assert stops == [257, 259]
+    generation = json.loads((trained / "model" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 256, "eos_token_id": [257, 259], "top_p": 0.9}
     flags = json.loads((trained / "run.json").read_text())
     assert flags["softcap"] == 30.0  # the family's, through the one loss
 
@@ -401,7 +402,9 @@ def test_positions_that_a_model_has_never_seen_are_told(checkpoint, trained, cap
     prompt = ["--raw", "--prompt", "x" * 129, "--max-tokens", "1"]
     for model in (checkpoint, trained):
         assert generate.main([str(model), *prompt]) == 2
-        assert "--prompt has 129 tokens, more than the 128 positions that" in capsys.readouterr().err
+        assert (
+            "--prompt has 129 tokens, more than the 128 positions that" in capsys.readouterr().err
+        )
     config = run_folder.load(trained).replace(out=None, steps=1, max_length=129)
     prepare(config.replace(out=trained.parent / "long", resume=False))
     assert "--max-length 129 is more than the 128 positions" in caplog.text

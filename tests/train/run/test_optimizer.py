@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,12 +49,14 @@ def one_update(gradient, params, **changes):
     return jax.tree.map(lambda update: -0.1 * update, updates)
 
 
-def test_weight_decay_is_decoupled_and_spares_the_norms():
-    model = nnx.eval_shape(lambda: Decoder(PRESETS["nano"], rngs=nnx.Rngs(params=0)))
+def test_weight_decay_is_decoupled_and_spares_norms_and_biases():
+    shape = dataclasses.replace(PRESETS["nano"], qkv_bias=True, qk_norms=True, tied_head=False)
+    model = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(params=0)))
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 3.0), nnx.state(model, nnx.Param))
     updates = one_update(jax.tree.map(jnp.zeros_like, params), params, weight_decay=0.5)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        decayed = 0.0 if "norm" in jax.tree_util.keystr(path) else -0.1 * 0.5 * 3.0
+        name = jax.tree_util.keystr(path)
+        decayed = 0.0 if "norm" in name or "bias" in name else -0.1 * 0.5 * 3.0
         np.testing.assert_allclose(update, decayed, rtol=1e-6)
 
 
