@@ -62,6 +62,7 @@ def test_draws_depend_on_the_seed_and_keep_to_the_likeliest(model):
     assert one == drawn(temperature=1.0, seed=1)
     assert one != drawn(temperature=1.0, seed=2)
     assert drawn(temperature=1.0, top_p=1e-6, seed=1) == drawn()
+    assert len(set(drawn(temperature=1e4))) > 6  # of 12: each has a draw of its own
 
 
 def test_a_character_of_several_tokens_is_shown_whole():

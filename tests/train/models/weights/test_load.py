@@ -209,10 +209,13 @@ def write_gguf(
     by_place = {(p.path, p.layer): n for n, p in places_of(config).items()}
     for name, place in places_of(config, "gguf").items():
         tensor = tensors[by_place[place.path, place.layer]]
-        if place.interleaved_heads:
-            halves = tensor.reshape(place.interleaved_heads, 2, -1, *tensor.shape[1:])
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+        heads = heads.get(name.split(".")[-2]) if architecture == "llama" else None
+        if heads:
+            halves = tensor.reshape(config[heads], 2, -1, *tensor.shape[1:])
             tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
-        tensor = tensor + 1 if place.minus_one else tensor
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor + 1
         kind = quantized if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
