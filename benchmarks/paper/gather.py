@@ -18,9 +18,10 @@ from typing import Annotated
 
 from benchmarks import flags
 from benchmarks.flags import shown
+from benchmarks.paper import headline
 from benchmarks.paper.plan import RECORD
 from train import files, report
-from train.evaluation import answers, asking, paired, results
+from train.evaluation import answers, asking, page_entries, paired, results
 from train.run import folder
 
 KEPT = (folder.RUN_FILE, folder.METRICS, folder.EVALUATION)
@@ -155,7 +156,7 @@ def _paired(
 
 
 def _page(group: str, options: GatherFlags) -> int:
-    """The report of all runs of MODEL-DATA and of the model before them."""
+    """The report of all runs of MODEL-DATA and of the model before them, and its few numbers."""
     shown: list[pathlib.Path] = []
     runs = sorted((options.out / "runs" / group).iterdir())
     for model in sorted({json.loads((r / folder.RUN_FILE).read_text())["model"] for r in runs}):
@@ -163,7 +164,10 @@ def _page(group: str, options: GatherFlags) -> int:
     for run in runs:
         shown += [run, options.out / "evaluations" / group / run.name]
     title = f"Fine-tuning {group.replace('-', ' ')}, before and after"
-    given = [*map(str, filter(pathlib.Path.exists, shown)), "--title", title]
+    there = list(filter(pathlib.Path.exists, shown))
+    entries, _ = page_entries.read(there)
+    files.write(options.out / f"{group}-headline.md", headline.table(entries))
+    given = [*map(str, there), "--title", title]
     return report.main([*given, "--out", str(options.out / f"{group}.html")])
 
 

@@ -192,3 +192,17 @@ def test_the_largest_batches_fit():
     assert all(row["found"]["peak"] < 80e9 for row in found)
     text = f"{most['auto']} of its rows fit into 80 GB, and {most['naive']} with optax's loss"
     assert text in " ".join(README.split())
+
+
+def test_the_readme_says_of_the_paper_what_its_results_say():
+    """Where there are any: their pages are small, and the README's table is one of theirs."""
+    folder = ROOT / "benchmarks" / "paper" / "results"
+    linked = set(re.findall(r"\(benchmarks/paper/results/([\w.-]+)\)", README))
+    assert linked <= {path.name for path in folder.glob("*")}
+    headlines = [path.read_text().splitlines() for path in folder.glob("*-headline.md")]
+    for page in folder.glob("*.html"):
+        assert page.stat().st_size < 2e6, page.name
+    assert bool(headlines) == bool(linked)
+    told = [line for line in README.splitlines() if re.search(r"\| AUROC \|", line)]
+    assert bool(told) == bool(headlines)
+    assert all(any(line in lines for lines in headlines) for line in told)

@@ -110,12 +110,19 @@ Of 2,000 nearly calibrated predictions, of a true ECE of .024 that they show as 
 percentile interval holds the truth in 29 % of samples and the basic one in 88 %; where the ECE is
 .19, both do in 95 %. What a percentile interval cannot do, a basic one may: end where the measure
 cannot be, above 1 or below 0. It is cut there, which costs no coverage.
+
+It does not take all of the shift off where bins hold few: of 500 predictions of an ECE of .14, the
+intervals of ECE hold the truth in 89 % of 120 samples, of ACE in 87, of SCE in 78, of MCE in 60;
+those of the difference from a model of .04 in 97, 26, 42 and 68 %. So it is ECE that reports
+compare.
 """
 SHIFTED = (
     "Calibration errors come out larger in a sample than they are, the more so the smaller they and"
     " the sample are: their intervals take that off, and may end at the number or below it."
 )
 """What a reader of such intervals must know."""
+IN_PART = "Those of MCE, SCE and ACE, whose bins hold few, do so in part: they are too narrow."
+"""And one of these."""
 
 
 def score(

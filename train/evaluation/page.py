@@ -194,8 +194,8 @@ def _paired(entry: Entry, block: Block) -> Iterator[str]:
         sure = "more than chance" if m.low > 0 or m.high < 0 else "chance may explain it"
         yield (
             f"{block.task}: {entry.name} less {in_words(Path(other.model).name)} on the same"
-            f" {other.n:,} questions, {SHORT.get(name, name)} {_signed(m.value)}"
-            f" [{_signed(m.low)}, {_signed(m.high)}]:"
+            f" {other.n:,} questions, {SHORT.get(name, name)} {signed(m.value)}"
+            f" [{signed(m.low)}, {signed(m.high)}]:"
             f" {sure}."
         )
 
@@ -214,13 +214,13 @@ def _paired_by_seed(group: Group, blocks: Sequence[Block]) -> Iterator[str]:
         yield (
             f"{blocks[0].task}: {group.name} less {' or '.join(sorted(others))}, seed by seed on"
             f" the same {' or '.join(f'{n:,}' for n in sorted(asked))} questions,"
-            f" {SHORT.get(name, name)} {_signed(math.fsum(values) / len(values))} on average,"
-            f" from {_signed(min(values))} to {_signed(max(values))}: more than chance with"
+            f" {SHORT.get(name, name)} {signed(math.fsum(values) / len(values))} on average,"
+            f" from {signed(min(values))} to {signed(max(values))}: more than chance with"
             f" {sure} of {len(found)} seeds."
         )
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     """+0.0123, without a sign of nothing."""
     return f"{value:+.4f}" if round(value, 4) else "0"
 

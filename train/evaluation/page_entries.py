@@ -27,6 +27,8 @@ SWEEP = "sweep.json"
 MOST_POINTS = 250
 """Points of a training curve; more cannot be told apart on a screen."""
 RESAMPLES = 1000
+TEMPERATURE = ", with a fitted temperature"
+"""Ends the name of a task whose logits were divided by one."""
 PATHS = ("out", "data", "eval_data", "resume", "overwrite")
 """Flags that say where things are and not what was done."""
 
@@ -184,7 +186,7 @@ def _result(result: results.Result, path: Path) -> Entry:
         blocks[words] = block
         if scored.temperature:
             fitted = scored.temperature
-            named = f"{words}, with a fitted temperature"
+            named = words + TEMPERATURE
             blocks[named] = Block(named, scored.n, None, fitted.measures, fitted.bins, None)
     if (seen := result.tokens) is not None:
         words = f"tokens of {_names(result.tokens_data)}"

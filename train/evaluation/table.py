@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from lsce.calibration.temperature import LIMIT
-from train.evaluation.measures import NAMES, SHIFTED
+from train.evaluation.measures import IN_PART, NAMES, SHIFTED
 from train.evaluation.results import Measure, Result, Scored, TaskResult
 from train.run.progress import Console
 
@@ -58,7 +58,7 @@ def caption(task: TaskResult) -> str:
     notes = [f"{where}{task.data}; {task.shots} shots; prompt {task.prompt}; chance"]
     notes[0] += f" {task.chance:.1%}."
     if task.scorings[task.reported].measures["accuracy"].low is not None:
-        notes[0] += f" In brackets 95 % bootstrap intervals over questions. {SHIFTED}"
+        notes[0] += f" In brackets 95 % bootstrap intervals over questions. {SHIFTED} {IN_PART}"
     if task.letter_tokens is not None and task.letter_tokens > 1:
         notes.append(
             f"Letters are not one token each here, but up to {task.letter_tokens}: log-likelihoods"

@@ -125,10 +125,22 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     assert f"{name(0.2, 0)}: not finished" in page  # nothing is dropped
     assert "ECE is" not in page  # what pairs say, intervals side by side need not say again
 
+    lines = (kept / "m-alpaca-headline.md").read_text().splitlines()
+    (heads,) = (line for line in lines if "T fitted" in line)
+    assert heads.split(" | ")[1:] == [
+        *("", "learning rate 2e-05, β 0, 2 seeds", "the same, T fitted"),
+        *("learning rate 2e-05, β 0.1, 2 seeds", "less β 0 |"),
+    ]
+    (cells,) = (line.split(" | ")[2:] for line in lines if "accuracy" in line)
+    without, fitted, with_smoothing, less = cells
+    assert without == fitted == f"{other:.1%}"  # of two seeds with the same answers
+    assert with_smoothing == f"{accuracy.value:.1%}"
+    assert less == f"{least.value:+.4f} ({least.value:+.4f} to {least.value:+.4f}; 2 of 2) |"
+
     files = [path for path in kept.rglob("*") if path.is_file()]  # small, and of no machine
     assert {path.name for path in files} == {
         *("steps.json", "run.json", "eval.json", "metrics.jsonl", "result.json"),
-        *("m-alpaca.html", "m-alpaca.md"),
+        *("m-alpaca.html", "m-alpaca.md", "m-alpaca-headline.md"),
     }
     assert not any(ELSEWHERE in path.read_text() for path in files)
     told = json.loads((kept / "runs" / "m-alpaca" / name(0, 0) / "run.json").read_text())

@@ -1,0 +1,61 @@
+"""The few numbers of an experiment that a README has room for, as a table in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from train.evaluation import page
+from train.evaluation.page_entries import TEMPERATURE, Entry
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """A line for each task and measure: the models before, after fine-tuning at each β, at β = 0
+    with a fitted temperature, and each smoothed one less the one at β = 0 of its seed.
+
+    Of several seeds it is the mean, of differences with the range, and how many are more than
+    chance by their own 95 % intervals over questions. Empty where no task was asked.
+    """
+    asked = [
+        task for task in page.tasks(entries) if any(_curve(e, task) is not None for e in entries)
+    ]
+    arms = [g for g in page.groups(entries) if any(_curve(g.first, task) for task in asked)]
+    if not arms:
+        return ""
+    heads = ["", ""]
+    for arm in arms:
+        heads.append(arm.name)
+        heads += ["the same, T fitted"] * (arm.first.beta == 0)
+        heads += ["less β 0"] * bool(arm.first.beta)
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for task in asked:
+        for name in page.COMPARED:
+            cells = [cell for arm in arms for cell in _cells(arm, task, name)]
+            lines.append([task, page.SHORT.get(name, name), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _curve(entry: Entry, task: str) -> object:
+    return entry.blocks[task].curve if task in entry.blocks and entry.blocks[task].data else None
+
+
+def _cells(arm: page.Group, task: str, name: str) -> Iterator[str]:
+    yield page.shown(arm.measure(task, name), name)
+    if arm.first.beta == 0:
+        yield page.shown(arm.measure(task + TEMPERATURE, name), name)
+    if arm.first.beta:
+        yield _apart(arm, task, name)
+
+
+def _apart(arm: page.Group, task: str, name: str) -> str:
+    """+0.0123 (+0.0100 to +0.0150; 3 of 3)."""
+    pairs = [e.blocks[task].against for e in arm.entries if task in e.blocks]
+    found = [m for pair in pairs if pair and (m := pair[1].get(name)) and m.value is not None]
+    values = [m.value for m in found if m.value is not None]
+    if not values:
+        return "–"
+    sure = sum((m.low or 0) > 0 or (m.high or 0) < 0 for m in found)
+    mean = page.signed(math.fsum(values) / len(values))
+    return (
+        f"{mean} ({page.signed(min(values))} to {page.signed(max(values))}; {sure} of {len(found)})"
+    )
