@@ -124,6 +124,14 @@ def base_of(where: str, loaded: run_model.Loaded) -> str:
             " without --adapter"
         )
     path = Path(base)
+    if path.is_file() or base in resolve.WHEELS:
+        logger.warning(
+            "the adapters are on %s, which PEFT cannot load: python -m train.export %s FOLDER makes"
+            " a folder of it that it can, to be named in %s",
+            base,
+            base,
+            peft.CONFIG,
+        )
     return str(path.absolute()) if path.exists() else base.removeprefix(resolve.HUB)
 
 

@@ -115,3 +115,27 @@ def test_the_packed_layout_says_what_the_mask_says(monkeypatch, window):
     real = segments > 0
     np.testing.assert_allclose(packed[real], masked[real], rtol=1e-5, atol=1e-5)
     assert np.isfinite(packed).all()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_of_one_segment_are_told_what_the_mask_says(monkeypatch, window):
+    plain = jax.nn.dot_product_attention
+
+    def by_xla(*arrays, implementation, **options):
+        assert implementation == "cudnn"
+        return plain(*arrays, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    random = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(random.normal(size=(2, 12, heads, 8)), jnp.float32) for heads in (4, 2, 2)
+    )
+    mask = attention.attention_mask(jnp.ones((2, 12), jnp.int32), window)
+    causal, masked = (
+        attention.attend(
+            query, key, value, attention.View((query, query), way, mask, window=window), scale=0.3
+        )
+        for way in ("causal", "xla")
+    )
+    assert np.abs(masked).max() > 0.5
+    np.testing.assert_allclose(causal, masked, rtol=1e-5, atol=1e-5)

@@ -195,6 +195,21 @@ def test_neither_loops_nor_remat_change_loss_or_gradient():
         )
 
 
+def test_an_embedding_is_scaled_by_what_its_dtype_holds():
+    """As transformers does it: √640 is 25.298, and 25.25 in bfloat16."""
+    shape = ModelConfig(
+        vocab_size=3, hidden_size=640, layers=1, heads=1, kv_heads=1, head_size=2, mlp_size=1,
+        scaled_embedding=True,
+    )  # fmt: skip
+    for dtype, scale in (("float32", 640**0.5), ("bfloat16", 25.25)):
+        here = dataclasses.replace(shape, dtype=dtype)
+        model = nnx.eval_shape(lambda here=here: Decoder(here, rngs=nnx.Rngs(0)))
+        model.embedding.embedding = nnx.Param(jnp.ones((3, 640)))
+        embedded = model._embed(jnp.array([[1]]))
+        assert embedded.dtype == dtype
+        np.testing.assert_allclose(embedded.astype(jnp.float32), scale, rtol=1e-7)
+
+
 def test_bfloat16_computes_in_bfloat16_on_float32_weights():
     model = make_model(dtype="bfloat16")
     batch = packed([[20]], length=20)

@@ -342,6 +342,15 @@ def test_adapters_are_exported_merged_and_as_peft_has_them(adapted, checkpoint, 
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
 
+def test_adapters_on_what_peft_cannot_load_say_how_it_can(adapted, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(adapted, run)
+    flags = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(flags | {"model": "smollm2-135m"}))
+    export.export(str(run), tmp_path / "adapter", adapter=True)
+    assert "python -m train.export smollm2-135m FOLDER makes a folder of it" in caplog.text
+
+
 def test_adapters_that_are_not_there_or_of_no_use_alone_are_not_exported(trained, tmp_path):
     with pytest.raises(ValueError, match="has no adapters: export it without --adapter"):
         export.export(str(trained), tmp_path / "out", adapter=True)

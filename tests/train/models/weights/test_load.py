@@ -19,7 +19,7 @@ from train.models import families
 from train.models.attention import frequencies
 from train.models.config import ModelConfig, Rope
 from train.models.families.names import Form, Place
-from train.models.weights.gguf import GGUFFile
+from train.models.weights.gguf import GGUFFile, _query_scale
 from train.models.weights.load import load, save, shapes
 from train.models.weights.safetensors import SafetensorsFolder
 
@@ -248,6 +248,15 @@ def test_gguf_gives_what_safetensors_give(tmp_path, config, quantized, tolerance
     for one, other in zip(leaves(found), leaves(load(shape, files, "huggingface")), strict=True):
         assert np.abs(other).max() > 0.1
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+
+
+def test_the_largest_gemma_scales_its_queries_by_its_width():
+    """GGUF does not say it: 27B has √(32/4608), the others 1/√head_dim."""
+    shape = {"head_dim": 128, "hidden_size": 4608, "num_attention_heads": 32}
+    for layers, scalar in ((46, 144), (42, 128)):
+        found = _query_scale("gemma2", shape | {"num_hidden_layers": layers})
+        assert found == {"query_pre_attn_scalar": scalar}
+    assert _query_scale("llama", shape | {"num_hidden_layers": 46}) == {}
 
 
 def test_factors_of_another_rotary_scaling_are_refused(tmp_path):
