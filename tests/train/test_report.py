@@ -193,6 +193,14 @@ def test_differences_of_several_seeds_are_one_sentence(tmp_path):
     assert "than without smoothing" not in said
 
 
+def test_nothing_is_said_of_smoothing_where_no_run_is_without(tmp_path):
+    paths = [run(tmp_path / f"run{beta}", beta=beta) for beta in (0.1, 0.2)]
+    assert "without smoothing" not in page.render(*page_entries.read(paths), "t")["md"]
+    paths.append(run(tmp_path / "plain", beta=0.0, accuracy=0.7))
+    said = page.render(*page_entries.read(paths), "t")["md"]
+    assert said.count("than without smoothing, 0.4000 and not 0.2000") == 2
+
+
 def test_what_is_not_said_is_counted(monkeypatch):
     monkeypatch.setattr(page, "MOST_SENTENCES", 3)
     assert page._few(["a", "b", "c", "d"]) == ["a", "b", "c", "d"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import rich.console
@@ -70,7 +71,7 @@ def caption(task: TaskResult) -> str:
             " they are one of them."
         )
     if task.left_out:
-        notes.append(f"Left out are {task.left_out:,} of the questions, too long without any shot.")
+        notes.append(f"Questions left out, too long without any shot: {task.left_out:,}.")
     scored = task.scorings[task.reported]
     if scored.temperature is not None:
         fitted = scored.temperature
@@ -110,7 +111,7 @@ def text(name: str, measure: Measure | None) -> str:
     """A measure as .123 [.101, .150], shares in per cent."""
     if measure is None:
         return ""
-    if measure.value is None:
+    if measure.value is None or math.isnan(measure.value):
         return "undefined"
 
     def number(value: float) -> str:

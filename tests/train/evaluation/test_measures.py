@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lsce import calibration
-from train.evaluation import measures, page_entries, results, token_level
+from train.evaluation import measures, page_entries, results, table, token_level
 from train.evaluation.scoring import TokenScores
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -158,6 +158,12 @@ def test_what_is_mostly_wrong_and_sure_has_no_interval_above_1(monkeypatch):
     monkeypatch.setattr(measures, "GROUPS", measures.GROUPS[:1])
     found = measures.score(log_probs, labels, resamples=9, seed=0)
     assert found.measures == {"ece": results.Measure(0.6, 0, 1)}
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_what_has_no_value_is_said_to_have_none(value):
+    """NaN in the process that found it, null in its file."""
+    assert table.text("auroc", results.Measure(value, value, value)) == "undefined"
 
 
 def test_a_result_is_read_as_it_was_written(scored, tmp_path):
