@@ -8,6 +8,12 @@ from collections.abc import Iterator, Sequence
 from train.evaluation import page
 from train.evaluation.page_entries import TEMPERATURE, Entry
 
+LEGEND = (
+    "Means over seeds. Less β 0: each seed less its own without smoothing, on the same questions;"
+    " the mean (least to greatest; seeds whose 95 % interval over questions excludes 0), or of one"
+    " seed that interval."
+)
+
 
 def table(entries: Sequence[Entry]) -> str:
     """A line for each task and measure: the models before, after fine-tuning at each β, at β = 0
@@ -32,7 +38,7 @@ def table(entries: Sequence[Entry]) -> str:
         for name in page.COMPARED:
             cells = [cell for arm in arms for cell in _cells(arm, task, name)]
             lines.append([task, page.SHORT.get(name, name), *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{LEGEND}\n"
 
 
 def _curve(entry: Entry, task: str) -> object:
@@ -48,12 +54,14 @@ def _cells(arm: page.Group, task: str, name: str) -> Iterator[str]:
 
 
 def _apart(arm: page.Group, task: str, name: str) -> str:
-    """+0.0123 (+0.0100 to +0.0150; 3 of 3)."""
+    """+0.0123 (+0.0100 to +0.0150; 3 of 3), or of one seed +0.0123 [+0.0060, +0.0190]."""
     pairs = [e.blocks[task].against for e in arm.entries if task in e.blocks]
     found = [m for pair in pairs if pair and (m := pair[1].get(name)) and m.value is not None]
     values = [m.value for m in found if m.value is not None]
     if not values:
         return "–"
+    if len(found) == 1 and (one := found[0]).low is not None and one.high is not None:
+        return f"{page.signed(values[0])} [{page.signed(one.low)}, {page.signed(one.high)}]"
     sure = sum((m.low or 0) > 0 or (m.high or 0) < 0 for m in found)
     mean = page.signed(math.fsum(values) / len(values))
     return (

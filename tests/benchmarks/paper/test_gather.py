@@ -1,14 +1,17 @@
 """What a folder of experiments comes down to, where time was up: all but weights and answers."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks.paper import gather
+from benchmarks.paper import gather, headline
 from train.config import TrainConfig
 from train.evaluation import asking, measures, results
 from train.evaluation.answers import AnswerFile, Answers
+from train.evaluation.page_entries import Block, Entry
+from train.evaluation.results import Measure
 
 N = 40
 ELSEWHERE = "/home/somebody/copy"
@@ -145,6 +148,18 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     assert not any(ELSEWHERE in path.read_text() for path in files)
     told = json.loads((kept / "runs" / "m-alpaca" / name(0, 0) / "run.json").read_text())
     assert told["data"] == ["runs/paper/data/alpaca.jsonl"]
+
+
+def test_of_one_seed_there_is_an_interval_and_no_range():
+    apart = {"ece": Measure(-0.02, -0.03, -0.01)}
+    pair = results.Against("plain", "r.json", N, {"sum": apart}), apart
+    block = Block("t", N, 0.25, {}, [], results.Curve([1.0], [0.5]), "0", pair)
+    about = {"source": "r", "curves": {}, "versions": {}, "device": "cpu"}
+    settings = {"label_smoothing": 0.1}
+    entry = Entry(name="it", settings=settings, blocks={"t": block}, **about)
+    (line,) = (line for line in headline.table([entry]).splitlines() if "ECE" in line)
+    assert line == "| t | ECE | – | -0.0200 [-0.0300, -0.0100] |"
+    assert headline.table([dataclasses.replace(entry, blocks={})]) == ""
 
 
 def test_answers_that_are_not_the_results_are_refused(found, capsys):
