@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
     try:
         options = command_line.read(GenerateOptions, "python -m train.generate", arguments)
+        from train.models import families
         from train.models.generation import generate, pieces  # which take seconds to import
         from train.run import model as run_model
 
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.raw
             else loaded.tokenizer.encode_prompt([*said, Message("user", text)])
         )
-        context = loaded.config_json.get("max_position_embeddings") or math.inf
+        context = families.positions(loaded.config_json) or math.inf
         require(
             len(prompt) <= context,
             f"--prompt has {len(prompt):,} tokens, more than the {context:,} positions that"

@@ -17,7 +17,7 @@ from train import mesh
 from train.config import TrainConfig, described
 from train.data import dataset, summary
 from train.evaluation.tasks.held_out import Exam
-from train.models import attention
+from train.models import attention, families
 from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.run import folder, memory, samples, tracker, trained
 from train.run.checkpoint import Checkpointer, saved_steps
@@ -110,7 +110,7 @@ def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
 
 
 def _warn_of_positions(config: TrainConfig, model: Chosen) -> None:
-    context = (model.config_json or {}).get("max_position_embeddings")
+    context = families.positions(model.config_json or {})
     if context and config.data.max_length > context:
         logger.warning(
             "--max-length %d is more than the %d positions that %s was made for: it has never seen"

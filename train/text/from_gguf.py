@@ -153,7 +153,7 @@ def _pairs(merges: Sequence[str], known: Mapping[str, int], where: str) -> list[
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= known.keys():
+        if left not in known or right not in known or left + right not in known:
             raise ValueError(
                 f"{where}: its tokenizer is damaged: no tokens for the merge {merge!r}"
             )

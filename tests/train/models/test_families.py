@@ -161,6 +161,7 @@ def test_gemma_3_inside_a_model_that_sees_pictures():
             (family, {"num_hidden_layers": 10**12}, "num_hidden_layers is 1,000,000,000,000, more")
             for family in ("llama", "mistral", "qwen 3", "gemma 3")
         ),
+        ("llama", {"max_position_embeddings": "many"}, "max_position_embeddings must be a whole"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("llama", {"attention_bias": True}, "attention_bias is True"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

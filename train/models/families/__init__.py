@@ -42,10 +42,16 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     """
     fields = Fields(config, where)
     try:
+        fields.integer("max_position_embeddings", None)  # for `positions`
         return page(fields.text("model_type")).read(fields)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(where) else f"{where}: {message}") from None
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """The positions that a model was made for; None where its config.json says none."""
+    return Fields(config, "config.json").integer("max_position_embeddings", None)
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
