@@ -2,9 +2,9 @@
 
 Of the folder that experiments share it takes flags, losses, evaluations and `steps.json`, and
 leaves weights and answers behind. From the answers it makes what no GPU is needed for: intervals,
-where `--resamples 0` made none, and each smoothed model less the one at β = 0 of the same seed, on
-the same questions. Then it makes a page of each MODEL-DATA. It needs no weights, works on what an
-experiment that time cut off has left, and may be called again.
+where `--resamples 0` made none, and on the same questions each smoothed model less the one at β = 0
+of the same seed, and that one less the model before. Then it makes a page of each MODEL-DATA. It
+needs no weights, works on what an experiment that time cut off has left, and may be called again.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def gather(options: GatherFlags) -> int:
     there = sorted(path.parent for path in options.found.glob(f"evaluations/*/*/{results.RESULT}"))
     measured = {path: _measured(path, options.resamples) for path in there}
     for path, result in measured.items():
-        plain = _without_smoothing(path, measured)
-        result = result if plain is None else _paired(path, result, plain, options.resamples)
+        other = _compared_with(path, measured)
+        result = result if other is None else _paired(path, result, other, options.resamples)
         made = options.out / path.relative_to(options.found) / results.RESULT
         made.parent.mkdir(parents=True, exist_ok=True)
         results.write(made, result)
@@ -113,17 +113,21 @@ def _answers(path: pathlib.Path, questions: int) -> answers.Answers:
     return answers.Answers.of(lines)
 
 
-def _without_smoothing(
+def _compared_with(
     path: pathlib.Path, measured: dict[pathlib.Path, results.Result]
 ) -> pathlib.Path | None:
-    """The evaluation at β = 0 of the same seed that a smoothed one is compared with.
+    """The evaluation that one is compared with: of a smoothed run that at β = 0 of the same seed,
+    of one at β = 0 that of the model before.
 
-    Where several learning rates were evaluated, as a choice among more of them may leave it, the
-    one whose run has the least NLL of held-out tokens.
+    Where several learning rates were evaluated at β = 0, as a choice among more of them may leave
+    it, the one whose run has the least NLL of held-out tokens.
     """
     own = measured[path].flags
-    if not own.get("label_smoothing"):
+    if not own:
         return None
+    if not own["label_smoothing"]:
+        before = path.parents[1] / BEFORE / pathlib.Path(own["model"]).name
+        return before if before in measured else None
     plain = [
         other
         for other, result in measured.items()
@@ -142,16 +146,16 @@ def _held_out_nll(evaluation: pathlib.Path) -> float:
 
 
 def _paired(
-    path: pathlib.Path, result: results.Result, plain: pathlib.Path, resamples: int
+    path: pathlib.Path, result: results.Result, where: pathlib.Path, resamples: int
 ) -> results.Result:
-    """With the differences from the model at β = 0."""
-    other = results.read(plain)
+    """With the differences from another model, whose evaluation is there."""
+    other = results.read(where)
     tasks = dict(result.tasks)
     for name in result.tasks.keys() & other.tasks.keys():
         task = result.tasks[name]
         mine = _answers(path / task.items, task.questions)
         how = {"resamples": resamples, "seed": result.seed}
-        tasks[name] = paired.against(task, mine, other, plain, **how)
+        tasks[name] = paired.against(task, mine, other, where, **how)
     return dataclasses.replace(result, tasks=tasks)
 
 

@@ -9,15 +9,16 @@ from train.evaluation import page
 from train.evaluation.page_entries import TEMPERATURE, Entry
 
 LEGEND = (
-    "Means over seeds. Less β 0: each seed less its own without smoothing, on the same questions;"
-    " the mean (least to greatest; seeds whose 95 % interval over questions excludes 0), or of one"
-    " seed that interval."
+    "Means over seeds. Less β 0, less before: each seed less its own without smoothing, and less"
+    " the model before fine-tuning, on the same questions; the mean (least to greatest; seeds whose"
+    " 95 % interval over questions excludes 0), or of one seed that interval."
 )
 
 
 def table(entries: Sequence[Entry]) -> str:
     """A line for each task and measure: the models before, after fine-tuning at each β, at β = 0
-    with a fitted temperature, and each smoothed one less the one at β = 0 of its seed.
+    with a fitted temperature, each smoothed one less the one at β = 0 of its seed, and that one
+    less the model before.
 
     Of several seeds it is the mean, of differences with the range, and how many are more than
     chance by their own 95 % intervals over questions. Empty where no task was asked.
@@ -31,8 +32,8 @@ def table(entries: Sequence[Entry]) -> str:
     heads = ["", ""]
     for arm in arms:
         heads.append(arm.name)
-        heads += ["the same, T fitted"] * (arm.first.beta == 0)
-        heads += ["less β 0"] * bool(arm.first.beta)
+        if arm.first.beta is not None:
+            heads += ["less β 0"] if arm.first.beta else ["less before", "β 0, T fitted"]
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for task in asked:
         for name in page.COMPARED:
@@ -47,10 +48,10 @@ def _curve(entry: Entry, task: str) -> object:
 
 def _cells(arm: page.Group, task: str, name: str) -> Iterator[str]:
     yield page.shown(arm.measure(task, name), name)
+    if arm.first.beta is not None:
+        yield _apart(arm, task, name)
     if arm.first.beta == 0:
         yield page.shown(arm.measure(task + TEMPERATURE, name), name)
-    if arm.first.beta:
-        yield _apart(arm, task, name)
 
 
 def _apart(arm: page.Group, task: str, name: str) -> str:

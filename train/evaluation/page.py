@@ -35,7 +35,7 @@ SHORT = {
 }
 FREE = ("seed", "eval_every", "checkpoint_every", "keep", "log_every", "samples", "wandb")
 """Flags in which runs may differ and be the same experiment."""
-MOST_SENTENCES = 16
+MOST_SENTENCES = 24
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ def found(tmp_path, monkeypatch):
         for beta in (0.0, 0.1):
             run(there, beta, seed)
             evaluation(there, beta, seed)
+    evaluation(there, None, 0)
     run(there, 0.2, 0, done=False)
     (there / "steps.json").write_text('[{"step": "train it", "status": "exit 1"}]\n')
     return there
@@ -62,12 +63,14 @@ def run(there, beta, seed, done=True):
 
 
 def evaluation(there, beta, seed):
-    folder = there / "evaluations" / "m-alpaca" / name(beta, seed)
-    temperature = None
+    """Of a run's model; at β = None of the model before, which is right as at β = 0."""
+    of = "m-alpaca/" + name(beta, seed) if beta is not None else "before/m"
+    folder = there / "evaluations" / of
+    temperature, flagged = None, {} if beta is None else flags(beta, seed)
     for file, start in (("a.temperature.jsonl", 100), ("a.jsonl", 0)):
         # The smoothed model is right where the other one is, and at five more.
         r = np.random.default_rng(start)
-        z = r.normal(size=(N, 4)) * (1 - 3 * beta)
+        z = r.normal(size=(N, 4)) * (1 - 3 * (beta or 0))
         z[: N // 2 + (5 if beta else 0), 1] += 9
         answered = AnswerFile(folder / file, {"format": "lsce-answers", "version": 1})
         answered.add(
@@ -91,9 +94,9 @@ def evaluation(there, beta, seed):
     results.write(
         folder / "result.json",
         results.Result(
-            **{"model": f"runs/paper/runs/m-alpaca/{name(beta, seed)}", "weights": f"{beta}{seed}"},
+            **{"model": f"runs/paper/runs/{of}" if flagged else "m", "weights": of},
             **{"command": "python -m train.evaluate", "seed": 0, "label_smoothing": beta},
-            flags=flags(beta, seed),
+            flags=flagged,
             settings={"resamples": 0, "limit": None},
             **{"versions": {"jax": "0.11.2"}, "device": "NVIDIA H200"},
             tasks={"arc-easy": task},
@@ -116,7 +119,8 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     assert accuracy.low < accuracy.value < accuracy.high
     assert sums.temperature.measures["nll"].low is not None
     assert smoothed.settings["resamples"] == 50
-    assert plain.tasks["arc-easy"].against is None
+    assert plain.tasks["arc-easy"].against.model == "m"
+    assert plain.tasks["arc-easy"].against.scorings["sum"]["accuracy"].value == 0
     apart = smoothed.tasks["arc-easy"].against
     assert apart.model.endswith(name(0, 1))  # of its own seed
     least = apart.scorings["sum"]["accuracy"]
@@ -131,11 +135,13 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     lines = (kept / "m-alpaca-headline.md").read_text().splitlines()
     (heads,) = (line for line in lines if "T fitted" in line)
     assert heads.split(" | ")[1:] == [
-        *("", "learning rate 2e-05, β 0, 2 seeds", "the same, T fitted"),
+        *("", "m", "learning rate 2e-05, β 0, 2 seeds", "less before", "β 0, T fitted"),
         *("learning rate 2e-05, β 0.1, 2 seeds", "less β 0 |"),
     ]
     (cells,) = (line.split(" | ")[2:] for line in lines if "accuracy" in line)
-    without, fitted, with_smoothing, less = cells
+    before, without, same, fitted, with_smoothing, less = cells
+    assert same == "0 (0 to 0; 0 of 2)"
+    assert before.startswith(without)
     assert without == fitted == f"{other:.1%}"  # of two seeds with the same answers
     assert with_smoothing == f"{accuracy.value:.1%}"
     assert less == f"{least.value:+.4f} ({least.value:+.4f} to {least.value:+.4f}; 2 of 2) |"
