@@ -119,7 +119,7 @@ class Checkpointer:
             before = [other for other in self._manager.all_steps() if other < step]
             instead = f"step {max(before)}" if before else "the beginning"
             raise ValueError(
-                f"{self._folder / str(step)} cannot be read ({item}: {_first_line(error)}): remove"
+                f"{self._folder / str(step)} cannot be read ({item}: {first_line(error)}): remove"
                 f" that folder to go on from {instead}"
             ) from error
 
@@ -209,10 +209,10 @@ def said_once() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """What the system says, which TensorStore has at the end of a long line."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else _first_line(error)
+    return os.strerror(int(code[1])) if code else first_line(error)
 
 
-def _first_line(error: Exception) -> str:
-    """What TensorStore says goes on for hundreds of lines."""
+def first_line(error: Exception) -> str:
+    """TensorStore goes on for hundreds of lines, and Orbax ends with where to see more."""
     text = str(error).strip() or repr(error)
-    return text.splitlines()[0][:200]
+    return text.splitlines()[0].partition(" See full ")[0][:200]

@@ -26,7 +26,7 @@ from train.models.decoder import Decoder
 from train.models.resolve import Pretrained
 from train.models.weights.load import abstract
 from train.run.checkpoint import choose as choose_step
-from train.run.checkpoint import said_once
+from train.run.checkpoint import first_line, said_once
 from train.run.folder import CHECKPOINTS, MODEL, RUN_FILE, load
 from train.text import pretrained
 from train.text.bpe import BPE
@@ -256,7 +256,7 @@ def _params(path: Path, shape: ModelConfig) -> nnx.State:
                 ),
             )
     except Exception as error:  # of any kind, whatever is damaged
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0][:200]}") from None
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     return found["params"]
 
 
