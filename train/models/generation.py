@@ -16,7 +16,8 @@ from train.models.cache import Cache
 from train.models.decoder import Decoder
 
 FULL_CACHE = 256
-"""Sizes of caches and prompts are multiples of it, so that few programs are compiled."""
+"""Sizes of caches are multiples of it, so that few programs are compiled. A prompt is read so many
+tokens at a time: its scores, all at once, could be gigabytes."""
 
 
 def generate(
@@ -55,24 +56,21 @@ def generate(
     tokens = np.pad(np.array(prompt, np.int32), (padding, 0))[None]
     segments = np.array([[0] * padding + [1] * len(prompt)], np.int32)
     positions = np.maximum(np.arange(length) - padding, 0).astype(np.int32)[None]
+    ends = range(FULL_CACHE, length, FULL_CACHE)
+    parts = (np.split(x, ends, axis=1) for x in (tokens, segments, positions))
+    *earlier, following = zip(*parts, strict=True)
+    options = jnp.float32(temperature), jnp.float32(top_p)
     key = jax.random.key(seed)
+    for part in earlier:
+        _, cache = _next(graphdef, params, *part, cache, key, *options)
     for number in range(max_tokens):
-        token, cache = _next(
-            graphdef,
-            params,
-            tokens,
-            segments,
-            positions,
-            cache,
-            jax.random.fold_in(key, number),
-            jnp.float32(temperature),
-            jnp.float32(top_p),
-        )
+        own_key = jax.random.fold_in(key, number)
+        token, cache = _next(graphdef, params, *following, cache, own_key, *options)
         if int(token) in stops:
             return
         yield int(token)
-        tokens, segments = np.array([[token]], np.int32), np.ones((1, 1), np.int32)
-        positions = np.array([[len(prompt) + number]], np.int32)
+        position = np.array([[len(prompt) + number]], np.int32)
+        following = np.array([[token]], np.int32), np.ones((1, 1), np.int32), position
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")

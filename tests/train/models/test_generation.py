@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from train.models import generation
 from train.models.config import ModelConfig
 from train.models.decoder import Decoder
 from train.models.generation import generate, pieces
@@ -31,7 +32,9 @@ def model() -> Decoder:
     return nnx.merge(graphdef, jax.tree.unflatten(tree, noise))
 
 
-def test_the_likeliest_tokens_are_those_of_whole_rows_up_to_a_stop(model):
+@pytest.mark.parametrize("at_a_time", [generation.FULL_CACHE, 2])
+def test_the_likeliest_tokens_are_those_of_whole_rows_up_to_a_stop(model, monkeypatch, at_a_time):
+    monkeypatch.setattr(generation, "FULL_CACHE", at_a_time)  # the prompt is of 5 tokens
     found = list(generate(model, PROMPT, stops=frozenset(), max_tokens=12))
     assert len(set(found)) > 3
 
