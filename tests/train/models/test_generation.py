@@ -32,9 +32,7 @@ def model() -> Decoder:
     return nnx.merge(graphdef, jax.tree.unflatten(tree, noise))
 
 
-@pytest.mark.parametrize("at_a_time", [generation.FULL_CACHE, 2])
-def test_the_likeliest_tokens_are_those_of_whole_rows_up_to_a_stop(model, monkeypatch, at_a_time):
-    monkeypatch.setattr(generation, "FULL_CACHE", at_a_time)  # the prompt is of 5 tokens
+def test_the_likeliest_tokens_are_those_of_whole_rows_up_to_a_stop(model):
     found = list(generate(model, PROMPT, stops=frozenset(), max_tokens=12))
     assert len(set(found)) > 3
 
@@ -55,6 +53,13 @@ def test_the_likeliest_tokens_are_those_of_whole_rows_up_to_a_stop(model, monkey
     assert list(generate(model, PROMPT, **options)) == found[: found.index(stop)]
     with pytest.raises(ValueError, match="the prompt is empty"):
         list(generate(model, [], **options))
+
+
+def test_a_prompt_read_in_parts_is_the_same_prompt(model, monkeypatch):
+    whole = list(generate(model, PROMPT, stops=frozenset(), max_tokens=6))
+    monkeypatch.setattr(generation, "FULL_CACHE", 2)
+    assert list(generate(model, PROMPT, stops=frozenset(), max_tokens=6)) == whole
+    assert len(set(whole)) > 2
 
 
 def test_draws_depend_on_the_seed_and_keep_to_the_likeliest(model):
