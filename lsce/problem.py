@@ -12,6 +12,7 @@ from lsce.arguments import boolean, integer, number
 HeadLayout = Literal["vd", "dv"]
 Reduction = Literal["mean", "sum", "none"]
 GradientFilter = float | None | Literal["auto", "fused", "hidden", "fp8"]
+Precision = Literal["fp8"]
 INT32 = np.iinfo(np.int32)
 SMALLEST_WEIGHT = float(np.finfo(np.float32).smallest_normal)
 LARGEST_WEIGHT = float(np.finfo(np.float32).max)
@@ -48,6 +49,7 @@ class Problem:
     softcap: float | None = None
     z_loss: float = 0.0
     gradient_filter: GradientFilter = "auto"
+    precision: Precision | None = None
     return_stats: bool = False
     examples: int = 1
     """Equally long calls that `vmap` has made this one of; the tokens of each lie together."""
@@ -68,6 +70,10 @@ class Problem:
         if not 0.0 <= self.z_loss <= LARGEST:
             raise ValueError(f"z_loss={self.z_loss}; must be in [0, {LARGEST:g}]")
         self._check_gradient_filter()
+        if self.precision is not None and self.precision not in get_args(Precision):
+            raise ValueError(
+                f"precision={self.precision!r}; must be None (as the dtypes say) or 'fp8'"
+            )
 
     def _check_gradient_filter(self):
         choice = self.gradient_filter

@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float8e4m3fn, Int
 
 from lsce import formula
-from lsce.problem import Problem
+from lsce.problem import Problem, cdiv
 from lsce.sparse.coefficients import Coefficients
 
 E4M3 = jnp.float8_e4m3fn
@@ -38,6 +38,11 @@ LARGEST = float(jnp.finfo(E4M3).max)
 SMALLEST_REACH = 1 / 16
 """Of LARGEST: what the head's numbers reach in every channel, however little hidden states differ
 there. Products of such a channel add next to nothing to z, but dE has what the head has there."""
+
+EVERY = 32
+"""Of so many rows of the head a sample has one."""
+ROOM = 8.0
+"""How much longer rows may be than those of a sample before they are cut off."""
 
 
 class Scales(NamedTuple):
@@ -53,6 +58,21 @@ class Scales(NamedTuple):
     """c: factors of C − c̄."""
     unit: Float[Array, ""]
     """What a product of both stands for."""
+
+
+def scales_by_sample(
+    hidden: Float[Array, "rows D"],
+    live: Int[Array, ""],
+    head: Float[Array, "head_rows D"],
+    v: int,
+) -> Scales:
+    """`scales` from some of the head's rows, with room for others that are longer.
+
+    To find the head's mean and ranges takes as long as to make C₈. Neither need be exact: what is
+    made of them accounts for any mean, and e4m3 has as many bits at a tenth of its range.
+    """
+    s = scales(hidden, live, head[:v:EVERY], cdiv(v, EVERY))
+    return s._replace(head=s.head / ROOM, unit=s.unit * ROOM)
 
 
 def scales(

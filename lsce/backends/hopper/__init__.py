@@ -22,6 +22,7 @@ from lsce.backends.hopper.call import (
     as_given,
     call_of,
     copies,
+    needs_16_bits,
     padded,
     streaming_multiprocessors,
     to_rows,
@@ -69,7 +70,10 @@ class Hopper:
         exact = None
         if problem.gradient_filter == "fp8" and not call_of(problem).tail:
             exact = "gradients are exact: too few for 8 bits to pay"
-        return "; ".join(filter(None, (exact, copies(problem)))) or None
+        high = None
+        if problem.precision == "fp8" and (why := needs_16_bits(problem)):
+            high = f"logits in 16 bits: {why}"
+        return "; ".join(filter(None, (exact, high, copies(problem)))) or None
 
     def call(self, problem: Problem) -> Call:
         return call_of(problem)

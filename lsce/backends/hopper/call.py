@@ -16,6 +16,9 @@ from lsce.backends.hopper.tiles import Tiles
 from lsce.problem import Problem, cdiv
 from lsce.sparse import filter as filtering
 
+STAGE = 128
+"""8-bit entries of a stage."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -28,6 +31,8 @@ class Call:
     ctas: int
     filters_head: bool = True
     """Whether the filter, where there is one, is that of dC and db too."""
+    low: bool = False
+    """Whether the forward has 8-bit operands where that is enough (`eight_bits`)."""
     interpret: Any = None
     """Parameters of Mosaic GPU's interpreter, or None on a GPU."""
 
@@ -67,11 +72,25 @@ def call_of(problem: Problem) -> Call:
     if pointless or epsilon in ("fused", 0.0):
         epsilon = None
     ctas = streaming_multiprocessors()
-    call = Call(problem, epsilon, choose.tiles_for(problem, ctas), ctas, filters_head)
+    low = problem.precision == "fp8" and needs_16_bits(problem) is None
+    call = Call(problem, epsilon, choose.tiles_for(problem, ctas), ctas, filters_head, low)
     if interpret.active is not None:
         params, small = interpret.active
         call = dataclasses.replace(call, interpret=params, tiles=small, ctas=interpret.CTAS)
     return call
+
+
+def needs_16_bits(problem: Problem) -> str | None:
+    """Why the forward's operands are of 16 bits though 8 are allowed; None where they are not."""
+    if problem.softcap is not None:
+        return "a softcap"
+    if problem.return_stats:
+        return "statistics"
+    if problem.gradient_filter == "fused":
+        return "fused gradients"
+    if not filtering.low_forward_worthwhile(problem):
+        return "too few of them for 8 bits to pay"
+    return None
 
 
 def streaming_multiprocessors() -> int:
@@ -126,6 +145,11 @@ def as_given(problem: Problem, grads: Arrays) -> Arrays:
 def to_rows(x: Float[Array, " N"], rows: int) -> Float[Array, " rows"]:
     """One value a token, 0 for those that fill up the rows."""
     return jnp.pad(x, (0, rows - x.shape[0]))
+
+
+def in_stages(x: Array) -> Array:
+    """Rows of 8-bit numbers in whole stages of a kernel."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % STAGE)))
 
 
 def _pad(x: Float[Array, "rows D"], rows: int, columns: int) -> Float[Array, "R C"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lsce import formula
 from lsce.backends import Arrays, Outputs
+from lsce.backends.hopper import eight_bits
 from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.kernels.lse_forward import Sums, lse_forward
 from lsce.sparse import filter as filtering
@@ -35,33 +36,44 @@ class Saved(NamedTuple):
 def losses(call: Call, arrays: Arrays) -> Outputs:
     """L_n [N] float32 and TokenStats (or None)."""
     hidden, head, labels, bias, _ = arrays
-    sums = run_forward(call, hidden, head, bias, None, jnp.int32(labels.shape[0]))
-    return results(call, sums, target_logit(call, hidden, head, bias, labels), labels, labels >= 0)
+    target, live = target_logit(call, hidden, head, bias, labels), jnp.int32(labels.shape[0])
+    if call.low:
+        hot = hot_sums(call, hidden, head, bias, labels, stats=False)
+        bound = jnp.maximum(hot.lse, target)
+        sums = low_sums(call, hidden, head, bias, bound, labels >= 0, live, None)
+    else:
+        sums = run_forward(call, hidden, head, bias, None, live)
+    return results(call, sums, target, labels, labels >= 0)
 
 
 def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
     """The same, with what the backward pass needs."""
     hidden, head, labels, bias, vocab_order = arrays
-    threshold, drop = None, 0.0
     # A cluster of the products' kernels takes two blocks.
     unit = max(2, call.tiles.sparse.group) * BLOCK
-    if call.epsilon is None:
+    if call.epsilon is None and not call.low:
         rows = arrange(hidden, labels, order_tokens(labels), unit)
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
+        sums = run_forward(call, rows.hidden, head, bias, None, rows.live)
     else:
         hot = hot_sums(call, hidden, head, bias, labels, stats=True)
         row_of_token = order_tokens(labels, hot.extra["entropy"], hot.extra["prediction"])
         rows = arrange(hidden, labels, row_of_token, unit)
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
         bound = jnp.zeros_like(target).at[rows.row_of_token].set(hot.lse, unique_indices=True)
-        drop = filtering.log_epsilon(call.epsilon, rows.live, call.problem.v)
         bound = jnp.maximum(bound, target)
-        if call.tail_where_flat or (call.tail and call.problem.softcap is None and bias is None):
-            bound = jnp.maximum(bound, _mean_bound(call, rows.hidden, head))
-        bound = bound + drop
-        # An infinite threshold keeps rows without a loss from marking anything.
-        threshold = jnp.where(rows.in_use, bound, jnp.inf)
-    sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live, drop=drop)
+        drop = None
+        if call.epsilon is not None:
+            drop = filtering.log_epsilon(call.epsilon, rows.live, call.problem.v)
+        if call.low:
+            sums = low_sums(call, rows.hidden, head, bias, bound, rows.in_use, rows.live, drop)
+        else:
+            capless = call.tail and call.problem.softcap is None and bias is None
+            if call.tail_where_flat or capless:
+                bound = jnp.maximum(bound, _mean_bound(call, rows.hidden, head))
+            # An infinite threshold keeps rows without a loss from marking anything.
+            threshold = jnp.where(rows.in_use, bound + drop, jnp.inf)
+            sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live, drop=drop)
     of_token = jax.tree.map(lambda x: x[rows.row_of_token], sums._replace(marks=None))
     out = results(call, of_token, target[rows.row_of_token], labels, labels >= 0)
     # Where a scan keeps them they are copied to their place, see `call.padded`.
@@ -72,12 +84,26 @@ def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
     return out, saved
 
 
+def low_sums(call: Call, hidden, head, bias, bound, in_use, live, drop) -> Sums:
+    """The sums with 8-bit operands where that is enough, from what the lse is known to be above."""
+    mean = mean_logit(call, hidden, head, bias)
+    bound = jnp.maximum(bound, of_mean_logit(mean, call.problem.v))
+    bound = jnp.where(in_use, bound, jnp.inf)
+    return eight_bits.sums(call, hidden, head, bias, bound, mean, live, drop)
+
+
 def _mean_bound(call: Call, hidden, head) -> Float[Array, " rows"]:
     """The bound of the lse by the mean logit, which flat tokens need: of them little else is known,
     and what they may keep then is everything."""
+    return of_mean_logit(mean_logit(call, hidden, head, None), call.problem.v)
+
+
+def mean_logit(call: Call, hidden, head, bias) -> Float[Array, " rows"]:
+    """Σ_v z_v / V where there is no cap, through the head's mean row."""
     center = jnp.mean(head[: call.problem.v], axis=0, dtype=jnp.float32)
     mean = jnp.dot(hidden.astype(jnp.float32), center, precision="highest")
-    return of_mean_logit(mean * call.problem.logit_scale, call.problem.v)
+    mean = mean * call.problem.logit_scale
+    return mean if bias is None else mean + jnp.mean(bias.astype(jnp.float32))
 
 
 def run_forward(call: Call, hidden, head, bias, threshold, live, **changes: Any) -> Sums:

@@ -19,7 +19,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from lsce.backends.hopper import filtered
-from lsce.backends.hopper.call import Call
+from lsce.backends.hopper.call import Call, in_stages
 from lsce.backends.hopper.chunks import Loop, Products, finite_bias, live_blocks
 from lsce.backends.hopper.forward import Saved
 from lsce.backends.hopper.kernels.head_gradient import head_gradient
@@ -34,9 +34,6 @@ from lsce.sparse.coefficients import Coefficients
 from lsce.sparse.columns import Columns
 from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
-
-STEP = 128
-"""Entries of a stage of 8 bits: what D is padded to."""
 
 
 def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
@@ -110,7 +107,7 @@ class Tail:
         log_epsilon = filtering.log_epsilon(call.epsilon, saved.live, p.v)
         r = tail.row_factors(c, log_epsilon)
         self.inverse = tail.inverse(r)
-        self.e8 = padded(tail.quantised(saved.hidden, s.hidden_mean, s.hidden))
+        self.e8 = in_stages(tail.quantised(saved.hidden, s.hidden_mean, s.hidden))
         # log2 p, or under a cap what is capped, in nats.
         unit = p.logit_scale * (LOG2E if p.softcap is None else 1.0)
         lse = c.lse * LOG2E
@@ -162,7 +159,7 @@ class Tail:
         c8 = lax.optimization_barrier(with_layout_constraint(c8, Layout((0, 1))))
         tail_terms(
             self.e8,
-            padded(c8),
+            in_stages(c8),
             self.terms,
             self.kept,
             self.work,
@@ -222,11 +219,6 @@ class Tail:
 
     def _live(self) -> Bool[Array, " B"]:
         return jnp.arange(self.blocks) < self.live
-
-
-def padded(x: Array) -> Array:
-    """Hidden entries in whole stages."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % STEP)))
 
 
 def _kept(position: Int[Array, " V"], active: Bool[Array, "T B"], tile_c: int) -> Array:

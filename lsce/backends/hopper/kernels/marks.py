@@ -132,6 +132,16 @@ def unpack(marks: Int[Array, "blocks 4 words"], v: int) -> Bool[Array, "blocks V
     return ((joined >> BIT[None, None]) & np.uint32(1) != 0).reshape(blocks, total * 32)[:, :v]
 
 
+def of_any_block(
+    marks: Int[Array, "blocks 4 words"], rows_per_mark: int, live: Int[Array, ""], v: int
+) -> Bool[Array, " V"]:
+    """Which columns any block has marked, of those that the forward has written."""
+    written = jnp.arange(marks.shape[0], dtype=jnp.int32) * rows_per_mark < live
+    marks = jnp.where(written[:, None, None], marks, 0)
+    joined = jax.lax.reduce(marks, jnp.int32(0), jax.lax.bitwise_or, (0,))
+    return unpack(joined[None], v)[0]
+
+
 def column_bits(
     marks: Int[Array, "mark_blocks 4 words"],
     rows_per_mark: int,

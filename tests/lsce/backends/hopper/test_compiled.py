@@ -74,6 +74,8 @@ MEMORY = """
         "dE filtered, dC not": megabytes(gradients("hidden")),
         "fused": megabytes(gradients("fused")),
         "fp8": megabytes(gradients("fp8")),
+        "forward, small logits in 8 bits": megabytes(functools.partial(loss, precision="fp8")),
+        "default, small logits in 8 bits": megabytes(gradients("auto", precision="fp8")),
         "fused, frozen head": megabytes(jax.grad(some("fused")), n=16384),
     }))
 """
