@@ -62,7 +62,7 @@ def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
         target = target_logit(call, rows.hidden, head, bias, rows.labels)
         bound = jnp.zeros_like(target).at[rows.row_of_token].set(hot.lse, unique_indices=True)
         bound = jnp.maximum(bound, target)
-        drop = None
+        drop: Any = None
         if call.epsilon is not None:
             drop = filtering.log_epsilon(call.epsilon, rows.live, call.problem.v)
         if call.low:

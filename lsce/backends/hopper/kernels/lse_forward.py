@@ -90,7 +90,7 @@ def lse_forward(
         fill = lambda x, dtype=jnp.float32: plgpu.layout_cast(
             jnp.full((tiles.tile_n,), x, dtype), ROW
         )
-        below = drop_gmem[0] if marking else None
+        below: Any = drop_gmem[0] if marking else None
 
         def begin(row0):
             thr = None

@@ -24,11 +24,12 @@ from contract import (
 )
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from low_check import emulated
 from tail_check import assert_terms
 
 import lsce
 from lsce.backends import hopper
-from lsce.backends.hopper import tiles
+from lsce.backends.hopper import eight_bits, tiles
 from lsce.problem import Problem
 from lsce.sparse import filter as filtering
 
@@ -248,6 +249,36 @@ def test_auto_in_8_bits_where_tokens_are_flat(shape, monkeypatch):
 def test_terms_of_the_tail_in_both_orders(cap):
     """The bits that the formula makes of the 8-bit operands; the sum keeps about 14 of its own."""
     assert_terms(tiles.Tiles().tail, cap, most=0.02)
+
+
+@pytest.mark.gpu
+@GPU[1]
+@pytest.mark.parametrize(
+    ("shape", "spread", "gradient_filter"),
+    [
+        ((300, 200, 5003), 0.5, None),
+        ((300, 200, 5003), 3.0, EPSILON),
+        ((600, 512, 9000), 5.0, "fp8"),
+    ],
+)
+def test_small_logits_in_8_bits(shape, spread, gradient_filter, monkeypatch):
+    """What they make of each token's loss, and nothing else: an accumulator of 14 bits aside."""
+    for name in ("low_forward_worthwhile", "tail_worthwhile"):
+        monkeypatch.setattr(filtering, name, lambda problem: True)
+    monkeypatch.setattr(eight_bits, "LARGE", 2.0**-4)
+    step.cache_clear()
+    options = {"bias": True, "weights": True, "z_loss": 1e-3, "logit_scale": 0.7}
+    this = case(shape, "bfloat16", spread=spread, reduction="none", label_smoothing=0.1, **options)
+    given = poisoned(this.inputs)
+    got = run("hopper", given, **this.options, gradient_filter=gradient_filter, precision="fp8")
+    step.cache_clear()
+    losses, share = emulated(this, 2.0**-4)
+    assert share < 0.9
+    off = np.linalg.norm(losses - this.truth.value)
+    assert off > 1e-4
+    assert np.linalg.norm(got.value - losses) < 0.25 * off + 1e-4
+    for name, true in this.truth.grads.items():
+        assert relative_error(got.grads[name], true) < 0.04, name
 
 
 def test_all_ignored(subject):
