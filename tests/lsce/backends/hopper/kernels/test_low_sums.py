@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.slow
 @pytest.mark.parametrize("gap", [None, 2.0])
 def test_what_is_small_is_summed_and_what_is_large_is_marked(gap):
-    """Three stages, of which the second consumer lags by one; tiles and blocks that are not full."""
+    """Three stages, of which the second consumer lags by one; the last tile and block not full."""
     n, d, v, unit = 130, 384, 600, 0.01
     rng = np.random.default_rng(0)
     e8, c8 = (
