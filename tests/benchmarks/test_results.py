@@ -184,6 +184,20 @@ def test_the_readmes_steps_are_measured():
         assert not peer or peer in peers, name
 
 
+def test_what_precision_costs():
+    """Products and errors of the README's line, out of a script's text."""
+    found = (RESULTS / "h200-precision-fp8.txt").read_text()
+    default, low = (
+        float(re.search(rf", {name} [0-9.]+ ms \(([0-9.]+) M\)", found)[1])
+        for name in ("default", "fp8")
+    )
+    (rms, mean) = re.search(r"off by ([0-9.]+) rms, .* mean -([0-9.]+) of", found).groups()
+    text = " ".join(README.split())
+    assert f"in {low:.2f} products where the default took {default:.2f}" in text
+    said = f"off by {float(rms):.4f} nats, the mean loss by {float(mean):.4f}".replace("0.", ".")
+    assert said in text
+
+
 def test_the_largest_batches_fit():
     found = json.loads((RESULTS / "h100-step-memory-batch.json").read_text())
     most = {
