@@ -27,7 +27,8 @@ def most_frequent(
     place = jnp.where(fresh, rank, most + jnp.arange(key.shape[0]))
     label = (key & jnp.uint32((1 << room) - 1)).astype(jnp.int32)
     ids = jnp.zeros(most, jnp.int32).at[place].set(label, mode="drop", unique_indices=True)
-    return ids, jnp.minimum(fresh.sum(dtype=jnp.int32), most)
+    # Not `fresh.sum()`, with which XLA would make one multiprocessor do the running sums as well.
+    return ids, jnp.minimum(rank[-1] + 1, most)
 
 
 def of_mean_logit(mean: Float[Array, " N"], v: int) -> Float[Array, " N"]:

