@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from train.evaluation import page
-from train.evaluation.page_entries import TEMPERATURE, Entry
+from train.evaluation.page_entries import TEMPERATURE, TOKENS, Entry
 
+OF_TOKENS = ("accuracy", "ece", "nll")
 LEGEND = (
     "Means over seeds. Less β 0, less before: each seed less its own without smoothing, and less"
     " the model before fine-tuning, on the same questions; the mean (least to greatest; seeds whose"
@@ -18,7 +19,7 @@ LEGEND = (
 def table(entries: Sequence[Entry]) -> str:
     """A line for each task and measure: the models before, after fine-tuning at each β, at β = 0
     with a fitted temperature, each smoothed one less the one at β = 0 of its seed, and that one
-    less the model before.
+    less the model before; first those of the held-out tokens, of a run's own evaluation.
 
     Of several seeds it is the mean, of differences with the range, and how many are more than
     chance by their own 95 % intervals over questions. Empty where no task was asked.
@@ -35,6 +36,10 @@ def table(entries: Sequence[Entry]) -> str:
         if arm.first.beta is not None:
             heads += ["less β 0"] if arm.first.beta else ["less before", "β 0, T fitted"]
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for name in OF_TOKENS:
+        if any(arm.measure(TOKENS, name) for arm in arms):
+            cells = [cell for arm in arms for cell in _token_cells(arm, arms, name)]
+            lines.append([TOKENS, page.SHORT.get(name, name), *cells])
     for task in asked:
         for name in page.COMPARED:
             cells = [cell for arm in arms for cell in _cells(arm, task, name)]
@@ -54,6 +59,27 @@ def _cells(arm: page.Group, task: str, name: str) -> Iterator[str]:
         yield page.shown(arm.measure(task + TEMPERATURE, name), name)
 
 
+def _token_cells(arm: page.Group, arms: Sequence[page.Group], name: str) -> Iterator[str]:
+    yield page.shown(arm.measure(TOKENS, name), name)
+    if arm.first.beta == 0:
+        yield from ("–", "–")  # not measured before, and temperatures are fitted on questions
+    if arm.first.beta:
+        plain = {e.settings.get("seed"): e for a in arms if a.first.beta == 0 for e in a.entries}
+        values = [
+            ours - theirs
+            for entry in arm.entries
+            if (other := plain.get(entry.settings.get("seed")))
+            if (ours := _value(entry, name)) is not None
+            if (theirs := _value(other, name)) is not None
+        ]
+        yield f"{_mean(values)} ({_range(values)})" if values else "–"
+
+
+def _value(entry: Entry, name: str) -> float | None:
+    measure = entry.blocks[TOKENS].measures.get(name) if TOKENS in entry.blocks else None
+    return measure and measure.value
+
+
 def _apart(arm: page.Group, task: str, name: str) -> str:
     """+0.0123 (+0.0100 to +0.0150; 3 of 3), or of one seed +0.0123 [+0.0060, +0.0190]."""
     pairs = [e.blocks[task].against for e in arm.entries if task in e.blocks]
@@ -64,7 +90,12 @@ def _apart(arm: page.Group, task: str, name: str) -> str:
     if len(found) == 1 and (one := found[0]).low is not None and one.high is not None:
         return f"{page.signed(values[0])} [{page.signed(one.low)}, {page.signed(one.high)}]"
     sure = sum((m.low or 0) > 0 or (m.high or 0) < 0 for m in found)
-    mean = page.signed(math.fsum(values) / len(values))
-    return (
-        f"{mean} ({page.signed(min(values))} to {page.signed(max(values))}; {sure} of {len(found)})"
-    )
+    return f"{_mean(values)} ({_range(values)}; {sure} of {len(found)})"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return page.signed(math.fsum(values) / len(values))
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{page.signed(min(values))} to {page.signed(max(values))}"

@@ -28,6 +28,7 @@ MOST_POINTS = 250
 """Points of a training curve; more cannot be told apart on a screen."""
 RESAMPLES = 1000
 TEMPERATURE = ", with a fitted temperature"
+TOKENS = "held-out tokens"
 """Ends the name of a task whose logits were divided by one."""
 PATHS = ("out", "data", "eval_data", "resume", "overwrite")
 """Flags that say where things are and not what was done."""
@@ -141,7 +142,7 @@ def _evaluated(name: str, path: Path, found: Mapping[str, Any]) -> Entry:
     blocks = {}
     for task, scores, chance in (
         ("held-out questions", choices.get(choices["reported"]), choices["chance"]),
-        ("held-out tokens", found["tokens"], None),
+        (TOKENS, found["tokens"], None),
     ):
         if scores:
             bins = [Bin(**entry) for entry in scores["bins"]]

@@ -138,7 +138,10 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
         *("", "m", "learning rate 2e-05, β 0, 2 seeds", "less before", "β 0, T fitted"),
         *("learning rate 2e-05, β 0.1, 2 seeds", "less β 0 |"),
     ]
-    (cells,) = (line.split(" | ")[2:] for line in lines if "accuracy" in line)
+    of_tokens = [line.split(" | ")[1:] for line in lines if line.startswith("| held-out tokens")]
+    assert [cells[0] for cells in of_tokens] == ["accuracy", "ECE", "NLL"]
+    assert all(cells[1:5:2] == ["–", "–"] and "(" in cells[6] for cells in of_tokens)
+    (cells,) = (line.split(" | ")[2:] for line in lines if "arc-easy" in line and "accuracy" in line)
     before, without, same, fitted, with_smoothing, less = cells
     assert same == "0 (0 to 0; 0 of 2)"
     assert before.startswith(without)
