@@ -141,7 +141,9 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     of_tokens = [line.split(" | ")[1:] for line in lines if line.startswith("| held-out tokens")]
     assert [cells[0] for cells in of_tokens] == ["accuracy", "NLL"]  # what it measured
     assert all(cells[1:5:2] == ["–", "–"] and "(" in cells[6] for cells in of_tokens)
-    (cells,) = (line.split(" | ")[2:] for line in lines if "arc-easy" in line and "accuracy" in line)
+    (cells,) = (
+        line.split(" | ")[2:] for line in lines if "arc-easy" in line and "accuracy" in line
+    )
     before, without, same, fitted, with_smoothing, less = cells
     assert same == "0 (0 to 0; 0 of 2)"
     assert before.startswith(without)
