@@ -148,6 +148,7 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
 
     from train.evaluation import asking, paired, pictures, token_level
     from train.evaluation.table import print_result
+    from train.models import families
     from train.run import model as run_model
 
     loaded = run_model.read(
@@ -156,7 +157,7 @@ def evaluate(options: EvaluateOptions, command: str) -> None:
         template=options.template,
         checkpoint=options.checkpoint,
     )
-    context = loaded.config_json.get("max_position_embeddings")
+    context = families.positions(loaded.config_json)
     require(
         context is None or (options.max_length or 0) <= context,
         f"--max-length {options.max_length} is more than the model's context, {context}",

@@ -55,14 +55,15 @@ def model_class(template_lm: type) -> type:
             """`others` are the harness's batch size and device, which do not concern us."""
             super().__init__()
             from train.evaluate import batch_tokens as usual
+            from train.models import families
             from train.run import model as run_model
 
             self.loaded = run_model.read(
                 model, dtype=dtype, checkpoint=str(checkpoint), template=template
             )
             self.batch_tokens = batch_tokens or usual()
-            context = self.loaded.config_json.get("max_position_embeddings", 2048)
-            self.max_length = max_length or context
+            context = families.positions(self.loaded.config_json)
+            self.max_length = max_length or context or 2048
             self.name = model
 
         @property

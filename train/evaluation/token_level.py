@@ -18,6 +18,7 @@ from train.evaluation.measures import BINS, NAMES, bins, curve, within
 from train.evaluation.results import Measure, Scored
 from train.evaluation.scoring import ScoringOptions, TokenScores, owners, score_rows
 from train.flags import require
+from train.models import families
 from train.run.model import Loaded
 
 ROW = 512
@@ -41,8 +42,7 @@ def score(
     Raises:
       ValueError: for files without a response, and what reading them raises.
     """
-    context = loaded.config_json.get("max_position_embeddings", ROW)
-    length = max_length or min(ROW, context)
+    length = max_length or min(ROW, families.positions(loaded.config_json) or ROW)
     records = [record for path in paths for record in files.read(path)]
     fitting = itertools.chain.from_iterable(encode_records(loaded.tokenizer, records, length))
     examples = [example for example in fitting if example.loss_mask.any()]

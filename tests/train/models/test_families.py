@@ -162,6 +162,11 @@ def test_gemma_3_inside_a_model_that_sees_pictures():
             for family in ("llama", "mistral", "qwen 3", "gemma 3")
         ),
         ("llama", {"max_position_embeddings": "many"}, "max_position_embeddings must be a whole"),
+        (
+            "qwen 2.5",
+            {"max_window_layers": "many"},
+            "max_window_layers must be a whole number from 0 on, not 'many'",
+        ),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("llama", {"attention_bias": True}, "attention_bias is True"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

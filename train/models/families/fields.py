@@ -25,6 +25,9 @@ class Fields:
     def integer(self, name: str, default: Any = REQUIRED) -> Any:
         return self._get(name, default, int, "a whole number above 0", lambda value: value > 0)
 
+    def count(self, name: str, default: Any = REQUIRED) -> Any:
+        return self._get(name, default, int, "a whole number from 0 on", lambda value: value >= 0)
+
     def number(self, name: str, default: Any = REQUIRED) -> Any:
         value = self._get(name, default, (int, float), "a number above 0", lambda value: value > 0)
         return value if value is None else float(value)

@@ -19,7 +19,7 @@ def read(fields: Fields) -> ModelConfig:
     window = None
     if fields.flag("use_sliding_window", False):
         window = fields.integer("sliding_window", 4096)
-    first = fields.values.get("max_window_layers", 28)
+    first = fields.count("max_window_layers", 28)
     slides = sliding(fields, [window is not None and i >= first for i in range(layers(fields))])
     shape = common(fields)
     if third:
