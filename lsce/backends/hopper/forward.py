@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -36,13 +37,11 @@ class Saved(NamedTuple):
 def losses(call: Call, arrays: Arrays) -> Outputs:
     """L_n [N] float32 and TokenStats (or None)."""
     hidden, head, labels, bias, _ = arrays
-    target, live = target_logit(call, hidden, head, bias, labels), jnp.int32(labels.shape[0])
     if call.low:
-        hot = hot_sums(call, hidden, head, bias, labels, stats=False)
-        bound = jnp.maximum(hot.lse, target)
-        sums = low_sums(call, hidden, head, bias, bound, labels >= 0, live, None)
-    else:
-        sums = run_forward(call, hidden, head, bias, None, live)
+        # Tokens with a loss alone make the scales of 8 bits, here and where there is a derivative.
+        return kept(dataclasses.replace(call, epsilon=None), arrays)[0]
+    sums = run_forward(call, hidden, head, bias, None, jnp.int32(labels.shape[0]))
+    target = target_logit(call, hidden, head, bias, labels)
     return results(call, sums, target, labels, labels >= 0)
 
 

@@ -30,11 +30,12 @@ EXPECTED = [(r["prompt"], r["completion"]) for r in RECORDS]
     "content",
     [
         LINES,
-        gzip.compress(LINES),
+        # Without the time, which would name the test otherwise in each process that collects it.
+        gzip.compress(LINES, mtime=0),
         json.dumps(RECORDS).encode(),
         json.dumps(RECORDS, indent=2).encode(),
         BOM + json.dumps(RECORDS, indent=2).encode() + b"\n",
-        gzip.compress(json.dumps(RECORDS).encode()),
+        gzip.compress(json.dumps(RECORDS).encode(), mtime=0),
         BOM + LINES.replace(b"\n", b"\n" + BOM, 1),  # two files with marks, joined
         LINES.replace(b"\n", b"\r\n"),
         LINES.replace(b"\n", b"\r"),
@@ -84,7 +85,7 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         (b"prompt\tcompletion\na\tb\n", "TSV (it begins"),
         (b"Once upon a time\n", "not JSON (it begins 'Once upon a time')"),
         (b"PK\x03\x04rest", "a zip archive or a spreadsheet"),
-        (gzip.compress(LINES)[:-20], "a damaged gzip file"),
+        (gzip.compress(LINES, mtime=0)[:-20], "a damaged gzip file"),
         (b"", "holds no records"),
         (b"\n \n", "holds no records"),
         (json.dumps({"version": 1, "data": RECORDS}).encode(), "holds records in 'data': save"),

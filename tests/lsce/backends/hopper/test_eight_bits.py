@@ -10,6 +10,7 @@ from contract import Case, Result, case, ours
 from hopper_on_cpu import CANDIDATE, problem
 from low_check import emulated
 
+import lsce
 from lsce import backends
 from lsce.backends import hopper
 from lsce.backends.hopper import eight_bits
@@ -73,6 +74,29 @@ def test_with_every_option_and_a_filter(of_any_size, monkeypatch):
     for name, true in this.truth.grads.items():
         error = np.linalg.norm(got.grads[name] - true) / np.linalg.norm(true)
         assert error < 0.02, name
+
+
+@pytest.mark.slow
+def test_ignored_tokens_have_no_say_in_the_scales(of_any_size):
+    """Whether or not there is a derivative."""
+    this = case((150, 64, 600), "bfloat16", spread=0.5, label_smoothing=0.1)
+    ignored = this.inputs.labels < 0
+    assert ignored.any()
+    hidden = np.where(ignored[:, None], 3e4, this.inputs.hidden).astype(jnp.bfloat16)
+    this = dataclasses.replace(this, inputs=this.inputs._replace(hidden=hidden))
+    value, share = expected(this)
+    assert share < 0.5
+    with hopper.interpreted():
+        alone = lsce.linear_cross_entropy(
+            *map(jnp.asarray, (hidden, this.inputs.head, this.inputs.labels)),
+            implementation="hopper",
+            label_smoothing=0.1,
+            gradient_filter=None,
+            precision="fp8",
+        )
+        alone = np.asarray(alone)
+    for got in (alone, run(this, None).value):
+        np.testing.assert_allclose(got, value, rtol=1e-6, atol=2e-6)
 
 
 def test_explain_says_what_takes_16_bits():
