@@ -6,7 +6,7 @@ defaults joined by commas:
 
     rows=32  segments=packed|masked|one  loss=auto|naive|…  beta=0.1  remat=none|block|full
     scan=auto|on|off  attention=auto|cudnn|xla  bits=repeatable|excluded|tuned  accumulate=1
-    layers=2
+    mesh=data=2|fsdp=2|data=2+fsdp=2  layers=2
 
 and "torch,rows=32,loss=full|liger|cut-cross-entropy,beta=0" is transformers' model with SDPA,
 torch.compile and fused AdamW, in a process of its own; it sees rows whole. MFU counts 6 operations

@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 import lsce
@@ -96,8 +97,11 @@ def _lower(model: str, variant: Variant, length: int, real: Real | None) -> Any:
         softcap=shape.final_softcap,
         implementation="auto" if naive else variant.loss,
     )
-    how = StepOptions(batch_size=variant.rows, accumulate=variant.accumulate)
-    state = jax.eval_shape(state_maker(shape, OPTIMIZER, None), 0)
+    devices = variant.devices
+    how = StepOptions(batch_size=variant.rows, accumulate=variant.accumulate, mesh=str(devices))
+    on = mesh.make(devices)
+    state = jax.eval_shape(state_maker(shape, OPTIMIZER, on), 0)
+    state = state if on is None else mesh.placed(state, on)
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _batch(shape, variant, length, real)))
     jax.clear_caches()  # a step of these arguments may have been traced with the other loss
     with mock.patch.object(
@@ -147,10 +151,12 @@ def _run(
         + plan.output_size_in_bytes
         - plan.alias_size_in_bytes
     )
-    batch = jax.device_put(_batch(shape, variant, length, real))
-    rate = jnp.float32(RATE)
-    create = state_maker(shape, OPTIMIZER, None)
-    state = create(0) if real is None else real.state(create)
+    on = mesh.make(variant.devices)
+    everywhere = None if on is None else NamedSharding(on, PartitionSpec())
+    batch = jax.device_put(_batch(shape, variant, length, real), everywhere)
+    rate = jax.device_put(jnp.float32(RATE), everywhere)
+    create = state_maker(shape, OPTIMIZER, on)
+    state = create(0) if real is None else real.state(create, on)
 
     def step() -> jax.Array:
         nonlocal state
@@ -161,7 +167,7 @@ def _run(
     times = timing.beside([step], seconds=seconds)[0]
     if profile:
         _profile(step, f"{model} {variant}")
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    size = mesh.bytes_per_device((state.params, state.opt_state))
     starts = batch.get("starts")
     way, why = attention.choose(
         shape,

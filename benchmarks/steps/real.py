@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from benchmarks.steps.variant import Variant
@@ -49,8 +50,8 @@ class Real:
     def batch(self, variant: Variant, length: int) -> dict[str, Int[np.ndarray, "B _"]]:
         return _first_batch(self, variant.rows * variant.accumulate, length)
 
-    def state(self, create: Callable[[int], TrainState]) -> TrainState:
-        return first_state(self.checkpoint, create, 0, None)
+    def state(self, create: Callable[[int], TrainState], on: Mesh | None) -> TrainState:
+        return first_state(self.checkpoint, create, 0, on)
 
 
 @functools.cache

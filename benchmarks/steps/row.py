@@ -17,9 +17,10 @@ class Measured:
     last_loss: float
     """After some steps on the same batch: it must have fallen."""
     state_gb: float
-    """Weights and optimizer."""
+    """Weights and optimizer, on one device."""
     peak_gb: float
-    """State, batch and all that a step needs, by the compiler's plan or the allocator's peak."""
+    """State, batch and all that a step needs, by the compiler's plan or the allocator's peak; on
+    one device."""
     compile_s: float
     attention: str
     device: str
@@ -53,7 +54,7 @@ class StepRow:
 
     @property
     def mfu(self) -> float | None:
-        """Operations that had to be made, of those that the device could; None where unknown."""
+        """Operations that had to be made, of those that the devices could; None where unknown."""
         peaks = [
             peak
             for name, peak in PEAK_FLOPS.items()
@@ -61,7 +62,8 @@ class StepRow:
         ]
         if not peaks or self.tokens_per_s is None:
             return None
-        return self.tokens_per_s * self.flops_per_token / peaks[0]
+        possible = peaks[0] * self.variant.devices.size
+        return self.tokens_per_s * self.flops_per_token / possible
 
 
 def markdown(rows: Sequence[StepRow]) -> str:

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from train.data.packing import IGNORE, pack
 from train.models.config import PRESETS, ModelConfig, Rope
+from train.run.options import MeshShape
 from train.text.tokenizer import Example
 
 LLAMA_1B = ModelConfig(
@@ -77,12 +78,19 @@ class Variant:
     """Options of the compilation: the trainer's; `xla_gpu_exclude_nondeterministic_ops`, which
     still times and chooses; none (`--autotune`)."""
     accumulate: int = 1
+    mesh: str = ""
+    """JAX: the trainer's --mesh, its axes joined by "+": "fsdp=2", "data=2+fsdp=2"; "" is one
+    device. `rows` are those of all devices."""
     layers: int | None = None
     """Fewer than the model's, to see what a layer costs."""
     compiled: bool = True
     """PyTorch: with torch.compile."""
     flags: str = ""
     """Further options of XLA's, as name=value joined by ";"."""
+
+    @property
+    def devices(self) -> MeshShape:
+        return MeshShape.read(self.mesh.replace("+", ",") or "data=1")
 
     def __str__(self) -> str:
         changed = (
@@ -113,6 +121,8 @@ def read(text: str) -> Variant:
             value = float(value)
         if field.type not in (int, int | None) and choices and value not in choices:
             raise ValueError(f"{text}: {name} must be one of {', '.join(map(str, choices))}")
+        if name == "mesh":
+            MeshShape.read(value.replace("+", ","))
         values[name] = value
     return Variant(**values)
 

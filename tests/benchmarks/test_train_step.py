@@ -18,6 +18,8 @@ ROW = StepRow("nano", Variant(rows=16), 1000, 8.0, 1e9, FOUND, None, "abc", "202
 def test_tokens_a_second_and_the_share_of_the_device():
     assert ROW.tokens_per_s == pytest.approx(320_000)
     assert ROW.mfu == pytest.approx(320_000 * 1e9 / 989e12)
+    two = dataclasses.replace(ROW, variant=Variant(rows=16, mesh="fsdp=2"))
+    assert two.mfu == pytest.approx(320_000 * 1e9 / (2 * 989e12))
     cpu = dataclasses.replace(ROW, measured=dataclasses.replace(FOUND, device="CPU"))
     assert cpu.mfu is None
     failed = dataclasses.replace(ROW, measured=None, error="no memory")

@@ -16,6 +16,8 @@ def test_a_variant_is_read_and_says_what_it_changes():
     found = read("torch,rows=32,loss=full,beta=0,compiled=false")
     assert found == Variant("torch", rows=32, loss="full", beta=0.0, compiled=False)
     assert str(found) == "torch rows=32 loss=full beta=0.0 compiled=False"
+    assert read("mesh=data=2+fsdp=3").devices == (2, 3)
+    assert read("").devices == (1, 1)
     assert shape_of("smollm2-135m", read("layers=2,remat=full")).remat == "full"
     assert len(shape_of("gemma3-270m", read("layers=7")).kinds) == 7
 
@@ -29,6 +31,7 @@ def test_a_variant_is_read_and_says_what_it_changes():
         ("numpy", "jax, torch"),
         ("row=1", "no 'row'"),
         ("compiled=1", "True, False"),
+        ("mesh=tensor=2", "--mesh tensor=2: must be like"),
     ],
 )
 def test_what_is_no_variant_is_refused(text, message):
