@@ -122,7 +122,7 @@ def read(text: str) -> Variant:
         if field.type not in (int, int | None) and choices and value not in choices:
             raise ValueError(f"{text}: {name} must be one of {', '.join(map(str, choices))}")
         if name == "mesh":
-            MeshShape.read(value.replace("+", ","))
+            MeshShape.read(part.partition("=")[2].replace("+", ","))
         values[name] = value
     return Variant(**values)
 
