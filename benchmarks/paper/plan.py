@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import fcntl
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -22,7 +23,8 @@ NOT_DONE = 75
 LEAST_SECONDS = 20
 """Seconds that have to be left for a step to begin."""
 RECORD = "steps.json"
-LOCK = "steps.lock"
+LOCK = ".lock"
+"""Ends the name of a lock's file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ def work(
     out: pathlib.Path,
     minutes: float | None = None,
     commit: str | None = None,
+    what: str = "steps",
 ) -> int:
     """Takes the steps in order, in one process, until they are done or time is up.
 
@@ -57,26 +60,42 @@ def work(
     Returns:
       0 when all is done, 1 if a step failed, `NOT_DONE` if time was up, 128 + n after signal n.
 
+    Several processes may work in `out`, each at something else, as `what` names it.
+
     Raises:
-      ValueError: if another process is at work in `out`, be it a step whose caller was killed.
+      ValueError: if another process is at work at the same in `out`, be it a step whose caller was
+        killed.
     """
-    with alone(out) as lock, Worker(keep_open=(lock,)) as worker:
+    with alone(out, what) as lock, Worker(keep_open=(lock,)) as worker:
         return _work(steps, worker, out, minutes, commit or current_commit())
 
 
 @contextlib.contextmanager
-def alone(out: pathlib.Path) -> Iterator[int]:
-    """Holds a lock on the folder, and gives its file: who inherits that holds the lock as well."""
+def alone(out: pathlib.Path, what: str) -> Iterator[int]:
+    """Holds a lock on what is done in the folder, and gives its file: who inherits that holds the
+    lock as well."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as file:
+    with (out / f"{what}{LOCK}").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"--out {out}: another process is at work there, which may be a step whose command"
-                " was killed: wait for its end, then give the same command again"
+                f"--out {out}: another process is at work there at {what}, which may be a step"
+                " whose command was killed: wait for its end, then give the same command again"
             ) from None
         yield file.fileno()
+
+
+@contextlib.contextmanager
+def in_turn(folder: pathlib.Path) -> Iterator[None]:
+    """For what takes moments, and all processes at work in the folder write: each waits for its
+    turn."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _work(
@@ -111,15 +130,14 @@ def _work(
 
 def _record(out: pathlib.Path, step: Step, status: str, seconds: float, commit: str) -> None:
     path = out / RECORD
-    rows = json.loads(path.read_text()) if path.exists() else []
-    rows.append(
-        {
-            "step": step.name,
-            "command": step.command,
-            "status": status,
-            "seconds": round(seconds, 1),
-            "commit": commit,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-    )
-    report.write_json(rows, path)
+    row = {
+        "step": step.name,
+        "command": step.command,
+        "status": status,
+        "seconds": round(seconds, 1),
+        "commit": commit,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    with in_turn(out):
+        rows = json.loads(path.read_text()) if path.exists() else []
+        report.write_json([*rows, row], path)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from benchmarks.paper.plan import in_turn
 from train import files as whole
 from train.data import files, hub
 from train.evaluation import questions
@@ -112,6 +113,7 @@ def _files(name: str, found: Instructions, folder: pathlib.Path | None) -> list[
 
 
 def write_lines(path: pathlib.Path, rows: Rows) -> None:
-    """Records as JSON lines, whole or not at all."""
+    """Records as JSON lines, whole or not at all, whoever else writes them at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    with in_turn(path.parent):
+        whole.write(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -22,7 +22,7 @@ class SoftcapFlags(PaperFlags):
     model: Annotated[str, shown("MODEL")] = "gemma3-270m"
     """What is fine-tuned."""
     softcap: Annotated[tuple[str, ...], shown("CAP ...")] = ("None", "30", "15")
-    """None: no cap."""
+    """None: the model as it is, a run that `betas` and `table1` may have made."""
     learning_rate: Annotated[float, shown("RATE")] = 2e-5
     """Peak learning rate."""
     label_smoothing: Annotated[tuple[float, ...], shown("BETA ...")] = (0.0, 0.1)

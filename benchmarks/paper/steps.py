@@ -8,6 +8,7 @@ All experiments share a folder, and a run or an evaluation that two of them need
     NAME-MODEL-DATA.html      an experiment's page
     steps.json                each command with its status, seconds and commit
 
+Several processes may share it, each with a model of its own, as on several GPUs.
 Weights of a run that is evaluated are removed. Without `checkpoints` and `model` the folder is a
 few megabytes, and goes on on another machine: a run that was not finished begins again there.
 """
@@ -90,8 +91,13 @@ class PaperFlags:
     @property
     def group(self) -> str:
         """MODEL-DATA, in the names of folders and pages."""
-        named = f"{pathlib.Path(self.model).name}-{pathlib.Path(self.data).stem}"
-        return "tiny" if self.tiny else named
+        return "tiny" if self.tiny else f"{self.base}-{pathlib.Path(self.data).stem}"
+
+    @property
+    def base(self) -> str:
+        """The model, in the names of folders and pages. Who works at one has its runs, and its
+        evaluation before any, which all data share."""
+        return "tiny" if self.tiny else pathlib.Path(self.model).name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Experiment[F: PaperFlags]:
     def make(self, options: F) -> int:
         """Works the plan off; ValueError before anything is if data are missing."""
         prepare(options)
-        return work(self.plan(options), options.out, options.minutes, options.commit)
+        return work(self.plan(options), options.out, options.minutes, options.commit, options.base)
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         return flags.run(f"paper.{self.name}", self.parse, self.make, arguments)
@@ -213,13 +219,13 @@ class Run:
 def grid(
     options: PaperFlags, varied: Mapping[str, Sequence[object]], module: str = TRAIN
 ) -> list[Run]:
-    """A run for every combination, with a name that says it."""
+    """A run for every combination, with a name that says it; "None" is what a flag is without."""
     common = training(options)
     if "steps" in varied:
         common.pop("epochs", None)
     found = []
     for values in itertools.product(*varied.values()):
-        own = dict(zip(varied, values, strict=True))
+        own = {k: v for k, v in zip(varied, values, strict=True) if v != "None"}
         found.append(Run(run_name(own), common | own, options, module))
     return found
 
@@ -240,7 +246,7 @@ def tasks_of(options: PaperFlags) -> Sequence[str]:
 
 def before(options: PaperFlags) -> pathlib.Path:
     """Where the model's own evaluation is, before any fine-tuning."""
-    return options.out / "evaluations" / "before" / pathlib.Path(options.model).name
+    return options.out / "evaluations" / "before" / options.base
 
 
 def evaluations(options: PaperFlags, model: str, out: pathlib.Path) -> Iterator[Step]:

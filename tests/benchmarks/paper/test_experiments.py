@@ -9,7 +9,7 @@ import shutil
 import pytest
 from paths import ROOT
 
-from benchmarks.paper import betas, curves, sizes, steps, table1
+from benchmarks.paper import betas, curves, sizes, softcap, steps, table1
 from train import command_line, evaluate, report
 from train.__main__ import parse as parse_train
 
@@ -167,6 +167,25 @@ def test_tasks_that_are_asked_alike_are_one_evaluation(folder):
     assert {(o.resamples, o.limit) for o in (mmlu, arc, hellaswag)} == {(0, 7)}
     shutil.move(folder.parent / "arc", folder)
     assert len(list(steps.evaluations(options, "m", options.out))) == 2
+
+
+def test_a_folder_is_shared_by_processes_with_a_model_each(folder, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "work", lambda *given: print(given[-1]) or 0)
+    one, other = (parsed(table1.EXPERIMENT, folder, "--model", name) for name in ("m", "a/n"))
+    assert [table1.EXPERIMENT.make(options) for options in (one, other)] == [0, 0]
+    assert capsys.readouterr().out.split() == ["m", "n"]  # what each of them locks
+    assert one.out == other.out
+    assert steps.before(one) != steps.before(other)
+
+
+def test_an_uncapped_run_is_a_run_like_any_other(folder):
+    """So that it is not made again."""
+    given = ("--seeds", "0", "--label-smoothing", "0", "--learning-rate", "2e-5")
+    worked_off(table1.EXPERIMENT, parsed(table1.EXPERIMENT, folder, *given))
+    made = worked_off(softcap.EXPERIMENT, parsed(softcap.EXPERIMENT, folder, *given))
+    assert [s.name.partition("m-alpaca/")[2] for s in made if "train " in s.name] == [
+        f"softcap={cap},learning_rate=2e-05,label_smoothing=0,seed=0" for cap in (30, 15)
+    ]
 
 
 def test_the_largest_difference_of_two_curves_is_found(tmp_path):

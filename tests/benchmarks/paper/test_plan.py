@@ -1,5 +1,6 @@
 """A plan is worked off in pieces: skipped, stopped, failed and gone on with."""
 
+import concurrent.futures
 import fcntl
 import json
 import os
@@ -80,12 +81,27 @@ def test_what_outlives_its_command_keeps_others_away(tmp_path):
     outlives = f"os.fork() or (open({str(fifo)!r}).read(), os._exit(0))"
     steps = [writes(tmp_path / "one", "import os", outlives)]
     assert plan.work(steps, tmp_path) == 0
-    with pytest.raises(ValueError, match="another process is at work there"):
+    with pytest.raises(ValueError, match="another process is at work there at steps"):
         plan.work(steps, tmp_path)
+    assert plan.work([writes(tmp_path / "two")], tmp_path, what="something else") == 0
     fifo.write_text("")  # which ends it
-    with (tmp_path / plan.LOCK).open() as file:
+    with (tmp_path / f"steps{plan.LOCK}").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
     assert plan.work(steps, tmp_path) == 0
+
+
+def test_what_all_processes_write_is_written_in_turn(tmp_path):
+    count = tmp_path / "count"
+    count.write_text("0")
+
+    def add(_) -> None:
+        with plan.in_turn(tmp_path):
+            before = int(count.read_text())
+            count.write_text(str(before + 1))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as others:
+        list(others.map(add, range(200)))
+    assert count.read_text() == "200"
 
 
 def test_steps_share_a_process_until_one_fails(tmp_path):
