@@ -308,8 +308,11 @@ def page(options: PaperFlags, name: str, title: str, runs: Iterable[Run], *more:
 def swept(
     options: PaperFlags, name: str, title: str, varied: Mapping[str, Sequence[object]]
 ) -> Iterator[Step]:
-    """Runs that differ in some flags, each evaluated at every task, on one page."""
-    runs = grid(options, {**varied, "seed": options.seeds})
+    """Runs that differ in some flags, each evaluated at every task, on one page.
+
+    With one seed everything is compared before another seed is begun.
+    """
+    runs = [run for seed in options.seeds for run in grid(options, {**varied, "seed": (seed,)})]
     for run in runs:
         yield from judged(run)
     yield page(options, name, title, runs)

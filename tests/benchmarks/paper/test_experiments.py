@@ -116,6 +116,7 @@ def test_what_two_experiments_need_is_made_once(folder):
     made = worked_off(betas.EXPERIMENT, parsed(betas.EXPERIMENT, folder, "--learning-rate", "5e-5"))
     named = [s.name for s in made if "train " in s.name]
     assert len(named) == 6 * 3 - 3  # all of β = 0; β = 0.1 was tried, and its weights are gone
+    assert [name[-1] for name in named] == 5 * ["0"] + 5 * ["1"] + 5 * ["2"]  # a seed at a time
 
 
 def test_a_folder_goes_on_elsewhere_without_weights(folder):
