@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 import lsce
@@ -103,11 +103,20 @@ def _lower(model: str, variant: Variant, length: int, real: Real | None) -> Any:
     state = jax.eval_shape(state_maker(shape, OPTIMIZER, on), 0)
     state = state if on is None else mesh.placed(state, on)
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _batch(shape, variant, length, real)))
+    batch, rate = _everywhere((batch, jax.ShapeDtypeStruct((), jnp.float32)), on)
     jax.clear_caches()  # a step of these arguments may have been traced with the other loss
     with mock.patch.object(
         lsce, "linear_cross_entropy", one_hot_loss if naive else lsce.linear_cross_entropy
     ):
-        return train_step_autotuned.lower(state, batch, jnp.float32(RATE), loss=loss, how=how)
+        return train_step_autotuned.lower(state, batch, rate, loss=loss, how=how)
+
+
+def _everywhere(arrays: Any, on: Mesh | None) -> Any:
+    """The shapes of arrays that each device of a mesh has whole, as the trainer hands a batch."""
+    if on is None:
+        return arrays
+    whole = NamedSharding(on, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arrays)
 
 
 def one_hot_loss(hidden: Any, head: Any, labels: Any, *, ignore_index: int, **options: Any) -> Any:
@@ -152,9 +161,9 @@ def _run(
         - plan.alias_size_in_bytes
     )
     on = mesh.make(variant.devices)
-    everywhere = None if on is None else NamedSharding(on, PartitionSpec())
-    batch = jax.device_put(_batch(shape, variant, length, real), everywhere)
-    rate = jax.device_put(jnp.float32(RATE), everywhere)
+    batch, rate = _batch(shape, variant, length, real), jnp.float32(RATE)
+    given = _everywhere(jax.eval_shape(lambda: (batch, rate)), on)
+    batch, rate = jax.device_put((batch, rate), jax.tree.map(lambda x: x.sharding, given))
     create = state_maker(shape, OPTIMIZER, on)
     state = create(0) if real is None else real.state(create, on)
 

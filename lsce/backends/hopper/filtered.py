@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.chunks import Loop, Products, finite_bias, live_blocks
@@ -23,6 +23,7 @@ from lsce.sparse import columns, plan
 from lsce.sparse import filter as filtering
 from lsce.sparse.coefficients import Coefficients
 from lsce.sparse.columns import Columns
+from lsce.sparse.plan import Work
 from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
 
@@ -36,25 +37,53 @@ class Begun(NamedTuple):
     """Σ_v T, or None where it is what the tiles lack."""
 
 
+class Plan(NamedTuple):
+    """Which tiles are computed, and in what order."""
+
+    found: Columns
+    active: Bool[Array, "T B"]
+    """The (tile, block) pairs that hold a marked column."""
+    work: Work
+    target: Int[Array, " rows"]
+    """Where the label's column lies in the order, −1 for none."""
+    order: Int[Array, " columns"]
+    """The columns of whole tiles; what the last tile lacks is out of bounds, and dropped."""
+
+
 Rest = Callable[[Coefficients, Loop, Columns, Bool[Array, "T B"], Any], Begun]
 """Begins dE in the loop's sums and dC in the reference given, by what the tiles leave out."""
 
 
+def planned(call: Call, saved: Saved, keep_all: Bool[Array, " blocks"]) -> Plan:
+    """The tiles that hold a marked column, and all of some blocks of tokens."""
+    p, tiles = call.problem, call.tiles.sparse
+    found, active = _columns_by_need(call, saved, keep_all)
+    work = plan.work(
+        active,
+        tiles=tiles.width // tiles.tile_c,
+        slots=tiles.slots_for(keep_all.size, active.shape[0]),
+        group=tiles.group,
+    )
+    target = jnp.where(saved.labels >= 0, found.position[saved.labels], -1)
+    order = jnp.pad(found.order, (0, -p.v % tiles.tile_c), constant_values=saved.head.shape[0])
+    return Plan(found, active, work, target, order)
+
+
 def products(
-    call: Call, saved: Saved, c: Coefficients, wanted: Wanted, rest: Rest | None = None
+    call: Call,
+    saved: Saved,
+    c: Coefficients,
+    wanted: Wanted,
+    tiled: Plan,
+    rest: Rest | None = None,
 ) -> Products:
     """The sums over P of the tiles that are computed, added to what `rest` begins."""
     v, tiles = call.problem.v, call.tiles.sparse
     head_rows, d = saved.head.shape
     blocks = saved.hidden.shape[0] // BLOCK
-    whole = _flat_blocks(saved) if rest is None else jnp.zeros(blocks, jnp.bool_)
-    found, active = columns_by_need(call, saved, whole)
+    found, active, work, target, order = tiled
     width, per_chunk = tiles.width, tiles.width // tiles.tile_c
     slots = tiles.slots_for(blocks, active.shape[0])
-    work = plan.work(active, tiles=per_chunk, slots=slots, group=tiles.group)
-    target = jnp.where(saved.labels >= 0, found.position[saved.labels], -1)
-    # What the last tile lacks is out of bounds, and dropped.
-    order = jnp.pad(found.order, (0, -v % tiles.tile_c), constant_values=head_rows)
     # The plan before dC is begun: what it is made from then lies where dC will, not beside it.
     first_tile, poison = lax.optimization_barrier((work.first_tile, c.poison))
     work, c = work._replace(first_tile=first_tile), c._replace(poison=poison)
@@ -101,7 +130,7 @@ def products(
     return Products(loop.dhidden(), dhead, dbias, kept, begun.tail)
 
 
-def columns_by_need(
+def _columns_by_need(
     call: Call, saved: Saved, keep_all: Bool[Array, " blocks"]
 ) -> tuple[Columns, Bool[Array, "T B"]]:
     """The columns in the order of a backward pass, and the (tile, block) pairs that hold a marked
@@ -114,7 +143,7 @@ def columns_by_need(
     return columns.order_columns(bits, saved.vocab_order, blocks, tiles.sparse.tile_c)
 
 
-def _flat_blocks(saved: Saved) -> Bool[Array, " blocks"]:
+def flat_blocks(saved: Saved) -> Bool[Array, " blocks"]:
     """The blocks whose tokens spread more of their mass below ε than a filter may take."""
     in_use = jnp.arange(saved.hidden.shape[0]) < saved.live
     kept = jnp.where(in_use, saved.sums.extra["kept"], 1.0).reshape(-1, BLOCK)
@@ -127,7 +156,7 @@ def mostly_flat(call: Call, saved: Saved) -> Bool[Array, ""]:
     A block kept whole takes .8 ms of the 30 that 8 bits take at 8,192 tokens. They help where few
     columns are marked: those are in 16 bits.
     """
-    words, flat = saved.sums.marks, _flat_blocks(saved)
+    words, flat = saved.sums.marks, flat_blocks(saved)
     assert words is not None  # made by the forward of a filtered call
     # At most: each warp of the forward's has marks of its own.
     marked = lax.population_count(words.reshape(flat.shape[0], -1)).sum(1, dtype=jnp.int32)

@@ -59,16 +59,19 @@ def _products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Prod
         return exact.products(call, saved, c, wanted)
     if call.tail:
         return tail.products(call, saved, c, wanted)
+    tiled = filtered.planned(call, saved, filtered.flat_blocks(saved))
     if call.filters_head or not (wanted.head or wanted.bias):
         if not call.tail_where_flat:
-            return filtered.products(call, saved, c, wanted)
+            return filtered.products(call, saved, c, wanted, tiled)
+        # The plan first: its small kernels are launched before the host waits for the look.
+        tiled, flat = lax.optimization_barrier((tiled, filtered.mostly_flat(call, saved)))
         return lax.cond(
-            filtered.mostly_flat(call, saved),
+            flat,
             lambda c: tail.where_flat(call, saved, c, wanted),
-            lambda c: filtered.products(call, saved, c, wanted),
+            lambda c: filtered.products(call, saved, c, wanted, tiled),
             c,
         )
-    some = filtered.products(call, saved, c, wanted._replace(head=False, bias=False))
+    some = filtered.products(call, saved, c, wanted._replace(head=False, bias=False), tiled)
     # One after the other: the buffers of the second may lie where those of the first did.
     a, some = lax.optimization_barrier((c.a, some))
     every = exact.products(call, saved, c._replace(a=a), wanted._replace(hidden=False))

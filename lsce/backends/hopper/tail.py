@@ -59,7 +59,9 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
         dbias, left = lax.fori_loop(0, terms.chunks, body, (dbias, left))
         return filtered.Begun(dbias[: p.v], left)
 
-    found = filtered.products(call, saved, c, wanted, rest)
+    nobody = jnp.zeros(saved.hidden.shape[0] // BLOCK, jnp.bool_)
+    tiled = filtered.planned(call, saved, nobody)
+    found = filtered.products(call, saved, c, wanted, tiled, rest)
     if found.tail is not None:
         return found
     # Without a cap it is what the tiles of 16 bits lack.
