@@ -1,6 +1,7 @@
-"""Default settings beside naive optax at every case and N: python -m benchmarks.everywhere.
+"""The loss beside naive optax at every case and N: python -m benchmarks.everywhere.
 
-What a user gets who changes nothing must never be slower than what they had, nor need much memory.
+What a user gets who changes nothing must never be slower than what they had, nor need much memory;
+--gradient-filter and --precision are for those who do change something.
 Inputs are drawn with the column statistics of real models (`benchmarks.inputs.like_models`), or are
 a real model's where `--real` names a folder of them. Writes JSON and prints one table in markdown,
 of the loss with label smoothing and its gradients; `--from` renders an earlier run.
@@ -11,14 +12,14 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 
 from benchmarks import flags
 from benchmarks.flags import shown
 from benchmarks.frameworks.jax import JaxFramework
-from benchmarks.implementations.settings import Run, Settings
+from benchmarks.implementations.settings import Run, Settings, gradient_filter
 from benchmarks.inputs import cases, like_models, real
 from benchmarks.inputs.arrays import Inputs
 from benchmarks.measure import report, runner
@@ -34,12 +35,16 @@ OURS, NAIVE = (Run(name, "fwdbwd", SETTINGS) for name in ("auto", "naive"))
 class EverywhereFlags(flags.TableFlags):
     seconds: Annotated[float, shown("S")] = 1.0
     """About how long to time each row."""
-    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)}}} ...")] = tuple(
+    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)},DxV}} ...")] = tuple(
         name for name in cases.CASES if name != "tiny"
     )
     """Heads to measure at."""
     n: Annotated[tuple[int, ...], shown("TOKENS ...")] = TOKENS
     """Numbers of tokens."""
+    gradient_filter: Annotated[str, shown("{auto,none,fused,hidden,fp8,EPSILON}")] = "auto"
+    """Our gradients."""
+    precision: Annotated[Literal["fp8"] | None, shown("{fp8}", "the operands' own")] = None
+    """Permit 8-bit operands for our logits."""
     real: Annotated[tuple[str, ...] | None, shown("CASE=FOLDER ...", "none")] = None
     """Cases and a real model's activations for them, as `benchmarks.extract` writes them."""
     errors: bool = False
@@ -48,14 +53,23 @@ class EverywhereFlags(flags.TableFlags):
     def check(self) -> None:
         super().check()
         flags.check_at_least(1, "--n", *self.n)
+        for name in self.case:
+            cases.find(name)
+        gradient_filter(self.gradient_filter)
         for text in self.real or ():
             name, equals, folder = text.partition("=")
-            if not equals or name not in cases.CASES:
+            if not equals:
                 raise ValueError(f"--real {text} must be CASE=FOLDER")
             if name not in self.case:
                 raise ValueError(f"--real {text}, but --case is {' '.join(self.case)}")
             if not (path := pathlib.Path(folder) / real.HIDDEN).is_file():
                 raise ValueError(f"--real {text}: there is no {path}")
+
+    @property
+    def ours(self) -> Run:
+        chosen = gradient_filter(self.gradient_filter)
+        settings = dataclasses.replace(SETTINGS, gradient_filter=chosen, precision=self.precision)
+        return dataclasses.replace(OURS, settings=settings)
 
     def folder(self, case: str) -> pathlib.Path | None:
         """Where a case's activations are; None where they are drawn."""
@@ -73,7 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> EverywhereFlags:
 
 def make(options: EverywhereFlags) -> int:
     if options.from_files:
-        measured = comparable(sum(map(report.read, options.from_files), Report()))
+        measured = comparable(sum(map(report.read, options.from_files), Report()), options.ours)
     else:
         measured = Report()
         for name in options.case:
@@ -84,6 +98,7 @@ def make(options: EverywhereFlags) -> int:
                 options.commit,
                 options.folder(name),
                 errors=options.errors,
+                ours=options.ours,
             )
             if options.json:  # after each case, so that an interrupted run leaves what it has
                 report.write(measured, options.json)
@@ -91,15 +106,15 @@ def make(options: EverywhereFlags) -> int:
     return 0 if measured.rows else 1
 
 
-def comparable(rows: Report) -> Report:
+def comparable(rows: Report, ours: Run = OURS) -> Report:
     """Rows, and what was skipped, of ours and optax's; ValueError if there are none or they are of
     several devices."""
     found = Report(
-        tuple(row for row in rows.rows if row.run in (OURS, NAIVE)),
-        tuple(skipped for skipped in rows.skipped if skipped.run in (OURS, NAIVE)),
+        tuple(row for row in rows.rows if row.run in (ours, NAIVE)),
+        tuple(skipped for skipped in rows.skipped if skipped.run in (ours, NAIVE)),
     )
     if not found.rows:
-        raise ValueError(f"no row is of {OURS} or {NAIVE}: were they measured by this module?")
+        raise ValueError(f"no row is of {ours} or {NAIVE}: were they measured by this module?")
     return report.of_one_device(found)
 
 
@@ -111,6 +126,7 @@ def measure(
     folder: pathlib.Path | None = None,
     *,
     errors: bool = False,
+    ours: Run = OURS,
 ) -> Report:
     """Both runs of a case at each N, smallest first, on the first N of the same tokens."""
     sizes = sorted(tokens)
@@ -119,21 +135,21 @@ def measure(
     for n in sizes:
         if n > len(drawn.labels):
             reason = f"{name}: {folder} holds {len(drawn.labels)} tokens, not {n}"
-            measured += Report(skipped=tuple(report.Skipped(run, reason) for run in (OURS, NAIVE)))
+            measured += Report(skipped=tuple(report.Skipped(run, reason) for run in (ours, NAIVE)))
         else:
             parts.append(
                 dataclasses.replace(drawn, hidden=drawn.hidden[:n], labels=drawn.labels[:n])
             )
     frameworks = [JaxFramework(part) for part in parts]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(lambda framework: framework.ahead([OURS]), frameworks))
+        list(pool.map(lambda framework: framework.ahead([ours]), frameworks))
     for framework, part in zip(frameworks, parts, strict=True):
         print(f"  {part.case(name)} …", file=sys.stderr, flush=True)
         measured += runner.measure_runs(
             framework,
             part,
             name,
-            (OURS, NAIVE),
+            (ours, NAIVE),
             seconds=seconds,
             commit=commit,
             reference=Reference(None, part, compute=errors),

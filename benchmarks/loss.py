@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 
@@ -46,6 +46,8 @@ class LossFlags(flags.TimedFlags):
         tuple[str, ...], shown("{auto,none,fused,hidden,fp8,EPSILON} ...")
     ] = ("auto",)
     """Which gradients: none is exact, hidden filters dE alone, fp8 drops nothing."""
+    precision: Annotated[Literal["fp8"] | None, shown("{fp8}", "the operands' own")] = None
+    """Permit 8-bit operands for the logits."""
     softcap: Annotated[float | None, shown("CAP", "off")] = None
     """cap·tanh(z/cap) on the logits."""
     vocab_order: bool = False
@@ -123,6 +125,7 @@ def runs_of(options: LossFlags) -> list[Run]:
                 gradient_filter=gradient_filter(text),
                 vocab_order=options.vocab_order,
                 stats=options.stats,
+                precision=options.precision,
             ),
         )
         for beta, text, name, mode in itertools.product(

@@ -51,6 +51,7 @@ LINES = (
     Line("lsce, dE filtered, dC not", "auto", Settings(gradient_filter="hidden")),
     Line("lsce, fused gradients", "auto", Settings(gradient_filter="fused")),
     Line("lsce, the filter's rest in 8 bits", "auto", Settings(gradient_filter="fp8")),
+    Line("lsce, logits in 8 bits too", "auto", Settings(precision="fp8")),
     Line("optax, one-hot labels", "naive"),
     Line("optax, integer labels", "naive-integer"),
     Line("jax-cce", "jax-cce"),

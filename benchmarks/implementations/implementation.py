@@ -10,8 +10,9 @@ FrameworkName = Literal["jax", "torch"]
 
 
 def _unfiltered(settings: Settings, backend: str) -> Settings:
-    """What a peer without a filter makes use of: its gradients are exact in any case."""
-    return dataclasses.replace(settings, gradient_filter="auto")
+    """What a peer without a filter makes use of: its gradients are exact in any case, and no logit
+    is of 8-bit operands though it may be."""
+    return dataclasses.replace(settings, gradient_filter="auto", precision=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ def of_backend(name: str) -> Implementation:
             "softcap": settings.softcap,
             "gradient_filter": settings.gradient_filter,
             "return_stats": settings.stats,
+            "precision": settings.precision,
             "implementation": name,
         }
 
@@ -40,7 +41,7 @@ def heeded(settings: Settings, backend: str) -> Settings:
     """What the backend makes use of."""
     if backend not in EXACT:
         return settings
-    return dataclasses.replace(settings, gradient_filter="auto", vocab_order=False)
+    return dataclasses.replace(settings, gradient_filter="auto", vocab_order=False, precision=None)
 
 
 BACKENDS = tuple(map(of_backend, ("auto", *backends.MODULES)))

@@ -22,6 +22,8 @@ class Settings:
     vocab_order: bool = False
     """Whether a permutation of the vocabulary is handed over, made before the clock starts."""
     stats: bool = False
+    precision: str | None = None
+    """"fp8": the logits may be computed from 8-bit operands."""
 
     def __post_init__(self) -> None:
         # Here and not in the loss alone, because most peers would compute something.

@@ -39,7 +39,15 @@ CASES = {
 
 
 def find(name: str, n: int | None = None) -> Case:
-    """The case of that name, with N replaced by `n` if given. ValueError lists the valid names."""
-    if name not in CASES:
-        raise ValueError(f"no case {name!r}; must be one of {', '.join(CASES)}")
-    return CASES[name] if n is None else dataclasses.replace(CASES[name], n=n)
+    """The case of that name, or a head "DxV", with N replaced by `n` if given.
+
+    ValueError lists the valid names.
+    """
+    d, x, v = name.partition("x")
+    if x and d.isdecimal() and v.isdecimal():
+        case = Case(name, 8192, int(d), int(v))
+    elif name in CASES:
+        case = CASES[name]
+    else:
+        raise ValueError(f"no case {name!r}; must be DxV or one of {', '.join(CASES)}")
+    return case if n is None else dataclasses.replace(case, n=n)

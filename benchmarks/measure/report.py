@@ -171,6 +171,8 @@ def options(run: Run) -> str:
     if settings.gradient_filter != "auto":
         name = settings.gradient_filter
         parts.append(f"filter={'exact' if name is None else name}")
+    if settings.precision is not None:
+        parts.append(f"precision={settings.precision}")
     parts += [
         word for word, on in (("ordered", settings.vocab_order), ("stats", settings.stats)) if on
     ]

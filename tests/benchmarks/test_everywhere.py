@@ -97,6 +97,7 @@ def test_mistakes_are_named(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     assert everywhere.main(["--from", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     for flags, message in (
+        (["--gradient-filter", "eight"], "gradient filter 'eight'"),
         (["--real", "somewhere"], "--real somewhere must be CASE=FOLDER"),
         (["--real", f"gemma2-2b={tmp_path}"], f"there is no {tmp_path / 'hidden.npy'}"),
         (["--real", f"tiny={tmp_path}"], f"--real tiny={tmp_path}, but --case is gemma2-2b"),
@@ -120,3 +121,4 @@ def test_other_rows_of_a_file_are_not_taken_for_these(
     report.write(Report(rows=(other,)), path)
     assert everywhere.main(["--from", str(path)]) == 2
     assert "no row is of " in capsys.readouterr().err
+    assert everywhere.main(["--from", str(path), "--gradient-filter", "fused"]) == 0

@@ -25,7 +25,7 @@ def test_one_command_measures_the_whole_grid(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--case huge", "no case 'huge'; must be one of gemma2-2b"),
+        ("--case huge", "no case 'huge'; must be DxV or one of gemma2-2b"),
         ("--implementation fast", "no implementation 'fast'; must be any of auto"),
         (
             "--implementation liger",

@@ -128,7 +128,7 @@ def test_nothing_measured_is_said_and_fails(
 
 def test_a_wrong_name_is_refused(capsys: pytest.CaptureFixture[str]):
     assert table.main(["--case", "huge"]) == 2
-    assert "must be one of gemma2-2b" in capsys.readouterr().err
+    assert "must be DxV or one of gemma2-2b" in capsys.readouterr().err
     assert table.main(["--from", "absent.json"]) == 2
     assert "absent.json" in capsys.readouterr().err
     assert table.main(["--lines", "ours"]) == 2

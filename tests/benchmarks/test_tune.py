@@ -384,7 +384,7 @@ def test_without_a_hopper_gpu_one_line_and_exit_2(capsys, tmp_path: pathlib.Path
 
 def test_an_unknown_case_is_named(capsys):
     assert tune.main(["--case", "gemma"]) == 2
-    assert "no case 'gemma'; must be one of gemma2-2b" in capsys.readouterr().err
+    assert "no case 'gemma'; must be DxV or one of gemma2-2b" in capsys.readouterr().err
 
 
 def test_wrong_flags_are_refused(capsys):

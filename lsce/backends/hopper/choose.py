@@ -61,9 +61,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
         head_d=wide,
         hidden_splits=splits,
     )
-    # In the memory of a filter's P and gathered rows, whose branch of the program it is not.
-    of_filter = sparse.slots_for(cdiv(n, BLOCK), cdiv(v, sparse.tile_c)) * BLOCK * sparse.tile_c
-    of_flat = max(2, min(of_tail, (of_filter + width * d) // (tile_c * (n + d))))
+    of_flat = max(2, min(of_tail, tail_within_a_filter(n, d, v, sparse)))
     return Tiles(
         sparse=sparse,
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
@@ -99,6 +97,20 @@ def tail_within_a_quarter(n: int, d: int, v: int) -> int:
     tile_c, most = Tiles().tail.tile_c, Tiles().tail.slots_per_block
     left = n * v - 6 * n * d - 3 * (n + v) * d // 2 - 20_000_000
     return most if left <= 0 else max(left // (2 * tile_c * (n + d)), 4)
+
+
+def tail_within_a_filter(n: int, d: int, v: int, sparse: BackwardTiles) -> int:
+    """Column tiles of a chunk of the tail in the memory of a filter's P and gathered rows, whose
+    branch of the program it is not.
+
+    The hidden states, in 8 bits twice, lie there too. Where that leaves too few, which is where D
+    is large beside a chunk's columns, the tail needs as much more as they.
+    """
+    of_tile = Tiles().tail_where_flat.tile_c * (n + d)
+    slots = sparse.slots_for(cdiv(n, BLOCK), cdiv(v, sparse.tile_c))
+    p_and_rows = slots * BLOCK * sparse.tile_c + sparse.width * d
+    left = p_and_rows - n * d
+    return (left if left >= 4 * of_tile else p_and_rows) // of_tile
 
 
 WIDTHS = {256: 1.0, 192: 1.04, 128: 1.15, 64: 1.5}
