@@ -9,8 +9,16 @@ needs no weights, works on what an experiment that time cut off has left, and ma
 
 from __future__ import annotations
 
+from train import start
+
+if __name__ == "__main__":
+    start.begin("python -m benchmarks.paper.gather")  # the imports below take a second
+
+import concurrent.futures
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -56,7 +64,9 @@ def gather(options: GatherFlags) -> int:
         for name in KEPT:
             _copy(options.found, options.out, str((run / name).relative_to(options.found)))
     there = sorted(path.parent for path in options.found.glob(f"evaluations/*/*/{results.RESULT}"))
-    measured = {path: _measured(path, options.resamples) for path in there}
+    measure = functools.partial(_measured, resamples=options.resamples)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as cores:  # XLA sorts on one
+        measured = dict(zip(there, cores.map(measure, there), strict=True))
     for path, result in measured.items():
         other = _compared_with(path, measured)
         result = result if other is None else _paired(path, result, other, options.resamples)

@@ -74,12 +74,54 @@ def bootstrap_interval(
     >>> f"{low:.1f} < {mean:.1f} < {high:.1f}"
     '44.1 < 49.5 < 55.0'
     """
-    samples = validate.positive_int("samples", samples)
+    interval = interval_of(level, method, bounds)
+    return jax.tree.map(
+        interval, *resampled(metric, *arrays, key=key, weights=weights, samples=samples)
+    )
+
+
+def interval_of(
+    level: float = 0.95,
+    method: Literal["percentile", "basic"] = "percentile",
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Callable[[Float[Array, ""], Float[Array, " samples"]], Interval]:
+    """What makes an interval of an estimate and its resamples, as `bootstrap_interval` has it."""
     tail = (1 - validate.unit_interval("level", level, open_ends=True)) / 2
     if method not in ("percentile", "basic"):
         raise ValueError(f'method must be "percentile" or "basic", got {method!r}')
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must ascend, got {bounds}")
+
+    def interval(estimate: Float[Array, ""], values: Float[Array, " samples"]) -> Interval:
+        low, high = jnp.nanquantile(values, jnp.array([tail, 1 - tail], values.dtype))
+        low, high = (jnp.where(jnp.isnan(estimate), jnp.nan, end) for end in (low, high))
+        if method == "basic":
+            low, high = (
+                jnp.clip(end, *bounds) for end in (2 * estimate - high, 2 * estimate - low)
+            )
+        return Interval(low, estimate, high)
+
+    return interval
+
+
+class Resampled(NamedTuple):
+    """A metric, or a tree of metrics: of the data, and of each resample of them."""
+
+    estimate: Any
+    values: Any
+    """With an axis of resamples. Those of two models on the same samples with the same key belong
+    together: the interval of their differences is a paired one."""
+
+
+def resampled(
+    metric: Callable[..., Any],
+    *arrays: ArrayLike,
+    key: Key[Array, ""],
+    weights: Real[ArrayLike, " N"] | None = None,
+    samples: int = 1000,
+) -> Resampled:
+    """What `bootstrap_interval` takes the quantiles of; arguments and errors as there."""
+    samples = validate.positive_int("samples", samples)
     if not isinstance(key, jax.Array):
         raise TypeError(f"key={key!r}; must be a key such as jax.random.key(0)")
     data = tuple(validate.to_array(x) for x in arrays)
@@ -98,18 +140,7 @@ def bootstrap_interval(
     for estimate in jax.tree.leaves(estimates):
         if estimate.shape != ():
             raise ValueError(f"metric must return a scalar, got shape {estimate.shape}")
-    resampled = _resample(metric, data, weights, key, samples)
-
-    def interval(estimate: Array, drawn: Float[Array, " samples"]) -> Interval:
-        low, high = jnp.nanquantile(drawn, jnp.array([tail, 1 - tail], drawn.dtype))
-        low, high = (jnp.where(jnp.isnan(estimate), jnp.nan, end) for end in (low, high))
-        if method == "basic":
-            low, high = (
-                jnp.clip(end, *bounds) for end in (2 * estimate - high, 2 * estimate - low)
-            )
-        return Interval(low, estimate, high)
-
-    return jax.tree.map(interval, estimates, resampled)
+    return Resampled(estimates, _resample(metric, data, weights, key, samples))
 
 
 def _value(metric, arrays, weights) -> Any:

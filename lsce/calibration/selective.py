@@ -13,9 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 from lsce.calibration import validate
+from lsce.calibration.bins import sortable
 from lsce.calibration.scores import mean
 
 
@@ -49,10 +50,10 @@ def auroc(
 @jax.jit
 def _auroc(confidence, correct, weights):
     confidence, correct, _ = validate.poisoned_samples(confidence, correct, weights)
-    order = jnp.argsort(confidence)
+    order = jnp.argsort(sortable(confidence))
     c, right = confidence[order], correct[order] == 1
     wrong_before = jnp.pad(jnp.cumsum(~right, dtype=jnp.int32), (1, 0))
-    below, up_to = (wrong_before[jnp.searchsorted(c, c, side=side)] for side in ("left", "right"))
+    below, up_to = (wrong_before[at] for at in _equal(c))
     beaten = jnp.where(right, below.astype(c.dtype) + (up_to - below).astype(c.dtype) / 2, 0)
     wrong = wrong_before[-1].astype(c.dtype)
     defined = (wrong > 0) & (wrong < c.size)
@@ -77,16 +78,25 @@ def risk_coverage(
 @jax.jit
 def _risk_coverage(confidence, correct, weights):
     confidence, correct, _ = validate.poisoned_samples(confidence, correct, weights)
-    order = jnp.argsort(-confidence)
-    c, n = -confidence[order], confidence.size
+    order = jnp.argsort(sortable(confidence))[::-1]
+    c, n = confidence[order], confidence.size
     errors_before = jnp.pad(jnp.cumsum(correct[order] == 0, dtype=jnp.int32), (1, 0))
-    first, last = (jnp.searchsorted(c, c, side=side) for side in ("left", "right"))
+    first, last = _equal(c)
     taken = jnp.arange(1, n + 1)
     before, equal = errors_before[first], errors_before[last] - errors_before[first]
     share = (taken - first).astype(c.dtype) / (last - first).astype(c.dtype)
     errors = before.astype(c.dtype) + equal.astype(c.dtype) * share
     poison = 0 * jnp.sum(confidence) + 0 * jnp.sum(correct)
     return RiskCoverage(taken.astype(c.dtype) / n, errors / taken.astype(c.dtype) + poison)
+
+
+def _equal(c: Float[Array, " N"]) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
+    """Of each of sorted values, where those that equal it begin, and where they have ended."""
+    apart, end = c[1:] != c[:-1], jnp.ones(1, bool)
+    i = jnp.arange(c.size)
+    begins = jnp.where(jnp.concatenate([end, apart]), i, 0)
+    ends = jnp.where(jnp.concatenate([apart, end]), i + 1, c.size)
+    return jax.lax.cummax(begins), jax.lax.cummin(ends, reverse=True)
 
 
 def aurc(

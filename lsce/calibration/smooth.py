@@ -74,8 +74,36 @@ def _gather(confidence, residual) -> Float[Array, "G 2"]:
     )
 
 
-def _error(gathered: Float[Array, "G 2"], bandwidth):
+@jax.custom_batching.custom_vmap
+def _error(gathered: Float[Array, "G 2"], bandwidth: Float[Array, ""]) -> Float[Array, ""]:
     """smECE at one bandwidth σ, over a mesh of 10/σ points."""
+    return _errors(gathered[None], bandwidth)[0]
+
+
+@_error.def_vmap
+def _error_of_each(
+    size: int, batched: list[bool], gathered: Float[Array, "S G 2"], bandwidth: Float[Array, " S"]
+) -> tuple[Float[Array, " S"], bool]:
+    """The same of S sets of samples: a kernel, which is nearly all of the work, is made once for
+    all that try its bandwidth. Resamples of one set try the same few."""
+    gathered, bandwidth = (
+        x if each else jnp.broadcast_to(x, (size, *x.shape))
+        for x, each in zip((gathered, bandwidth), batched, strict=True)
+    )
+
+    def try_next(state):
+        left, found = state
+        width = bandwidth[jnp.argmax(left)]  # never NaN: a bisection of [0, 1]
+        tried = bandwidth == width
+        return left & ~tried, jnp.where(tried, _errors(gathered, width), found)
+
+    start = jnp.ones(size, bool), jnp.zeros(size, gathered.dtype)
+    return jax.lax.while_loop(lambda state: jnp.any(state[0]), try_next, start)[1], True
+
+
+def _errors(gathered: Float[Array, "S G 2"], bandwidth: Float[Array, ""]) -> Float[Array, " S"]:
+    sets = gathered.shape[0]
+    columns = gathered.swapaxes(0, 1).reshape(GRID, sets * 2)
     grid = jnp.linspace(0, 1, GRID, dtype=gathered.dtype)[None, :]
     points = jnp.maximum(jnp.round(10 / bandwidth), BLOCK)
 
@@ -87,10 +115,13 @@ def _error(gathered: Float[Array, "G 2"], bandwidth):
         index = i * BLOCK + jnp.arange(BLOCK)
         t = (index.astype(points.dtype) / (points - 1))[:, None]
         kernel = gaussian(t - grid) + gaussian(t + grid) + gaussian(2 - t - grid)
-        smoothed = jnp.matmul(kernel, gathered, precision=jax.lax.Precision.HIGHEST)
-        residual, density = jnp.where((index < points.astype(jnp.int32))[None, :], smoothed.T, 0)
-        return sums + jnp.stack([jnp.sum(jnp.abs(residual)), jnp.sum(density)])
+        smoothed = jnp.matmul(kernel, columns, precision=jax.lax.Precision.HIGHEST)
+        inside = (index < points.astype(jnp.int32))[:, None, None]
+        smoothed = jnp.where(inside, smoothed.reshape(BLOCK, sets, 2), 0)
+        residual, density = jnp.abs(smoothed[..., 0]), smoothed[..., 1]
+        return sums + jnp.stack([jnp.sum(residual, axis=0), jnp.sum(density, axis=0)])
 
     blocks = jnp.ceil(points / BLOCK).astype(jnp.int32)
-    residual, density = jax.lax.fori_loop(0, blocks, add_block, jnp.zeros(2, gathered.dtype))
+    zero = jnp.zeros((2, sets), gathered.dtype)
+    residual, density = jax.lax.fori_loop(0, blocks, add_block, zero)
     return residual / density

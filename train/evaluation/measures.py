@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce import calibration
+from lsce.calibration import bootstrap
 from train.evaluation.results import Bin, Curve, Measure, Scored, Subject
 
 BINS = 15
@@ -103,7 +105,12 @@ def smooth(log_probs: Float[Array, "N K"], labels: Int[Array, " N"]) -> dict[str
     return {"smooth_ece": calibration.smooth_calibration_error(confidence, correct)}
 
 
-GROUPS = ((means, "percentile", 1), (errors, "basic", 1), (smooth, "basic", SMOOTH_SHARE))
+Method = Literal["percentile", "basic"]
+GROUPS: tuple[tuple[Callable, Method, int], ...] = (
+    (means, "percentile", 1),
+    (errors, "basic", 1),
+    (smooth, "basic", SMOOTH_SHARE),
+)
 """Functions, the interval of each, and what its resamples are divided by.
 
 Of 2,000 nearly calibrated predictions, of a true ECE of .024 that they show as .032 on average, the
@@ -147,7 +154,7 @@ def score(
     measured = {}
     for function, method, share in GROUPS:
         count = math.ceil(resamples / share)
-        measured |= _intervals(function, (lp, y), count, seed, method)
+        measured |= _intervals(function, (lp,), y, count, seed, method)
     measured = {name: within(name, measure) for name, measure in measured.items()}
     if np.allclose(np.exp(lp).sum(axis=1), 1, atol=1e-4):
         del measured["outside"]
@@ -170,12 +177,11 @@ def difference(
     seed: int,
 ) -> dict[str, Measure]:
     """Each measure of one model less that of another on the same questions, resampled together."""
-    arrays = np.asarray(log_probs, np.float32), np.asarray(others, np.float32)
+    both, y = [np.asarray(x, np.float32) for x in (log_probs, others)], np.asarray(labels, np.int32)
     measured = {}
     for function, method, share in GROUPS:
         count = math.ceil(resamples / share)
-        apart = _difference(function)
-        measured |= _intervals(apart, (*arrays, np.asarray(labels, np.int32)), count, seed, method)
+        measured |= _intervals(function, both, y, count, seed, method)
     return {name: within(name, measured[name], apart=True) for name in NAMES if name in measured}
 
 
@@ -213,17 +219,38 @@ def _predicted(probs: Float[Array, "N K"], labels: Int[Array, " N"]):
     return jnp.max(probs, axis=1), jnp.argmax(probs, axis=1) == labels
 
 
-def _intervals(function: Callable, arrays, resamples: int, seed: int, method) -> dict[str, Measure]:
+def _intervals(
+    function: Callable,
+    models: Sequence[Float[np.ndarray, "N K"]],
+    labels: Int[np.ndarray, " N"],
+    resamples: int,
+    seed: int,
+    method: Method,
+) -> dict[str, Measure]:
+    """Of one model, or of one less another."""
+    drawn = [_drawn(function, lp.tobytes(), labels.tobytes(), resamples, seed) for lp in models]
+    values = drawn[0] if len(drawn) == 1 else jax.tree.map(np.subtract, *drawn)
     if not resamples:
-        values = jax.device_get(function(*arrays))
-        return {name: Measure(float(value)) for name, value in values.items()}
-    found = calibration.bootstrap_interval(
-        function, *arrays, key=jax.random.key(seed), samples=resamples, method=method
-    )
+        return {name: Measure(float(value)) for name, value in values.estimate.items()}
+    found = jax.tree.map(bootstrap.interval_of(method=method), *values)
     return {
         name: Measure(*(float(x) for x in (interval.estimate, interval.low, interval.high)))
-        for name, interval in jax.device_get(found).items()
+        for name, interval in found.items()
     }
+
+
+@functools.lru_cache(maxsize=1024)
+def _drawn(
+    function: Callable, log_probs: bytes, labels: bytes, resamples: int, seed: int
+) -> bootstrap.Resampled:
+    """A model's measures on the questions and on resamples of them, which are the same ones for
+    each model: made once for its own intervals and for all differences that it is a part of."""
+    y = np.frombuffer(labels, np.int32)
+    arrays = np.frombuffer(log_probs, np.float32).reshape(len(y), -1), y
+    if not resamples:
+        return bootstrap.Resampled(jax.device_get(function(*arrays)), None)
+    key = jax.random.key(seed)
+    return jax.device_get(bootstrap.resampled(function, *arrays, key=key, samples=resamples))
 
 
 def within(name: str, measure: Measure, *, apart: bool = False) -> Measure:
@@ -235,17 +262,6 @@ def within(name: str, measure: Measure, *, apart: bool = False) -> Measure:
         least, most = least - most, most - least
     low, high = (min(max(end, least), most) for end in (measure.low, measure.high))
     return dataclasses.replace(measure, low=low, high=high)
-
-
-@functools.cache
-def _difference(function: Callable) -> Callable:
-    """The same function object each time, so that it compiles once."""
-
-    @jax.jit
-    def difference(a, b, labels):
-        return jax.tree.map(lambda x, y: x - y, function(a, labels), function(b, labels))
-
-    return difference
 
 
 def _by_subject(lp, y, confidence, correct, subjects: Sequence[str]) -> list[Subject]:

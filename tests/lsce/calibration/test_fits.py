@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lsce import calibration
+from lsce.calibration import bootstrap
 
 
 def softmax(z):
@@ -158,6 +159,18 @@ def test_metrics_in_a_tree_have_the_intervals_that_each_has_alone():
     assert both["mean"].low < both["mean"].high
     with pytest.raises(ValueError, match=r"scalar, got shape \(90,\)"):
         interval(lambda x: {"mean": jnp.mean(x), "all": x}, x)
+
+
+def test_resamples_of_two_models_belong_together():
+    """So that their differences are those of pairs, with nothing drawn again."""
+    a, b = np.random.default_rng(0).normal(3, 2, (2, 90)).astype(np.float32)
+    draw = functools.partial(bootstrap.resampled, key=jax.random.key(0), samples=50)
+    apart = jax.tree.map(jnp.subtract, draw(mean, a), draw(mean, b))
+    found = jax.tree.map(bootstrap.interval_of(0.8), *apart)
+    interval = functools.partial(calibration.bootstrap_interval, key=jax.random.key(0), samples=50)
+    paired = interval(lambda a, b: mean(a) - mean(b), a, b, level=0.8)
+    np.testing.assert_allclose(found, paired, rtol=1e-4)
+    assert found.low < found.estimate < found.high
 
 
 def test_a_basic_interval_is_cut_to_where_the_metric_can_be():

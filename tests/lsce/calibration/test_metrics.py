@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsce import calibration
-from lsce.calibration.bins import sums_by_bin
+from lsce.calibration.bins import sortable, sums_by_bin
 
 SAMPLE_METRICS = {
     "ece": calibration.expected_calibration_error,
@@ -175,6 +175,14 @@ def test_equal_mass_bins_against_numpy(bins):
     )
     ece = calibration.expected_calibration_error(confidence, correct, bins=bins, equal_mass=True)
     assert float(ece) == pytest.approx(expected / len(order), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_integers_are_sorted_as_the_numbers_that_they_stand_for(dtype):
+    r = np.random.default_rng(0)
+    values = r.permutation([-np.inf, -3, -2.5, -1e-4, 0, 1e-4, 0.3, 1, 7, np.inf, np.nan])
+    order = np.asarray(jnp.argsort(sortable(jnp.asarray(values, dtype))))
+    np.testing.assert_array_equal(values[order], np.sort(values))
 
 
 @pytest.mark.parametrize("bin_size", [1, 10, 100, 1000])
@@ -418,6 +426,20 @@ def test_the_narrowest_bandwidth_is_read_on_a_fine_mesh():
     confidence = np.full(1000, 0.5, np.float32)
     correct = np.arange(1000) % 2 == 0
     assert float(calibration.smooth_calibration_error(confidence, correct)) < 1e-6
+
+
+def test_smooth_errors_of_many_sets_are_those_of_each():
+    """Though they share the kernels of the bandwidths that they try."""
+    r = np.random.default_rng(5)
+    confidence = r.random((6, 300)).astype(np.float32)
+    chance = np.array([0.2, 0.5, 0.8, 1.0, 1.2, 3.0])[:, None]
+    correct = r.random((6, 300)) < confidence**chance
+    each = [
+        calibration.smooth_calibration_error(*one) for one in zip(confidence, correct, strict=True)
+    ]
+    together = jax.vmap(calibration.smooth_calibration_error)(confidence, correct)
+    np.testing.assert_allclose(together, each, rtol=1e-5)
+    assert np.ptp(each) > 0.1  # of several bandwidths
 
 
 @pytest.mark.parametrize("name", SAMPLE_METRICS)

@@ -108,6 +108,7 @@ def test_what_is_left_outside_the_choices_is_reported(choices):
 
 def test_intervals_hold_the_values_and_paired_ones_are_narrower(choices, scored, means_alone):
     log_probs, labels = choices
+    measures._drawn.cache_clear()
     alone = measures.score(log_probs, labels, resamples=20, seed=0).measures
     for name in ("accuracy", "nll", "auroc", "aurc", "gap", "confidence"):
         assert alone[name].value == scored.measures[name].value
@@ -120,6 +121,7 @@ def test_intervals_hold_the_values_and_paired_ones_are_narrower(choices, scored,
     assert apart["nll"].low < apart["nll"].value < apart["nll"].high
     assert apart["nll"].high - apart["nll"].low < (alone["nll"].high - alone["nll"].low) / 3
     assert apart["accuracy"] == results.Measure(0, 0, 0)
+    assert measures._drawn.cache_info().misses == 2  # a model's resamples are drawn once
 
 
 @pytest.mark.parametrize(
