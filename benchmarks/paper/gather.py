@@ -3,8 +3,9 @@
 Of the folder that experiments share it takes flags, losses, evaluations and `steps.json`, and
 leaves weights and answers behind. From the answers it makes what no GPU is needed for: intervals,
 where `--resamples 0` made none, and on the same questions each smoothed model less the one at β = 0
-of the same seed, and that one less the model before. Then it makes a page of each MODEL-DATA. It
-needs no weights, works on what an experiment that time cut off has left, and may be called again.
+of the same seed, and that one less the model before. Then it makes the pages of each MODEL-DATA:
+Table 1's, and one of each other experiment that there are runs of. It needs no weights, works on
+what an experiment that time cut off has left, and may be called again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 from benchmarks import flags
 from benchmarks.flags import shown
 from benchmarks.paper import headline
 from benchmarks.paper.plan import RECORD
+from benchmarks.paper.table1 import Table1Flags
 from train import files, report
 from train.evaluation import answers, asking, page_entries, paired, results
 from train.run import folder
@@ -58,7 +60,8 @@ class GatherFlags:
 
 def gather(options: GatherFlags) -> int:
     """Copies, measures and renders. 0, or the status of the page that could not be made."""
-    _copy(options.found, options.out, RECORD)
+    for file in (options.found / RECORD, *options.found.glob("curves-*.json")):
+        _copy(options.found, options.out, file.name)
     runs = sorted(path.parent for path in options.found.glob(f"runs/*/*/{folder.RUN_FILE}"))
     for run in runs:
         for name in KEPT:
@@ -76,7 +79,7 @@ def gather(options: GatherFlags) -> int:
         files.write(made, _anywhere(made.read_text("utf-8"), options.found))
         print(made, flush=True)
     groups = sorted({run.parent.name for run in runs})
-    return max((_page(group, options) for group in groups), default=0)
+    return max((_pages(group, options) for group in groups), default=0)
 
 
 def _copy(found: pathlib.Path, out: pathlib.Path, name: str) -> None:
@@ -169,20 +172,68 @@ def _paired(
     return dataclasses.replace(result, tasks=tasks)
 
 
-def _page(group: str, options: GatherFlags) -> int:
-    """The report of all runs of MODEL-DATA and of the model before them, and its few numbers."""
-    shown: list[pathlib.Path] = []
-    runs = sorted((options.out / "runs" / group).iterdir())
-    for model in sorted({json.loads((r / folder.RUN_FILE).read_text())["model"] for r in runs}):
-        shown.append(options.out / "evaluations" / BEFORE / pathlib.Path(model).name)
+Flags = Mapping[str, Any]
+
+
+def _of_table1(run: Flags) -> bool:
+    return _smoothed(run) and run["label_smoothing"] in Table1Flags().label_smoothing
+
+
+def _smoothed(run: Flags) -> bool:
+    return run["steps"] is None and run["softcap"] is None and run["implementation"] == "auto"
+
+
+EXPERIMENTS: dict[str, tuple[str, Callable[[Flags], bool]]] = {
+    "": ("before and after", _of_table1),
+    "-betas": ("β", lambda run: _smoothed(run) and not _of_table1(run)),
+    "-softcap": ("softcaps", lambda run: run["softcap"] is not None),
+    "-penalties": (
+        "what others do in place of smoothing",
+        lambda run: run["steps"] is None and run["implementation"] != "auto",
+    ),
+    "-curves": ("one loss, several ways", lambda run: run["steps"] is not None),
+}
+"""By the end of a page's name: what the page is about, and the runs that it is of. Those of Table 1
+with the same learning rates are shown beside them, but for curves, which are compared by
+themselves."""
+
+
+def _pages(group: str, options: GatherFlags) -> int:
+    """Reports of the runs of MODEL-DATA, each with its few numbers."""
+    runs = {
+        run: json.loads((run / folder.RUN_FILE).read_text("utf-8"))
+        for run in sorted((options.out / "runs" / group).iterdir())
+    }
+    pages = {
+        name: [run for run, told in runs.items() if belongs(told)]
+        for name, (_, belongs) in EXPERIMENTS.items()
+    }
+    status, table1 = 0, tuple(pages[""])
+    for name, own in reversed(pages.items()):
+        if name and not any((run / folder.EVALUATION).is_file() for run in own):
+            pages[""] += own  # where they are listed as not finished
+        elif own:
+            rates = {runs[run]["learning_rate"] for run in own if name != "-curves"}
+            more = [run for run in table1 if runs[run]["learning_rate"] in rates]
+            title = f"Fine-tuning {group.replace('-', ' ')}: {EXPERIMENTS[name][0]}"
+            shown = {run: runs[run] for run in sorted({*own, *more})}
+            status = max(status, _page(f"{group}{name}", title, shown, options))
+    return status
+
+
+def _page(name: str, title: str, runs: Mapping[pathlib.Path, Flags], options: GatherFlags) -> int:
+    """The report of runs, their evaluations, and those of the models before them."""
+    evaluated = options.out / "evaluations"
+    models = sorted({pathlib.Path(told["model"]).name for told in runs.values()})
+    shown = [evaluated / BEFORE / model for model in models]
     for run in runs:
-        shown += [run, options.out / "evaluations" / group / run.name]
-    title = f"Fine-tuning {group.replace('-', ' ')}, before and after"
+        shown += [run, evaluated / run.parent.name / run.name]
     there = list(filter(pathlib.Path.exists, shown))
     entries, _ = page_entries.read(there)
-    files.write(options.out / f"{group}-headline.md", headline.table(entries))
+    if few := headline.table(entries):
+        files.write(options.out / f"{name}-headline.md", few)
     given = [*map(str, there), "--title", title]
-    return report.main([*given, "--out", str(options.out / f"{group}.html")])
+    return report.main([*given, "--out", str(options.out / f"{name}.html")])
 
 
 def parse(arguments: Sequence[str] | None = None) -> GatherFlags:

@@ -38,18 +38,20 @@ def name(beta, seed):
     return f"learning_rate=2e-05,label_smoothing={beta:g},seed={seed}"
 
 
-def flags(beta, seed):
+def flags(beta, seed, **more):
     out = f"runs/paper/runs/m-alpaca/{name(beta, seed)}"
-    found = TrainConfig.of(model="m", label_smoothing=beta, seed=seed, learning_rate=2e-5).flags()
+    found = TrainConfig.of(
+        **{"learning_rate": 2e-5} | more, model="m", label_smoothing=beta, seed=seed
+    ).flags()
     data = [f"{ELSEWHERE}/runs/paper/data/alpaca.jsonl"]
     return json.loads(json.dumps(found | {"data": data, "out": out}, default=list))
 
 
-def run(there, beta, seed, done=True):
+def run(there, beta, seed, done=True, **more):
     folder = there / "runs" / "m-alpaca" / name(beta, seed)
     (folder / "checkpoints" / "5").mkdir(parents=True)
     (folder / "checkpoints" / "5" / "weights").write_bytes(b"many")
-    config = flags(beta, seed)
+    config = flags(beta, seed, **more)
     (folder / "run.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "grad_norm": 1.0}\n')
     bins = [{"low": b / 15, "high": (b + 1) / 15, "count": 0} for b in range(15)]
@@ -159,6 +161,34 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     assert not any(ELSEWHERE in path.read_text() for path in files)
     told = json.loads((kept / "runs" / "m-alpaca" / name(0, 0) / "run.json").read_text())
     assert told["data"] == ["runs/paper/data/alpaca.jsonl"]
+
+
+def test_each_experiment_has_a_page_of_its_own(tmp_path, monkeypatch):
+    """With Table 1's runs of the same learning rate beside what it has of its own."""
+    there, pages = tmp_path / "runs" / "paper", {}
+    for seed, beta in enumerate((0, 0.1, 0.3)):
+        run(there, beta, seed)
+    run(there, 0, 5, softcap=30.0, done=False)
+    run(there, 0.1, 6, implementation="maxsup", learning_rate=1.0)
+    run(there, 0.1, 7, implementation="chunked", steps=300)
+    (there / "steps.json").write_text("[]")
+    (there / "curves-m-alpaca.json").write_text("[]")
+
+    def page(given):
+        out = given[given.index("--out") + 1]
+        pages[out] = [int(path[-1]) for path in given if path.startswith("kept/runs")]
+        return 0
+
+    monkeypatch.setattr(gather.report, "main", page)
+    monkeypatch.chdir(tmp_path)
+    assert gather.main(["--out", "kept"]) == 0
+    assert {name.removeprefix("kept/m-alpaca"): sorted(shown) for name, shown in pages.items()} == {
+        ".html": [0, 1, 5],  # what is not finished is listed nowhere else
+        "-betas.html": [0, 1, 2],
+        "-penalties.html": [6],
+        "-curves.html": [7],
+    }
+    assert (tmp_path / "kept" / "curves-m-alpaca.json").is_file()
 
 
 def test_of_one_seed_there_is_an_interval_and_no_range():
