@@ -15,7 +15,7 @@ import jinja2
 from train.evaluation import page_drawings
 from train.evaluation.comparison import name_of, sort_key, text
 from train.evaluation.measures import NAMES, SHIFTED
-from train.evaluation.page_entries import Block, Entry, Unfinished, in_words
+from train.evaluation.page_entries import TOKENS, Block, Entry, Unfinished, in_words
 from train.evaluation.results import Measure
 from train.run.metrics import HELD_OUT
 
@@ -100,7 +100,9 @@ def varied(entries: Sequence[Entry]) -> list[str]:
 
 
 def tasks(entries: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(task for entry in entries for task in entry.blocks))
+    """Tokens first, which are most and say most."""
+    found = dict.fromkeys(task for entry in entries for task in entry.blocks)
+    return sorted(found, key=lambda task: task != TOKENS)
 
 
 def render(
@@ -163,18 +165,15 @@ def interval(measure: Measure | None, name: str) -> str:
 
 
 def sentences(made: Sequence[Group], what: Sequence[str]) -> Iterator[str]:
-    """What the numbers say, and whether chance may have said it: paired differences, then β where
-    there are none, which say less."""
+    """What the numbers say of each task, and whether chance may have said it: paired differences,
+    or of β where there are none, which say less."""
     for task, group in itertools.product(what, made):
         compared = [e for e in group.entries if task in e.blocks and e.blocks[task].against]
         if len(compared) > 1:
             yield from _paired_by_seed(group, [e.blocks[task] for e in compared])
-        for entry in compared if len(compared) == 1 else ():
-            yield from _paired(entry, entry.blocks[task])
-    for task, group in itertools.product(what, made):
-        paired = any(task in e.blocks and e.blocks[task].against for e in group.entries)
-        plain = None if paired else _without_smoothing(group, made, task)
-        if plain:
+        elif compared:
+            yield from _paired(compared[0], compared[0].blocks[task])
+        elif plain := _without_smoothing(group, made, task):
             yield _of_smoothing(plain, group, task)
 
 

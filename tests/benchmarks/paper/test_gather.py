@@ -130,6 +130,9 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     assert least.value == pytest.approx(accuracy.value - other, abs=1e-6)
     assert least.low >= 0  # nothing is wrong that was right: paired, the sign is sure
     page = (kept / "m-alpaca.md").read_text()
+    said = page.partition("## What they say")[2]
+    for part in (page, said):  # what says most comes first, and is not what is left out
+        assert 0 < part.index("held-out tokens:") < part.index("arc-easy")
     assert "β 0.1, 2 seeds less learning rate 2e-05, β 0, seed by seed on the same 40" in page
     assert f"{name(0.2, 0)}: not finished" in page  # nothing is dropped
     assert "ECE is" not in page  # what pairs say, intervals side by side need not say again
