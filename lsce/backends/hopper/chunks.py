@@ -118,7 +118,7 @@ class Loop:
             same["after"] = self.dh_ref if self.wanted.hidden else None
             if so_far is not None:
                 so_far(self.dh_ref if self.wanted.hidden else self.p_ref)
-                same["carry"] = None, True, False
+                same["add"] = True
                 constant = jnp.zeros_like(constant)
             head_gradient(self.p_ref, saved.hidden, self.work, at, constant, dhead_ref, **same)
 

@@ -303,17 +303,20 @@ def _gradients(
         row = jnp.dot(-s, tokens.hidden.astype(jnp.float32), precision="highest")
         constant = jnp.pad(row, (0, padded_d - d))
     scaled = (tokens.hidden.astype(jnp.float32) * scale[:, None]).astype(tokens.hidden.dtype)
+    low_ref, add, split = carry or (None, False, False)
     # The last columns first: their P lies where the others' dC goes.
     for part in reversed(storage.parts) if wanted.head else ():
         head_gradient(
-            part.p_ref,
+            None if part.p_ref is storage.dhead_ref else part.p_ref,
             scaled,
             work,
             zero + part.chunk,
             constant + poison,
             storage.dhead_ref,
             gathered=False,
-            carry=carry,
+            low_ref=low_ref,
+            add=add,
+            split=split,
             panels=part.panels,
             **options,
         )

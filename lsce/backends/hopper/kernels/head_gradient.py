@@ -5,8 +5,10 @@ Each output tile has one owner that adds in a fixed order: the same inputs give 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -28,6 +30,9 @@ from lsce.sparse.plan import Work
 from lsce.sparse.tokens import BLOCK
 
 
+@functools.partial(
+    jax.jit, static_argnames=("tiles", "gathered", "add", "split", "panels", "ctas", "interpret")
+)
 def head_gradient(
     p_ref,
     hidden,
@@ -38,7 +43,9 @@ def head_gradient(
     *,
     tiles: BackwardTiles,
     gathered: bool,
-    carry: tuple[Any, bool, bool] | None = None,
+    low_ref: Any = None,
+    add: bool = False,
+    split: bool = False,
     after: Any = None,
     panels: int = 1,
     factors: Any = None,
@@ -47,21 +54,20 @@ def head_gradient(
 ) -> None:
     """dc_ref [width or V, D] = Pᵀ·E + constant [D] for the columns of a chunk.
 
-    p_ref may be dc_ref, if P lies in rows of other columns.
+    P lies in p_ref, or in rows of other columns of dc_ref, where p_ref is None.
 
     `after` is only there to be waited for: where dc_ref replaces something, XLA copies that first
     if it cannot know that its other readers are done.
 
-    `carry` = (low_ref, add, split) sums over calls in more than bfloat16: with `add` the result so
-    far, dc_ref + low_ref, is added; with `split` low_ref receives what rounding cuts off dc_ref.
-    Without a low_ref the result so far is dc_ref alone.
+    low_ref sums over calls in more than bfloat16: with `add` the result so far, dc_ref + low_ref,
+    is added; with `split` low_ref receives what rounding cuts off dc_ref. Without a low_ref the
+    result so far is dc_ref alone.
 
     With `factors` of hidden entries P and E are of 8 bits and come transposed, P as tiles of
     [tile_c, BLOCK] and E as [D, rows], and their product is multiplied by them.
     """
-    low_ref, add, split = carry or (None, False, False)
     exact = low_ref is not None
-    within = p_ref is dc_ref
+    within = p_ref is None
     after = constant if after is None else after
     turned = factors is not None
     d_tiles = pl.cdiv(hidden.shape[0 if turned else 1], tiles.head_d)

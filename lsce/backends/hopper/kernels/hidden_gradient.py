@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -29,6 +31,9 @@ AT_A_TIME = 64
 """Hidden entries of a consumer's tile that are on their way out at a time: 16 KB."""
 
 
+@functools.partial(
+    jax.jit, static_argnames=("tiles", "gathered", "dense", "panels", "ctas", "interpret")
+)
 def accumulate_hidden(
     p_ref,
     head,

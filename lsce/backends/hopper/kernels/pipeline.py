@@ -233,7 +233,11 @@ def launch(
     threads: int | None = CONSUMERS + 1,
     scratch: dict[str, Any] | None = None,
 ):
-    """The kernel on a grid of `ctas` CTAs (or clusters) of `threads` warpgroups, named "wg"."""
+    """The kernel on a grid of `ctas` CTAs (or clusters) of `threads` warpgroups, named "wg".
+
+    A function that launches in loops or branches is under `jax.jit`: each `body` is another to JAX,
+    which would trace and lower it, and XLA compile it, again wherever it is called.
+    """
     body.__name__ = name
     options = {} if interpret is None else {"interpret": interpret}
     if threads is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -63,6 +64,21 @@ def p_address(slot, panels: int, tile_c: int):
     return lax.div(slot, i32(panels)) * BLOCK, lax.rem(slot, i32(panels)) * tile_c
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "tiles",
+        "gathered",
+        "scale",
+        "softcap",
+        "smooth",
+        "v",
+        "panels",
+        "only_p",
+        "ctas",
+        "interpret",
+    ),
+)
 def probabilities(
     hidden,
     head,

@@ -7,8 +7,10 @@ speed.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -79,14 +81,21 @@ def _move(
     kind: str, source, destination_ref, chunk: Chunk | None, ctas: int, after: Any = None
 ) -> None:
     """Moves a chunk's rows, or without one a row to everywhere."""
-    rows, d = destination_ref.shape
-    last = source.shape[0] - 1
-    vectors, step = d // VECTOR, ctas * WARPGROUPS * 128
     lists, tile = (), 0
-    waited = () if after is None else (after,)
     if chunk is not None:
         tile = chunk.tile
         lists = chunk.order, chunk.first_tile, jnp.asarray(chunk.number, jnp.int32).reshape(1)
+    _launch(source, lists, destination_ref, after, kind=kind, tile=tile, ctas=ctas)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "tile", "ctas"))
+def _launch(
+    source, lists: tuple[Any, ...], destination_ref, after, *, kind: str, tile: int, ctas: int
+) -> None:
+    rows, d = destination_ref.shape
+    last = source.shape[0] - 1
+    vectors, step = d // VECTOR, ctas * WARPGROUPS * 128
+    waited = () if after is None else (after,)
 
     def body(source_gmem, *refs):
         *lists, destination_gmem = refs[: len(refs) - len(waited)]

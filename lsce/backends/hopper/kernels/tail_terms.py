@@ -12,8 +12,10 @@ The two consumers of a CTA have the same tokens and neighbouring halves of a col
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -79,6 +81,7 @@ def interleaved(x: Array) -> Array:
     return x.reshape(-1, 2, HALF, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "softcap", "smooth", "ctas", "interpret"))
 def tail_terms(
     e8,
     c8,

@@ -8,6 +8,7 @@ shape: it takes seconds for a chip's microseconds.
 import dataclasses
 import itertools
 import logging
+import re
 from types import SimpleNamespace
 
 import jax
@@ -116,11 +117,20 @@ OPTIONS = {
 }
 
 
+KERNELS = {
+    None: 4,
+    "auto": 8,  # the forward a second time, and a filter's three that move rows
+    "auto, or 8 bits": 13,  # terms of 8 bits, their products, and what adds to what there is
+    "fp8": 11,
+}
+"""How many kernels are made, however often each is called: in two loops, or in both branches."""
+
+
 @pytest.mark.parametrize(
     ("options", "epsilon"),
     [*itertools.product(OPTIONS, [None, "auto"]), ("all options", "fp8")],
 )
-def test_lowers_for_cuda_without_a_gpu(options, epsilon):
+def test_lowers_for_cuda_without_a_gpu_and_each_kernel_once(options, epsilon):
     p = problem(**OPTIONS[options])
     call = Call(p, epsilon, choose.tiles_for(p), ctas=132)
 
@@ -135,7 +145,8 @@ def test_lowers_for_cuda_without_a_gpu(options, epsilon):
         bf16(p.n, p.d), bf16(p.v, p.d), jax.ShapeDtypeStruct((p.n,), jnp.int32)
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 4
+    made = set(re.findall(r"lsce_[a-z_]+_\d+", text))  # numbered as they are lowered
+    assert len(made) == KERNELS["auto, or 8 bits" if call.tail_where_flat else epsilon]
 
 
 @pytest.mark.slow
