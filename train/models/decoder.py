@@ -207,6 +207,7 @@ class Decoder(nnx.Module):
             one = jax.checkpoint(one, static_argnums=0, prevent_cse=not scanned or size > 1)
             several = jax.checkpoint(several, policy=policy, prevent_cse=not scanned)
 
+        one = jax.jit(one, static_argnums=0)  # traced once for all blocks of a kind
         looped = config.layers // size * size if scanned else 0
         left = config.layers - looped
         in_loop, written_out = _split((self.blocks, keys, cache), (looped, left))

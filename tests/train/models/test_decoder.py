@@ -195,6 +195,20 @@ def test_neither_loops_nor_remat_change_loss_or_gradient():
         )
 
 
+def test_layers_that_are_written_out_are_traced_once_for_each_kind():
+    """Else a step of many layers takes seconds to trace, in every process."""
+    batch = packed([[9, 8]], length=20)
+
+    def products(layers: int) -> int:
+        shape = dataclasses.replace(
+            SHAPE, layers=layers, window=4, sliding=(True, False) * (layers // 2), scan="off"
+        )
+        gradient = jax.jit(jax.grad(lambda model: jnp.sum(model(**batch))))
+        return gradient.lower(abstract(shape)).as_text().count("dot_general")
+
+    assert products(8) == products(4) > 20
+
+
 def test_an_embedding_is_scaled_by_what_its_dtype_holds():
     """As transformers does it: √640 is 25.298, and 25.25 in bfloat16."""
     shape = ModelConfig(

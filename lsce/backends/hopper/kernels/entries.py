@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 from jax import lax
 
 from lsce.backends.hopper.kernels.pipeline import i32, launch, share
 
 
+@functools.partial(jax.jit, static_argnames=("ctas", "interpret"))
 def change_entries(p_ref, row, column, value, *, ctas: int, interpret: Any) -> None:
     """p_ref[row[i], column[i]] = value[i], where row[i] ≥ 0; no two the same, in place."""
     n = row.shape[0]
