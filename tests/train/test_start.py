@@ -13,10 +13,11 @@ from paths import ROOT
 from train import start
 
 PROGRAM = """
-import sys
+import gc, sys
 from train import start
 start.begin("me")
 assert "jax" not in sys.modules
+assert gc.isenabled() and gc.get_threshold()[0] >= 100_000
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.ones((3, 3))).block_until_ready()
