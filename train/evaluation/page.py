@@ -255,13 +255,14 @@ def _of_smoothing(plain: Group, smoothed: Group, task: str) -> str:
         f"{name_of(field)} {text(smoothed.first.settings.get(field))}"
         for field in varied([e for g in (plain, smoothed) for e in g.entries])
     )
-    seeds = min(len(plain.entries), len(smoothed.entries))
+    least, most = sorted((len(plain.entries), len(smoothed.entries)))
     apart = None not in (a.low, a.high, b.low, b.high) and (
         (a.low or 0) > (b.high or 0) or (b.low or 0) > (a.high or 0)
     )
-    if seeds > 1:
+    if least > 1:
+        seeds = f"{least}" if least == most else f"{least} and {most}"
         sure = (
-            f"the ranges of their {seeds} or more seeds do not overlap"
+            f"the ranges over their {seeds} seeds do not overlap"
             if apart
             else "the ranges over seeds overlap, so this may be chance"
         )
