@@ -199,6 +199,9 @@ def test_nothing_is_said_of_smoothing_where_no_run_is_without(tmp_path):
     paths.append(run(tmp_path / "plain", beta=0.0, accuracy=0.7))
     said = page.render(*page_entries.read(paths), "t")["md"]
     assert said.count("than without smoothing, 0.4000 and not 0.2000") == 2
+    paths += [run(tmp_path / f"{b}", beta=b, seed=1, accuracy=0.7 - b) for b in (0.0, 0.1)]
+    said = page.render(*page_entries.read(paths), "t")["md"]
+    assert "the ranges over their 2 seeds do not overlap" in said
 
 
 def test_what_is_not_said_is_counted(monkeypatch):
