@@ -43,7 +43,8 @@ class Call:
 
     @property
     def tail_where_flat(self) -> bool:
-        """Whether that is also done where the filter would keep most blocks of tokens whole.
+        """Whether that is also done where the filter would keep most blocks of tokens whole: in
+        large calls, if it fits in the memory that the filter has.
 
         A bias and a cap leave no bound by which flat tokens would be known to need few columns.
         """
@@ -53,6 +54,7 @@ class Call:
             and self.filters_head
             and p.softcap is None
             and not p.has_bias
+            and self.tiles.tail_where_flat is not None
             and filtering.look_worthwhile(p)
         )
 

@@ -61,15 +61,15 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
         head_d=wide,
         hidden_splits=splits,
     )
-    of_flat = max(2, min(of_tail, tail_within_a_filter(n, d, v, sparse)))
+    of_flat = min(of_tail, tail_within_a_filter(n, d, v, sparse))
     return Tiles(
         sparse=sparse,
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas, dividing=True),
         tail=filling(Tiles().tail, n, d, column_tiles, range(2, of_tail + 1), ctas),
-        tail_where_flat=filling(
-            Tiles().tail_where_flat, n, d, column_tiles, range(2, of_flat + 1), ctas
-        ),
+        tail_where_flat=filling(Tiles().tail, n, d, column_tiles, range(2, of_flat + 1), ctas)
+        if of_flat >= 4
+        else None,
     )
 
 
@@ -101,16 +101,10 @@ def tail_within_a_quarter(n: int, d: int, v: int) -> int:
 
 def tail_within_a_filter(n: int, d: int, v: int, sparse: BackwardTiles) -> int:
     """Column tiles of a chunk of the tail in the memory of a filter's P and gathered rows, whose
-    branch of the program it is not.
-
-    The hidden states, in 8 bits twice, lie there too. Where that leaves too few, which is where D
-    is large beside a chunk's columns, the tail needs as much more as they.
-    """
-    of_tile = Tiles().tail_where_flat.tile_c * (n + d)
+    branch of the program it is not: beside them lie the hidden states, in 8 bits twice."""
     slots = sparse.slots_for(cdiv(n, BLOCK), cdiv(v, sparse.tile_c))
-    p_and_rows = slots * BLOCK * sparse.tile_c + sparse.width * d
-    left = p_and_rows - n * d
-    return (left if left >= 4 * of_tile else p_and_rows) // of_tile
+    left = slots * BLOCK * sparse.tile_c + (sparse.width - n) * d
+    return left // (Tiles().tail.tile_c * (n + d))
 
 
 WIDTHS = {256: 1.0, 192: 1.04, 128: 1.15, 64: 1.5}

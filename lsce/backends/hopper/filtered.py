@@ -150,18 +150,18 @@ def flat_blocks(saved: Saved) -> Bool[Array, " blocks"]:
     return 1.0 - kept.mean(1) > filtering.FLAT
 
 
-def mostly_flat(call: Call, saved: Saved) -> Bool[Array, ""]:
-    """Whether so many blocks would be kept whole that 8 bits for all of them are faster.
+def mostly_flat(call: Call, saved: Saved, whole: Bool[Array, " blocks"]) -> Bool[Array, ""]:
+    """Whether so many blocks would be kept `whole` that 8 bits for all of them are faster.
 
     A block kept whole takes .8 ms of the 30 that 8 bits take at 8,192 tokens. They help where few
     columns are marked: those are in 16 bits.
     """
-    words, flat = saved.sums.marks, flat_blocks(saved)
+    words = saved.sums.marks
     assert words is not None  # made by the forward of a filtered call
     # At most: each warp of the forward's has marks of its own.
-    marked = lax.population_count(words.reshape(flat.shape[0], -1)).sum(1, dtype=jnp.int32)
+    marked = lax.population_count(words.reshape(whole.shape[0], -1)).sum(1, dtype=jnp.int32)
     share = marked / call.problem.v
-    helped = flat & (share < 0.1)
+    helped = whole & (share < 0.1)
     return 2 * helped.sum(dtype=jnp.int32) > live_blocks(saved)
 
 

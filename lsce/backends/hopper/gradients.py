@@ -57,20 +57,24 @@ def _products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Prod
     """
     if call.epsilon is None:
         return exact.products(call, saved, c, wanted)
+    whole = filtered.flat_blocks(saved)
     if call.tail:
-        return tail.products(call, saved, c, wanted)
-    tiled = filtered.planned(call, saved, filtered.flat_blocks(saved))
-    if call.filters_head or not (wanted.head or wanted.bias):
-        if not call.tail_where_flat:
-            return filtered.products(call, saved, c, wanted, tiled)
-        # The plan first: its small kernels are launched before the host waits for the look.
-        tiled, flat = lax.optimization_barrier((tiled, filtered.mostly_flat(call, saved)))
+        tiled = filtered.planned(call, saved, jnp.zeros_like(whole))
+        return tail.products(call, saved, c, wanted, tiled)
+    if call.tail_where_flat:
+        # The plan serves either way, and its small kernels are launched before the host looks.
+        flat = filtered.mostly_flat(call, saved, whole)
+        tiled = filtered.planned(call, saved, whole & ~flat)
+        flat, tiled = lax.optimization_barrier((flat, tiled))
         return lax.cond(
             flat,
-            lambda c: tail.where_flat(call, saved, c, wanted),
+            lambda c: tail.where_flat(call, saved, c, wanted, tiled),
             lambda c: filtered.products(call, saved, c, wanted, tiled),
             c,
         )
+    tiled = filtered.planned(call, saved, whole)
+    if call.filters_head or not (wanted.head or wanted.bias):
+        return filtered.products(call, saved, c, wanted, tiled)
     some = filtered.products(call, saved, c, wanted._replace(head=False, bias=False), tiled)
     # One after the other: the buffers of the second may lie where those of the first did.
     a, some = lax.optimization_barrier((c.a, some))

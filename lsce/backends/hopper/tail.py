@@ -36,7 +36,9 @@ from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
 
 
-def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
+def products(
+    call: Call, saved: Saved, c: Coefficients, wanted: Wanted, tiled: filtered.Plan
+) -> Products:
     """The sums over P of 16-bit tiles, and over what they lack in 8 bits."""
     p = call.problem
 
@@ -59,8 +61,6 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
         dbias, left = lax.fori_loop(0, terms.chunks, body, (dbias, left))
         return filtered.Begun(dbias[: p.v], left)
 
-    nobody = jnp.zeros(saved.hidden.shape[0] // BLOCK, jnp.bool_)
-    tiled = filtered.planned(call, saved, nobody)
     found = filtered.products(call, saved, c, wanted, tiled, rest)
     if found.tail is not None:
         return found
@@ -68,12 +68,15 @@ def products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Produ
     return found._replace(tail=c.a * jnp.clip(1.0 - found.kept, 0.0, 1.0))
 
 
-def where_flat(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Products:
+def where_flat(
+    call: Call, saved: Saved, c: Coefficients, wanted: Wanted, tiled: filtered.Plan
+) -> Products:
     """The same at a filter's own ε, in the memory that it has, of logits without cap or bias."""
+    assert call.tiles.tail_where_flat is not None
     tiles = dataclasses.replace(call.tiles, tail=call.tiles.tail_where_flat)
     call = dataclasses.replace(call, tiles=tiles)
     # What the tiles lack pulls along the mean row there, too.
-    return products(call, saved, c, wanted)._replace(tail=None)
+    return products(call, saved, c, wanted, tiled)._replace(tail=None)
 
 
 class Tail:

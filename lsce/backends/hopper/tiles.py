@@ -180,8 +180,8 @@ class Tiles:
     """With the gradients in the forward, all columns at once."""
     tail: BackwardTiles = BackwardTiles(slots=0, slots_per_block=40, tile_c=256)
     """Of what a filter leaves out, in 8 bits: `slots_per_block` tiles are a chunk."""
-    tail_where_flat: BackwardTiles = BackwardTiles(slots=0, slots_per_block=22, tile_c=256)
-    """The same in the memory of a filter that drops it."""
+    tail_where_flat: BackwardTiles | None = None
+    """The same in the memory of a filter that drops it; None where it does not fit there."""
     hot: int = 2048
     """Columns of the pass that bounds the log-sum-exp before the forward."""
 
