@@ -83,7 +83,8 @@ def linear_cross_entropy(
         derivative of a scan keeps those of each step, unless `jax.checkpoint` is around it), "auto"
         leaves it to the backend, and "hidden" is "auto" for hidden's gradient, the others exact.
         "fp8" drops nothing: what lies below ε is computed from 8-bit operands instead (on Hopper;
-        "auto" takes it there in large calls whose tokens are flat, without a bias or a cap).
+        "auto" takes it there in large calls whose tokens are flat, without a bias or a cap, where
+        that needs no more memory than the filter).
       precision: permission to compute the loss from 8-bit operands where a logit says little:
         "fp8" (on Hopper, without a softcap and statistics; never taken unasked). What has more than
         2^-7 of any token's probability is computed in 16 bits beside it. A token's loss is then off

@@ -40,7 +40,6 @@ class Begun(NamedTuple):
 class Plan(NamedTuple):
     """Which tiles are computed, and in what order."""
 
-    found: Columns
     active: Bool[Array, "T B"]
     """The (tile, block) pairs that hold a marked column."""
     work: Work
@@ -50,7 +49,7 @@ class Plan(NamedTuple):
     """The columns of whole tiles; what the last tile lacks is out of bounds, and dropped."""
 
 
-Rest = Callable[[Coefficients, Loop, Columns, Bool[Array, "T B"], Any], Begun]
+Rest = Callable[[Coefficients, Loop, Any], Begun]
 """Begins dE in the loop's sums and dC in the reference given, by what the tiles leave out."""
 
 
@@ -66,7 +65,7 @@ def planned(call: Call, saved: Saved, keep_all: Bool[Array, " blocks"]) -> Plan:
     )
     target = jnp.where(saved.labels >= 0, found.position[saved.labels], -1)
     order = jnp.pad(found.order, (0, -p.v % tiles.tile_c), constant_values=saved.head.shape[0])
-    return Plan(found, active, work, target, order)
+    return Plan(active, work, target, order)
 
 
 def products(
@@ -81,7 +80,7 @@ def products(
     v, tiles = call.problem.v, call.tiles.sparse
     head_rows, d = saved.head.shape
     blocks = saved.hidden.shape[0] // BLOCK
-    found, active, work, target, order = tiled
+    active, work, target, order = tiled
     width, per_chunk = tiles.width, tiles.width // tiles.tile_c
     slots = tiles.slots_for(blocks, active.shape[0])
     # The plan before dC is begun: what it is made from then lies where dC will, not beside it.
@@ -97,7 +96,7 @@ def products(
         if rest is None:
             rows.fill(loop.constant[:d].astype(saved.head.dtype), dhead_ref, **shared)
     if rest is not None:
-        begun = rest(c, loop, found, active, dhead_ref)
+        begun = rest(c, loop, dhead_ref)
 
     def body(number, carry):
         dbias, kept = carry

@@ -31,7 +31,6 @@ from lsce.problem import cdiv
 from lsce.sparse import filter as filtering
 from lsce.sparse import plan, tail
 from lsce.sparse.coefficients import Coefficients
-from lsce.sparse.columns import Columns
 from lsce.sparse.tokens import BLOCK
 from lsce.wanted import Wanted
 
@@ -42,9 +41,8 @@ def products(
     """The sums over P of 16-bit tiles, and over what they lack in 8 bits."""
     p = call.problem
 
-    def rest(c: Coefficients, loop: Loop, found: Columns, active, dhead_ref) -> filtered.Begun:
-        kept = _kept(found.position, active, call.tiles.sparse.tile_c)
-        terms = Tail(call, saved, c, wanted, loop, kept)
+    def rest(c: Coefficients, loop: Loop, dhead_ref) -> filtered.Begun:
+        terms = Tail(call, saved, c, wanted, loop, _kept(tiled, p.v))
 
         def body(number, carry):
             dbias, left = carry
@@ -226,10 +224,11 @@ class Tail:
         return jnp.arange(self.blocks) < self.live
 
 
-def _kept(position: Int[Array, " V"], active: Bool[Array, "T B"], tile_c: int) -> Array:
-    """Which blocks hold a column in a 16-bit tile [groups, V]: a bit a block, 32 of them a word."""
-    tiles, blocks = active.shape
-    bits = jnp.pad(active, ((0, 0), (0, -blocks % 32))).reshape(tiles, -1, 32)
+def _kept(tiled: filtered.Plan, v: int) -> Int[Array, "groups V"]:
+    """Which blocks hold a column in a 16-bit tile: a bit a block, 32 of them a word."""
+    tiles, blocks = tiled.active.shape
+    bits = jnp.pad(tiled.active, ((0, 0), (0, -blocks % 32))).reshape(tiles, -1, 32)
     words = jnp.where(bits, jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32), 0)
     words = lax.bitcast_convert_type(words.sum(2, dtype=jnp.uint32), jnp.int32)
-    return words.T[:, position // tile_c]
+    in_order = jnp.repeat(words.T, tiled.order.size // tiles, axis=1)[:, :v]
+    return jnp.zeros_like(in_order).at[:, tiled.order[:v]].set(in_order, unique_indices=True)
