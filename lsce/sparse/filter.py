@@ -63,10 +63,10 @@ def low_forward_worthwhile(problem: Problem) -> bool:
     return 0.4 * 2 * problem.n * problem.d * problem.v > 6e-4 * MATMUL_RATE
 
 
-def look_worthwhile(problem: Problem) -> bool:
+def look_worthwhile(n: int, d: int, v: int) -> bool:
     """Whether to look how flat the tokens are, for which the host waits, about 0.15 milliseconds:
     where that is at most a thirtieth of the 1.3 matmuls that a filter takes if they are not."""
-    return 1.3 * 2 * problem.n * problem.d * problem.v > 30 * 1.5e-4 * MATMUL_RATE
+    return 1.3 * 2 * n * d * v > 30 * 1.5e-4 * MATMUL_RATE
 
 
 def log_epsilon(

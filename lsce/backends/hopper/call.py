@@ -55,7 +55,7 @@ class Call:
             and p.softcap is None
             and not p.has_bias
             and self.tiles.tail_where_flat is not None
-            and filtering.look_worthwhile(p)
+            and filtering.look_worthwhile(p.n, p.d, p.v)
         )
 
     @property

@@ -13,6 +13,7 @@ import math
 from lsce.backends.hopper.tiles import BLOCK, BackwardTiles, Tiles, fused_layout
 from lsce.backends.hopper.tuned import TUNED
 from lsce.problem import Problem, cdiv
+from lsce.sparse import filter as filtering
 
 FAMILIES = ("H100", "H200", "H800", "H20", "GH200")
 """The chips with compute capability 9.0, by the word that their device kind holds."""
@@ -61,14 +62,17 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
         head_d=wide,
         hidden_splits=splits,
     )
-    of_flat = min(of_tail, tail_within_a_filter(n, d, v, sparse))
+    # Lists that one of two ways needs are there in the other, too: P is smaller by more.
+    smaller = dataclasses.replace(sparse, slots_per_block=slots - 1)
+    of_flat = min(of_tail, tail_within_a_filter(n, d, v, smaller))
+    looks = of_flat >= min(of_tail, 4) and filtering.look_worthwhile(n, d, v)
     return Tiles(
-        sparse=sparse,
+        sparse=smaller if looks else sparse,
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
         fused=filling(Tiles().fused, group, d, column_tiles, at_once, ctas, dividing=True),
         tail=filling(Tiles().tail, n, d, column_tiles, range(2, of_tail + 1), ctas),
-        tail_where_flat=filling(Tiles().tail, n, d, column_tiles, range(2, of_flat + 1), ctas)
-        if of_flat >= 4
+        tail_where_flat=filling(Tiles().tail, n, d, column_tiles, range(of_flat, of_flat + 1), ctas)
+        if looks
         else None,
     )
 

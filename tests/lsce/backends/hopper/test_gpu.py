@@ -225,7 +225,7 @@ def test_the_rest_in_8_bits(shape, spread, options, monkeypatch):
 def test_auto_in_8_bits_where_tokens_are_flat(shape, monkeypatch):
     """All but the labels' pairs, which a filter would keep: other bits, and no worse."""
     monkeypatch.setattr(filtering, "worthwhile", lambda problem: True)
-    monkeypatch.setattr(filtering, "look_worthwhile", lambda problem: True)
+    monkeypatch.setattr(filtering, "look_worthwhile", lambda *_: True)
     step.cache_clear()
     this = case(shape, "bfloat16", spread=0.1, label_smoothing=0.1, z_loss=1e-2, weights=True)
     given = poisoned(this.inputs)

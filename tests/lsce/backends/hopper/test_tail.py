@@ -25,7 +25,7 @@ EPSILON = 2.0**-4
 def of_any_size(monkeypatch) -> list[np.ndarray]:
     """The tail where it would not pay, beside few pairs kept whole, which are listed."""
     for name in ("tail_worthwhile", "look_worthwhile"):
-        monkeypatch.setattr(filtering, name, lambda problem: True)
+        monkeypatch.setattr(filtering, name, lambda *_: True)
     monkeypatch.setattr(filtering, "log_epsilon", lambda *_: jnp.float32(math.log(EPSILON)))
     return watched_pairs(monkeypatch)
 
