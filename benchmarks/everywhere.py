@@ -107,14 +107,17 @@ def make(options: EverywhereFlags) -> int:
 
 
 def comparable(rows: Report, ours: Run = OURS) -> Report:
-    """Rows, and what was skipped, of ours and optax's; ValueError if there are none or they are of
-    several devices."""
+    """Rows, and what was skipped, of ours and optax's; ValueError if there are none, none that says
+    anything of ours, or they are of several devices."""
     found = Report(
         tuple(row for row in rows.rows if row.run in (ours, NAIVE)),
         tuple(skipped for skipped in rows.skipped if skipped.run in (ours, NAIVE)),
     )
-    if not found.rows:
-        raise ValueError(f"no row is of {ours} or {NAIVE}: were they measured by this module?")
+    if not found.rows or all(entry.run == NAIVE for entry in (*found.rows, *found.skipped)):
+        raise ValueError(
+            f"no row is of {ours}: were they measured by this module, with the same"
+            " --gradient-filter and --precision?"
+        )
     return report.of_one_device(found)
 
 

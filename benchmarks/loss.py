@@ -27,7 +27,7 @@ KNOWN = implementations.of_framework("jax")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossFlags(flags.TimedFlags):
-    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)}}} ...")] = ("tiny",)
+    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)},DxV}} ...")] = ("tiny",)
     """Shapes to measure at."""
     n: Annotated[tuple[int, ...] | None, shown("TOKENS ...", "each case's own")] = None
     """Numbers of tokens, instead of the cases' own."""

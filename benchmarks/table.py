@@ -73,7 +73,7 @@ LINES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableOfPeersFlags(flags.TableFlags):
-    case: Annotated[str, shown(f"{{{','.join(cases.CASES)}}}")] = "gemma2-2b"
+    case: Annotated[str, shown(f"{{{','.join(cases.CASES)},DxV}}")] = "gemma2-2b"
     """Shapes to measure at."""
     n: Annotated[int | None, shown("TOKENS", "the case's own")] = None
     """Number of tokens, instead of the case's own."""

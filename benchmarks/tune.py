@@ -363,7 +363,7 @@ def environment(commit: str | None) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneFlags(flags.TimedFlags):
-    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)}}} ...", "required")]
+    case: Annotated[tuple[str, ...], shown(f"{{{','.join(cases.CASES)},DxV}} ...", "required")]
     """Shapes to tune at."""
     n: Annotated[int | None, shown("TOKENS", "each case's own")] = None
     """Number of tokens, instead of the cases' own."""

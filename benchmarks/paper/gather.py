@@ -201,8 +201,8 @@ themselves."""
 def _pages(group: str, options: GatherFlags) -> int:
     """Reports of the runs of MODEL-DATA, each with its few numbers."""
     runs = {
-        run: json.loads((run / folder.RUN_FILE).read_text("utf-8"))
-        for run in sorted((options.out / "runs" / group).iterdir())
+        path.parent: json.loads(path.read_text("utf-8"))
+        for path in sorted((options.out / "runs" / group).glob(f"*/{folder.RUN_FILE}"))
     }
     pages = {
         name: [run for run, told in runs.items() if belongs(told)]

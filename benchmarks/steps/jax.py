@@ -21,7 +21,7 @@ from benchmarks.implementations.optax import one_hot
 from benchmarks.implementations.settings import Settings
 from benchmarks.measure import timing
 from benchmarks.steps.real import Real
-from benchmarks.steps.row import Measured
+from benchmarks.steps.row import Measured, why
 from benchmarks.steps.variant import Variant, batch_of, shape_of
 from train import mesh
 from train.models import attention
@@ -71,7 +71,7 @@ def _try[R](work: Callable[[], R]) -> R | str:
     try:
         return work()
     except Exception as error:  # out of memory, a kernel that does not build: the next may do
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        return why(error)
 
 
 def _shape(model: str, variant: Variant, real: Real | None) -> ModelConfig:
@@ -98,6 +98,7 @@ def _lower(model: str, variant: Variant, length: int, real: Real | None) -> Any:
         implementation="auto" if naive else variant.loss,
     )
     devices = variant.devices
+    mesh.check(devices)
     how = StepOptions(batch_size=variant.rows, accumulate=variant.accumulate, mesh=str(devices))
     on = mesh.make(devices)
     state = jax.eval_shape(state_maker(shape, OPTIMIZER, on), 0)
@@ -178,7 +179,7 @@ def _run(
         _profile(step, f"{model} {variant}")
     size = mesh.bytes_per_device((state.params, state.opt_state))
     starts = batch.get("starts")
-    way, why = attention.choose(
+    way, reason = attention.choose(
         shape,
         length=length,
         segments=None if starts is None else starts.shape[1],
@@ -194,7 +195,7 @@ def _run(
         state_gb=size / 1e9,
         peak_gb=peak / 1e9,
         compile_s=compile_s,
-        attention=f"{way}: {why}",
+        attention=f"{way}: {reason}",
         device=jax.devices()[0].device_kind,
         framework=f"jax {jax.__version__}",
     )

@@ -66,6 +66,11 @@ class StepRow:
         return self.tokens_per_s * self.flops_per_token / possible
 
 
+def why(error: Exception) -> str:
+    """What a row says of what was raised: its kind and its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition('\n')[0]}"
+
+
 def markdown(rows: Sequence[StepRow]) -> str:
     lines = [
         "| model | step | segments a row | ms | tokens/s | MFU | state GB | peak GB | compile s |"

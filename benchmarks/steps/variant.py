@@ -60,7 +60,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row to measure. PyTorch knows of the first five and `compiled`."""
+    """One row to measure; of PyTorch by `OF_TORCH` alone, of JAX by all but `compiled`."""
 
     framework: Literal["jax", "torch"] = "jax"
     rows: int = 16
@@ -101,6 +101,10 @@ class Variant:
         return " ".join([self.framework, *changed])
 
 
+OF_TORCH = ("framework", "rows", "segments", "loss", "beta", "layers", "compiled")
+"""What makes a difference to PyTorch's step."""
+
+
 def read(text: str) -> Variant:
     """Reads "rows=32,segments=one"; "torch,rows=32" for a peer. ValueError for what it is not."""
     values: dict[str, Any] = {}
@@ -124,7 +128,11 @@ def read(text: str) -> Variant:
         if name == "mesh":
             MeshShape.read(part.partition("=")[2].replace("+", ","))
         values[name] = value
-    return Variant(**values)
+    found = Variant(**values)
+    for name in values:  # or a row would say what it is not of
+        if name == "compiled" if found.framework == "jax" else name not in OF_TORCH:
+            raise ValueError(f"{text}: {name} makes no difference to {found.framework}")
+    return found
 
 
 def shape_of(model: str, variant: Variant) -> ModelConfig:

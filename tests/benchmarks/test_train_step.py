@@ -47,6 +47,11 @@ def test_a_mistake_is_a_line_on_stderr(arguments, capsys):
     assert capsys.readouterr().err.startswith("benchmarks.train_step: ")
 
 
+def test_a_row_says_what_its_devices_lack(capsys):
+    assert train_step.main(["--model", "nano", "--length", "16", "--variant", "mesh=data=64"]) == 1
+    assert "| ValueError: --mesh data=64,fsdp=1 has 64 devices, and this" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_trainers_step_is_measured_on_any_device(tmp_path, capsys):
     path = tmp_path / "rows.json"

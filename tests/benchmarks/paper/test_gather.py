@@ -176,6 +176,7 @@ def test_each_experiment_has_a_page_of_its_own(tmp_path, monkeypatch):
     run(there, 0.1, 7, implementation="chunked", steps=300)
     (there / "steps.json").write_text("[]")
     (there / "curves-m-alpaca.json").write_text("[]")
+    (tmp_path / "kept" / "runs" / "m-alpaca" / "notes").mkdir(parents=True)  # which is no run
 
     def page(given):
         out = given[given.index("--out") + 1]

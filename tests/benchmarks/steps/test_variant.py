@@ -32,6 +32,9 @@ def test_a_variant_is_read_and_says_what_it_changes():
         ("row=1", "no 'row'"),
         ("compiled=1", "True, False"),
         ("mesh=tensor=2", "--mesh tensor=2: must be like"),
+        ("torch,mesh=data=2", "mesh makes no difference to torch"),
+        ("accumulate=2,torch", "accumulate makes no difference to torch"),
+        ("compiled=false", "compiled makes no difference to jax"),
     ],
 )
 def test_what_is_no_variant_is_refused(text, message):
