@@ -145,8 +145,10 @@ def test_lowers_for_cuda_without_a_gpu_and_each_kernel_once(options, epsilon):
         bf16(p.n, p.d), bf16(p.v, p.d), jax.ShapeDtypeStruct((p.n,), jnp.int32)
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    made = set(re.findall(r"lsce_[a-z_]+_\d+", text))  # numbered as they are lowered
-    assert len(made) == KERNELS["auto, or 8 bits" if call.tail_where_flat else epsilon]
+    made = set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
+    most = KERNELS["auto, or 8 bits" if call.tail_where_flat else epsilon]
+    # Up to jax 0.11 a kernel is numbered as it is lowered; later, two that are equal have one hash.
+    assert len(made) == most if jax.__version_info__ < (0, 12) else 0 < len(made) <= most
 
 
 @pytest.mark.slow
