@@ -59,6 +59,7 @@ def _products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Prod
         return exact.products(call, saved, c, wanted)
     whole = filtered.flat_blocks(saved)
     if call.tail:
+        # None is kept whole: the tail has what the tiles lack.
         tiled = filtered.planned(call, saved, jnp.zeros_like(whole))
         return tail.products(call, saved, c, wanted, tiled)
     if call.tail_where_flat:
