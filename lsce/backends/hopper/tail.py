@@ -230,5 +230,6 @@ def _kept(tiled: filtered.Plan, v: int) -> Int[Array, "groups V"]:
     bits = jnp.pad(tiled.active, ((0, 0), (0, -blocks % 32))).reshape(tiles, -1, 32)
     words = jnp.where(bits, jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32), 0)
     words = lax.bitcast_convert_type(words.sum(2, dtype=jnp.uint32), jnp.int32)
-    in_order = jnp.repeat(words.T, tiled.order.size // tiles, axis=1)[:, :v]
-    return jnp.zeros_like(in_order).at[:, tiled.order[:v]].set(in_order, unique_indices=True)
+    tile = jnp.arange(v, dtype=jnp.int32) // (tiled.order.size // tiles)
+    tile_of_column = jnp.zeros(v, jnp.int32).at[tiled.order[:v]].set(tile, unique_indices=True)
+    return words.T[:, tile_of_column]
