@@ -141,8 +141,8 @@ def test_memory_at_the_papers_shape():
     assert 1161 < memory["fused"] <= 5000
     # With the terms and the gathered head in 8 bits, and without anything of 32 bits of their size.
     assert 1161 < memory["fp8"] <= 1458
-    # The head in 8 bits (562 MB), which lies where dC will.
-    assert 562 < memory["forward, small logits in 8 bits"] <= 615
+    # The head in 8 bits (562 MB), which lies where dC will, and hidden states in order.
+    assert 562 < memory["forward, small logits in 8 bits"] <= 647
     assert 1161 < memory["default, small logits in 8 bits"] <= 1399
     assert memory["fused, frozen head"] < memory["fused"] / 1.5  # of twice the tokens
     # 2 MB of it for the head's mean made beside P, 18 for a copy of a group's hidden states.
