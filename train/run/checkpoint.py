@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
@@ -27,9 +29,13 @@ class Checkpointer:
     A checkpoint is written under another name and renamed when it is whole; only then is one
     removed that is neither among the newest `keep` nor the best. Whenever the process dies, the
     folders with a step for a name are complete.
+
+    Args:
+        gigabytes: on their way to the disk at a time; of what is saved no piece may be as large
+            (`gigabytes_of`).
     """
 
-    def __init__(self, out: Path, *, keep: int) -> None:
+    def __init__(self, out: Path, *, keep: int, gigabytes: int = 1) -> None:
         self._folder = (out / CHECKPOINTS).absolute()
         self._keep = keep
         self._note = out / BEST
@@ -38,7 +44,7 @@ class Checkpointer:
             self._folder,
             # Of a whole state Orbax would hold a second copy while it writes.
             item_handlers={
-                "state": ocp.StandardCheckpointHandler(save_concurrent_gb=1),
+                "state": ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes),
                 "position": ocp.JsonCheckpointHandler(),
             },
             # Not in the background: the next step reuses the memory of this one's state.
@@ -128,6 +134,13 @@ class Checkpointer:
 
     def __exit__(self, *_exception: object) -> None:
         self._manager.close()
+
+
+def gigabytes_of(state: TrainState) -> int:
+    """The least number of 10⁹ bytes that is above the largest piece of the state: an array, or what
+    a device has of one."""
+    leaves = [(x, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state)]
+    return max(math.prod(shape) * x.dtype.itemsize for x, shape in leaves) // 10**9 + 1
 
 
 def saved_steps(out: Path) -> list[int]:
