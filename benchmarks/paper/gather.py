@@ -6,6 +6,9 @@ where `--resamples 0` made none, and on the same questions each smoothed model l
 of the same seed, and that one less the model before. Then it makes the pages of each MODEL-DATA:
 Table 1's, and one of each other experiment that there are runs of. It needs no weights, works on
 what an experiment that time cut off has left, and may be called again.
+
+What it made is itself a folder that experiments go on in: copied to their --out, all that is done
+stays done, and a later call takes what was measured before as it is, for want of its answers.
 """
 
 from __future__ import annotations
@@ -72,7 +75,8 @@ def gather(options: GatherFlags) -> int:
         measured = dict(zip(there, cores.map(measure, there), strict=True))
     for path, result in measured.items():
         other = _compared_with(path, measured)
-        result = result if other is None else _paired(path, result, other, options.resamples)
+        if other is not None and all(_answered(at, measured[at]) for at in (path, other)):
+            result = _paired(path, result, other, options.resamples)
         made = options.out / path.relative_to(options.found) / results.RESULT
         made.parent.mkdir(parents=True, exist_ok=True)
         results.write(made, result)
@@ -117,6 +121,11 @@ def _measured(path: pathlib.Path, resamples: int) -> results.Result:
         tasks[name] = made
     settings = result.settings | {"resamples": resamples}
     return dataclasses.replace(result, tasks=tasks, settings=settings)
+
+
+def _answered(path: pathlib.Path, result: results.Result) -> bool:
+    """Whether the answers are there, and not what was made of them alone."""
+    return all((path / task.items).is_file() for task in result.tasks.values())
 
 
 def _answers(path: pathlib.Path, questions: int) -> answers.Answers:

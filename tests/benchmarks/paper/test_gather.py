@@ -165,6 +165,12 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     told = json.loads((kept / "runs" / "m-alpaca" / name(0, 0) / "run.json").read_text())
     assert told["data"] == ["runs/paper/data/alpaca.jsonl"]
 
+    # What experiments go on in elsewhere: without answers, what was measured stays.
+    assert gather.main(["--found", "kept", "--out", "again", "--resamples", "50"]) == 0
+    for path in files:
+        if path.suffix != ".html" and path.name != "m-alpaca.md":  # which name the folder
+            assert (tmp_path / "again" / path.relative_to(kept)).read_text() == path.read_text()
+
 
 def test_each_experiment_has_a_page_of_its_own(tmp_path, monkeypatch):
     """With Table 1's runs of the same learning rate beside what it has of its own."""
