@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
@@ -29,22 +27,19 @@ class Checkpointer:
     A checkpoint is written under another name and renamed when it is whole; only then is one
     removed that is neither among the newest `keep` nor the best. Whenever the process dies, the
     folders with a step for a name are complete.
-
-    Args:
-        gigabytes: on their way to the disk at a time; of what is saved no piece may be as large
-            (`gigabytes_of`).
     """
 
-    def __init__(self, out: Path, *, keep: int, gigabytes: int = 1) -> None:
+    def __init__(self, out: Path, *, keep: int) -> None:
         self._folder = (out / CHECKPOINTS).absolute()
         self._keep = keep
         self._note = out / BEST
         self._best = _Best()
         self._manager = ocp.CheckpointManager(
             self._folder,
-            # Of a whole state Orbax would hold a second copy while it writes.
+            # Compressed, weights are 8% smaller and written at half the speed or less, and Orbax
+            # holds a second copy of all that is on its way to the disk.
             item_handlers={
-                "state": ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes),
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "position": ocp.JsonCheckpointHandler(),
             },
             # Not in the background: the next step reuses the memory of this one's state.
@@ -93,7 +88,7 @@ class Checkpointer:
         """
         kept = self.latest_step()
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+            state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)
         )
         try:
             with said_once():
@@ -115,7 +110,8 @@ class Checkpointer:
             like: the shapes, dtypes (and shardings) to restore to: a state of arrays or of
                 jax.ShapeDtypeStruct.
         """
-        return self._read(step, "state", ocp.args.StandardRestore(like))
+        where = ocp.checkpoint_utils.construct_restore_args(like)
+        return self._read(step, "state", ocp.args.PyTreeRestore(like, restore_args=where))
 
     def _read(self, step: int, item: str, how: Any) -> Any:
         try:
@@ -134,13 +130,6 @@ class Checkpointer:
 
     def __exit__(self, *_exception: object) -> None:
         self._manager.close()
-
-
-def gigabytes_of(state: TrainState) -> int:
-    """The least number of 10⁹ bytes that is above the largest piece of the state: an array, or what
-    a device has of one."""
-    leaves = [(x, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state)]
-    return max(math.prod(shape) * x.dtype.itemsize for x, shape in leaves) // 10**9 + 1
 
 
 def saved_steps(out: Path) -> list[int]:

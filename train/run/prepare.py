@@ -20,7 +20,7 @@ from train.evaluation.tasks.held_out import Exam
 from train.models import attention, families
 from train.models.config import MOST_WRITTEN_OUT, ModelConfig
 from train.run import folder, memory, samples, tracker, trained
-from train.run.checkpoint import Checkpointer, gigabytes_of, saved_steps
+from train.run.checkpoint import Checkpointer, saved_steps
 from train.run.folder import METRICS
 from train.run.metrics import cut_rows_after
 from train.run.model import Chosen, choose, write
@@ -87,7 +87,7 @@ def prepare(config: TrainConfig) -> Run:
     out = folder.claim(config, step=first_step)
     config = folder.load(out)  # which whoever resumes it will have, too
     write(out, model, data.tokenizer)
-    checkpointer = Checkpointer(out, keep=config.run.keep, gigabytes=gigabytes_of(state))
+    checkpointer = Checkpointer(out, keep=config.run.keep)
     exam = Exam.of(data, config.run.seed)
     records, length = data.held_out_records, config.data.max_length
     prompts = Prompts.of(records, config.samples, data.tokenizer, length)
