@@ -108,6 +108,24 @@ def test_other_figures_of_the_readme_are_measured():
         time / times[case, n, "auto"] for (case, n, name), time in times.items() if name == "naive"
     ]
     pairs = report.read(RESULTS / "h100-devices.json").rows
+    held = {
+        (row.case, row.n, row.run.implementation): row.p50_ms
+        for row in report.read(RESULTS / "h200-everywhere-fp8.json").rows
+    }
+    of_fp8 = {
+        (case, n): time / held[case, n, "auto"]
+        for (case, n, name), time in held.items()
+        if name == "naive" and case != "smollm2-135m"
+    }
+    few = [x for (case, n), x in of_fp8.items() if n == 2048 or case == "mistral-7b"]
+    many = [x for (case, n), x in of_fp8.items() if n > 2048 and case != "mistral-7b"]
+    assert (len(few), len(many)) == (8, 10)
+    split = next(
+        row
+        for row in map(from_json, json.loads((RESULTS / "h200-x2-train-step.json").read_text()))
+        if row.model == "gemma2-2b" and row.variant.rows == 32
+    )
+    assert split.measured is not None
     two, one = (
         next(row.p50_ms for row in pairs if row.n == n and row.run.settings == SMOOTHED)
         for n in (16384, 8192)
@@ -131,6 +149,10 @@ def test_other_figures_of_the_readme_are_measured():
     for said in (
         f"{share['state'] / 1e9:.1f} GB of weights and moments on each of two H100s",
         f"{share['peak'] / 1e9:.1f} GB in all",
+        f"32 rows take {split.measured.peak_gb:.1f} GB on each,"
+        f" {split.tokens_per_s:,.0f} tokens/s and {split.mfu:.1%} MFU",
+        f"it is {min(many):.2f} to {max(many):.2f} times as fast as optax",
+        f"it is {min(few):.2f} to {max(few):.2f} times as fast.",
         f"{exact.p50_ms:.1f} ms and {exact.extra_mb:,.0f} MiB",
         '{:.2f} products on random inputs, None {:.2f}, "fused" {:.2f}, optax {:.2f}'.format(*flat),
         "on an H200 {:.2f} products, where optax took {:.2f}".format(*of_flat),
