@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
@@ -87,8 +88,11 @@ class Checkpointer:
         Raises OSError if it cannot be written; the checkpoints before are as they were.
         """
         kept = self.latest_step()
+        # An array keeps what the host has read of it, which on a CPU is itself: the next step could
+        # not write over it, and would need as much memory again.
+        seen = jax.tree.map(_unread, state)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)
+            state=ocp.args.PyTreeSave(seen), position=ocp.args.JsonSave(position)
         )
         try:
             with said_once():
@@ -130,6 +134,14 @@ class Checkpointer:
 
     def __exit__(self, *_exception: object) -> None:
         self._manager.close()
+
+
+def _unread(x: jax.Array) -> jax.Array:
+    """The same array to others: what they read of it goes with it."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    parts = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
 
 
 def saved_steps(out: Path) -> list[int]:

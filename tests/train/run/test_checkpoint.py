@@ -64,6 +64,17 @@ def test_a_checkpoint_holds_weights_optimizer_step_key_and_position(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_saved_state_is_written_over_by_the_next_step(tmp_path):
+    """Else the step after each checkpoint would need room for another state."""
+    state = create(1)
+    largest = max(jax.tree.leaves(state.params), key=lambda x: x.size)
+    where = largest.unsafe_buffer_pointer()
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, state, POSITION)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    assert step(largest).unsafe_buffer_pointer() == where
+
+
 @pytest.mark.slow
 def test_a_weight_above_a_gigabyte_is_saved(tmp_path):
     """Llama 3.2 1B's embedding has 1.05e9 bytes in float32."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -83,7 +84,7 @@ def happened(tmp_path, monkeypatch):
         def save(step, state, position):
             assert step == state.step
             order.append(f"save {step}")
-            really_save(step, {"step": np.int32(step)}, position)
+            really_save(step, {"step": jnp.int32(step)}, position)
 
         monkeypatch.setattr(checkpointer, "save", save)
         monkeypatch.setattr(loop, "step_of", lambda _options: take_step)
