@@ -6,6 +6,7 @@ Lu and Zeng, ICML 2025, https://arxiv.org/abs/2508.00264), at the scale that one
     python -m benchmarks.paper.sizes     Figures 3 and 7: hidden size
     python -m benchmarks.paper.softcap   Figure 5: with and without a softcap
     python -m benchmarks.paper.curves    Figures 6 and 10: our loss against a naive one
+    python -m benchmarks.paper.everything  all of these but sizes, what says most first
     python -m benchmarks.paper.gather    what they found, small enough to commit, and its pages
 
 Each but the last is a list of commands of the trainer, worked off in one process, and goes on where

@@ -9,11 +9,11 @@ import shutil
 import pytest
 from paths import ROOT
 
-from benchmarks.paper import betas, curves, sizes, softcap, steps, table1
+from benchmarks.paper import betas, curves, everything, sizes, softcap, steps, table1
 from train import command_line, evaluate, report
 from train.__main__ import parse as parse_train
 
-NAMES = ("table1", "betas", "sizes", "softcap", "curves")
+NAMES = ("table1", "betas", "sizes", "softcap", "curves", "everything")
 
 
 @pytest.fixture
@@ -24,6 +24,9 @@ def folder(tmp_path):
     record = {"instruction": "Say it.", "input": "", "output": "It.", "subsets": ["random_9k"]}
     records = [record, record | {"output": " "}, record | {"subsets": ["fork_5000"]}]
     (alpaca / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (alpaca.parent / "dolly").mkdir()
+    asked = {"instruction": "Say it.", "context": "", "response": "It.", "category": "open_qa"}
+    (alpaca.parent / "dolly" / "d.jsonl").write_text(json.dumps(asked) + "\n")
     for name in ("mmlu/dev", "mmlu/test", "mmlu/val", "arc/Easy-test", "arc/Easy-validation"):
         path = alpaca.parent / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -85,7 +88,7 @@ def test_every_command_is_one_that_the_trainer_takes(name, folder):
     data = (options.out / "data" / "alpaca.jsonl").read_text().splitlines()
     assert [json.loads(line)["output"] for line in data] == ["It."]
     assert not list(options.out.glob("runs/*/*/checkpoints"))  # gigabytes, once they are evaluated
-    assert [s.module for s in worked_off(experiment, options)] in ([], ["train.report"])
+    assert {s.module for s in worked_off(experiment, options)} <= {"train.report"}
 
 
 def test_each_arm_has_its_own_learning_rate_and_further_seeds(folder):
@@ -117,6 +120,28 @@ def test_what_two_experiments_need_is_made_once(folder):
     named = [s.name for s in made if "train " in s.name]
     assert len(named) == 6 * 3 - 3  # all of β = 0; β = 0.1 was tried, and its weights are gone
     assert [name[-1] for name in named] == 5 * ["0"] + 5 * ["1"] + 5 * ["2"]  # a seed at a time
+
+
+def test_everything_is_the_experiments_one_after_the_other(folder):
+    """β is swept at the rate that Table 1 chose, and what others do has the vocabulary's room."""
+    made = worked_off(everything.EXPERIMENT, parsed(everything.EXPERIMENT, folder))
+    named = [s.name for s in made if "train " in s.name]
+    assert named[0].startswith("train m-alpaca/")
+    assert named[12].startswith("train m-dolly/")
+    swept = [name for name in named if "label_smoothing=0.5" in name]
+    assert len(swept) == 3
+    assert all("learning_rate=0.0002" in name for name in swept)
+    sizes = {
+        s.flags[s.flags.index("--batch-size") + 1]
+        for s in made
+        if "maxsup" in s.name and "train " in s.name
+    }
+    assert sizes == {"8"}
+    capped = [name for name in named if "softcap=" in name]
+    assert len(capped) == 4
+    assert all(name.endswith("seed=0") for name in capped)
+    alone = parsed(table1.EXPERIMENT, folder, "--data", "dolly")
+    assert not [s for s in worked_off(table1.EXPERIMENT, alone) if "train " in s.name]
 
 
 def test_a_folder_goes_on_elsewhere_without_weights(folder):
