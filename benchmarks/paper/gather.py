@@ -8,7 +8,8 @@ Table 1's, and one of each other experiment that there are runs of. It needs no 
 what an experiment that time cut off has left, and may be called again.
 
 What it made is itself a folder that experiments go on in: copied to their --out, all that is done
-stays done, and a later call takes what was measured before as it is, for want of its answers.
+stays done, and a later call takes what was measured before as it is, for want of its answers. A
+difference needs those of both sides, and is said where it cannot be made.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def gather(options: GatherFlags) -> int:
         measured = dict(zip(there, cores.map(measure, there), strict=True))
     for path, result in measured.items():
         other = _compared_with(path, measured)
-        if other is not None and all(_answered(at, measured[at]) for at in (path, other)):
+        if other is not None:
             result = _paired(path, result, other, options.resamples)
         made = options.out / path.relative_to(options.found) / results.RESULT
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -105,27 +106,30 @@ def _anywhere(text: str, found: pathlib.Path) -> str:
 
 
 def _measured(path: pathlib.Path, resamples: int) -> results.Result:
-    """The evaluation in a folder, with intervals if it has none."""
+    """The evaluation in a folder, with intervals for the tasks that have none."""
     result = results.read(path)
-    if result.settings["resamples"]:
-        return result
     how = {"resamples": resamples, "seed": result.seed}
-    tasks = {}
+    tasks, settings = dict(result.tasks), result.settings
     for name, task in result.tasks.items():
+        if _has_intervals(task) or not _answered(path, task):
+            continue
         mine = _answers(path / task.items, task.questions)
         made = dataclasses.replace(task, scorings=asking.scored(mine, task.answer, **how))
         if fitted := task.scorings[task.reported].temperature:
             file = (path / task.items).with_suffix(".temperature.jsonl")
             others = _answers(file, fitted.n)
             made = asking.with_temperature(made, mine, others, fitted.fitted_on, **how)
-        tasks[name] = made
-    settings = result.settings | {"resamples": resamples}
+        tasks[name], settings = made, result.settings | {"resamples": resamples}
     return dataclasses.replace(result, tasks=tasks, settings=settings)
 
 
-def _answered(path: pathlib.Path, result: results.Result) -> bool:
+def _has_intervals(task: results.TaskResult) -> bool:
+    return task.scorings[task.reported].measures["accuracy"].low is not None
+
+
+def _answered(path: pathlib.Path, task: results.TaskResult) -> bool:
     """Whether the answers are there, and not what was made of them alone."""
-    return all((path / task.items).is_file() for task in result.tasks.values())
+    return (path / task.items).is_file()
 
 
 def _answers(path: pathlib.Path, questions: int) -> answers.Answers:
@@ -173,11 +177,14 @@ def _paired(
     """With the differences from another model, whose evaluation is there."""
     other = results.read(where)
     tasks = dict(result.tasks)
-    for name in result.tasks.keys() & other.tasks.keys():
+    for name in sorted(result.tasks.keys() & other.tasks.keys()):
         task = result.tasks[name]
-        mine = _answers(path / task.items, task.questions)
-        how = {"resamples": resamples, "seed": result.seed}
-        tasks[name] = paired.against(task, mine, other, where, **how)
+        if _answered(path, task) and _answered(where, other.tasks[name]):
+            mine = _answers(path / task.items, task.questions)
+            how = {"resamples": resamples, "seed": result.seed}
+            tasks[name] = paired.against(task, mine, other, where, **how)
+        elif task.against is None:
+            print(f"{path}: no difference from {where} at {name}, for want of answers")
     return dataclasses.replace(result, tasks=tasks)
 
 

@@ -107,7 +107,7 @@ def evaluation(there, beta, seed):
 
 
 @pytest.mark.slow
-def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
+def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path, capsys):
     assert gather.main(["--out", "kept", "--resamples", "50"]) == 0
     kept = tmp_path / "kept"
     plain, smoothed = (
@@ -170,6 +170,27 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path):
     for path in files:
         if path.suffix != ".html" and path.name != "m-alpaca.md":  # which name the folder
             assert (tmp_path / "again" / path.relative_to(kept)).read_text() == path.read_text()
+
+    # A task by itself: one that came later, without intervals, beside one whose answers are gone.
+    at = kept / "evaluations" / "m-alpaca" / name(0.1, 1)
+    new = found / "evaluations" / "m-alpaca" / name(0.1, 1)
+    later = dataclasses.replace(results.read(new).tasks["arc-easy"], items="b.jsonl", task="b")
+    both = {**smoothed.tasks, "b": later}
+    results.write(at / "result.json", dataclasses.replace(smoothed, tasks=both))
+    for suffix in (".jsonl", ".temperature.jsonl"):
+        (at / f"b{suffix}").write_bytes((new / f"a{suffix}").read_bytes())
+    assert gather.main(["--found", "kept", "--out", "third", "--resamples", "50"]) == 0
+    third = results.read(tmp_path / "third" / "evaluations" / "m-alpaca" / name(0.1, 1)).tasks
+    assert third["arc-easy"] == smoothed.tasks["arc-easy"]
+    assert third["b"].scorings["sum"].measures["accuracy"] == accuracy
+
+    capsys.readouterr()
+    plain_at = found / "evaluations" / "m-alpaca" / name(0, 1)
+    (plain_at / "a.jsonl").unlink()
+    assert gather.main(["--out", "fourth", "--resamples", "50"]) == 0
+    lost = [line for line in capsys.readouterr().out.splitlines() if "for want of" in line]
+    assert len(lost) == 2  # the plain run less the model before, and the smoothed less the plain
+    assert all("at arc-easy" in line for line in lost)
 
 
 def test_each_experiment_has_a_page_of_its_own(tmp_path, monkeypatch):
