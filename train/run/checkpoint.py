@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,6 +100,8 @@ class Checkpointer:
             with said_once():
                 self._manager.save(step, args=items)
         except (OSError, ValueError) as error:  # TensorStore's of a full disk is a ValueError
+            for begun in self._folder.glob(f"{step}.*"):  # a full disk is less full without it
+                shutil.rmtree(begun, ignore_errors=True)
             before = f"the checkpoint of step {kept} is kept" if kept else "there is none before"
             raise OSError(
                 f"cannot save step {step} in {self._folder} ({_reason(error)}); {before}"

@@ -235,6 +235,7 @@ def test_a_full_disk_is_one_line_and_no_traceback(tmp_path):
         f"cannot save step 2 in {tmp_path / CHECKPOINTS} (File too large);"
         " the checkpoint of step 1 is kept\n"
     )
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["1"]
 
 
 KILLED_SAVE = """
