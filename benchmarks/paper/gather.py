@@ -111,7 +111,10 @@ def _measured(path: pathlib.Path, resamples: int) -> results.Result:
     how = {"resamples": resamples, "seed": result.seed}
     tasks, settings = dict(result.tasks), result.settings
     for name, task in result.tasks.items():
-        if _has_intervals(task) or not _answered(path, task):
+        if _has_intervals(task):
+            continue
+        if not _answered(path, task):
+            print(f"{path}: no intervals at {name}, for want of answers")
             continue
         mine = _answers(path / task.items, task.questions)
         made = dataclasses.replace(task, scorings=asking.scored(mine, task.answer, **how))
