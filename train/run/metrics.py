@@ -18,23 +18,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import rich.console
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import (  # protobuf makes the classes at import
-    Event,  # pyright: ignore[reportAttributeAccessIssue]
-    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
-)
-from tensorboardX.summary import scalar
 
 from train import files
 from train.run.folder import METRICS, TENSORBOARD
 from train.run.progress import Console, PlainLines, ProgressBar
+from train.run.tensorboard import TensorBoard
 from train.run.tracker import Tracker
 
 HELD_OUT = "held_out_"
@@ -217,31 +211,3 @@ def cut_rows_after(metrics: Path, step: int) -> dict[int, float | None]:
             evaluated[row["step"]] = row.get(TOKEN_NLL)
     files.write(metrics, "".join(kept))
     return evaluated
-
-
-class TensorBoard:
-    """Scalars in TensorBoard's event format, one file a start, flushed at every write.
-
-    The writer underneath `tensorboardX.SummaryWriter`, without its queue and thread: what sits in
-    the queue is lost with the process.
-    """
-
-    def __init__(self, folder: Path, start_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Names resolve seconds; the process and step keep two quick starts in two files.
-        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start_step}")
-        # Asks TensorBoard to hide what earlier files hold from this step on.
-        restart = SessionLog(status=SessionLog.START)
-        self._writer.write_event(
-            Event(wall_time=time.time(), step=start_step + 1, session_log=restart)
-        )
-        self._writer.flush()
-
-    def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
-        for name, value in scalars.items():
-            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
-            self._writer.write_event(event)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
