@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainStepFlags:
 def make(options: TrainStepFlags) -> int:
     asked = [variants.read(text) for text in options.variant]
     rows: list[StepRow] = []
-    for framework in ("jax", "torch"):
+    for framework in ("torch", "jax"):  # JAX keeps what memory of the device it has had
         ours = [v for v in asked if v.framework == framework]
         for model in options.model if ours else ():
             for row in _rows(model, ours, framework, options):
@@ -138,7 +138,7 @@ def _rows(
 
 
 def _elsewhere(model: str, options: TrainStepFlags) -> Iterator[StepRow]:
-    """PyTorch's rows from a process of its own, which JAX leaves the device's memory to."""
+    """PyTorch's rows from a process of its own, before JAX takes the device's memory."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--here", "--model", model]
     command += ["--length", str(options.length), "--seconds", str(options.seconds), "--variant"]
     command += [text for text in options.variant if variants.read(text).framework == "torch"]

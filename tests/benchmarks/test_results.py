@@ -172,33 +172,52 @@ def test_the_readmes_steps_are_measured():
     (text,) = (
         part for part in README.split("\n\n") if part.startswith("| model | rows | tokens/s")
     )
-    found: dict[tuple[str, int, str], set[str]] = {}
+    found: dict[tuple[str, bool, int, str], set[str]] = {}
     for path in RESULTS.glob("h200-train-step-*.json"):
         for step in map(from_json, json.loads(path.read_text())):
             if step.variant.bits == "repeatable" and step.measured and step.tokens_per_s:
                 mfu = f"{step.mfu:.1%}"
                 cells = {f"{step.tokens_per_s:,.0f}", mfu, f"{step.measured.peak_gb:.1f}"}
-                key = step.model, step.variant.rows, step.variant.framework
+                key = step.model, bool(step.checkpoint), step.variant.rows, step.variant.framework
                 found[key] = found.get(key, set()) | cells
     names = {
         "SmolLM2 135M": "smollm2-135m",
-        "Gemma 3 270M, random weights": "gemma3-270m",
+        "Gemma 3 270M": "gemma3-270m",
         "Llama 3.2 1B": "llama3.2-1b",
         "Gemma 2 2B": "gemma2-2b",
     }
+    in_words = (RESULTS / "h200-train-step-torch.txt").read_text()
     lines = text.splitlines()[2:]
-    assert len(lines) == 5
+    assert len(lines) == 4
     for line in lines:
-        name, rows, speed, peer, mfu, memory = (cell.strip() for cell in line.split("|")[1:-1])
-        if name not in names:  # the whole run's
-            whole = json.loads((RESULTS / "h200-whole-run.json").read_text())
-            ms = whole["training"]["step_ms"]
-            assert (rows, speed) == ("16", f"{16 * 1024 / ms * 1e3:,.0f}")
-            assert f"killed at step {whole['killed']['at_step']} and resumed" in README
-            continue
-        assert {speed, mfu, memory} <= found[names[name], int(rows), "jax"], name
-        peers = {cell for key, some in found.items() if key[0] == names[name] for cell in some}
-        assert not peer or peer in peers, name
+        what, rows, speed, peer, mfu, memory = (cell.strip() for cell in line.split("|")[1:-1])
+        name, weights = what.split(", ")
+        own = weights == "its own weights on Alpaca"
+        assert own or weights == "random weights"
+        assert {speed, mfu, memory} <= found[names[name], own, int(rows), "jax"], name
+        peers = {
+            cell
+            for (model, _, _, framework), some in found.items()
+            if (model, framework) == (names[name], "torch")
+            for cell in some
+        }
+        assert not peer or peer in peers or f" {peer} " in in_words, name
+    said = " ".join(README.split())
+    assert "without them 16 rows took 179,293 tokens/s" in said
+    assert "179,293" in found["gemma3-270m", False, 16, "torch"]
+    whole = json.loads((RESULTS / "h200-whole-run.json").read_text())
+    assert f"killed at step {whole['killed']['at_step']} of 300 and resumed" in said
+
+
+def test_the_readmes_starts_are_measured():
+    lines = (RESULTS / "h200-starts.txt").read_text().splitlines()
+    found = [re.search(r"process (\d) +first step +([0-9.]+) s", line) for line in lines]
+    seconds = [(match[1], float(match[2])) for match in found if match]
+    cold = [x for number, x in seconds if number == "1"]
+    warm = [x for number, x in seconds if number != "1"]
+    said = " ".join(README.split())
+    assert f"is there {min(cold):.0f} to {max(cold):.0f} seconds after" in said
+    assert f"in later processes after {min(warm):.1f} to {max(warm):.1f}." in said
 
 
 def test_what_precision_costs():

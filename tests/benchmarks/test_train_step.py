@@ -32,6 +32,19 @@ def test_a_row_is_read_as_it_was_written():
         assert train_step.from_json(json.loads(json.dumps(dataclasses.asdict(row)))) == row
 
 
+def test_pytorch_has_the_device_to_itself(monkeypatch, capsys):
+    asked = []
+
+    def rows(model, variants, framework, options):
+        asked.append((model, framework))
+        return [ROW]
+
+    monkeypatch.setattr(train_step, "_rows", rows)
+    assert train_step.main(["--model", "nano", "--variant", "", "torch,beta=0"]) == 0
+    assert asked == [("nano", "torch"), ("nano", "jax")]
+    assert capsys.readouterr().out.count("| nano |") == 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
