@@ -6,7 +6,8 @@
     dC_v = Σ_n P̃_nv · (a_n / l_n)·E_n
 
 so that nothing of P has to be touched again once l is known. The target enters as one changed entry
-a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1.
+a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1. Where r misses lse by more
+than numbers hold, the group's P̃ is made again with r_n = lse_n for those tokens.
 
 Tokens without a loss cost nothing: the others come first, and only their blocks are computed.
 
@@ -30,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsce import formula
 from lsce.backends import Arrays
 from lsce.backends.hopper.call import Call
-from lsce.backends.hopper.forward import hot_sums, target_logit
+from lsce.backends.hopper.forward import hot_sums, run_forward, target_logit
 from lsce.backends.hopper.kernels.entries import change_entries
 from lsce.backends.hopper.kernels.head_gradient import head_gradient
 from lsce.backends.hopper.kernels.hidden_gradient import accumulate_hidden
@@ -44,8 +45,11 @@ from lsce.varying import varying
 from lsce.wanted import Wanted
 
 SHIFT = 16.0
-"""Nats above the bound at which P̃ is 1: leaves 104 for a token whose probability the bound missed,
-and e^−71 below which terms vanish. A token with a loss above 104 nats makes the loss infinite."""
+"""Nats above the bound at which P̃ is 1, as a token may have more than its bound tells. Terms below
+e^−71 of the bound vanish."""
+RANGE = 44.0
+"""Nats by which r may miss lse, as it does at no loss below 60. P̃ and l would be finite up to twice
+that, but a_n / l_n times a small hidden state and a small weight must not vanish either."""
 
 
 def refuses(call: Call) -> str | None:
@@ -243,37 +247,12 @@ def _gradients(
         group=tiles.cluster,
         together=tiles.together(d),
     )
-    ones, none = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
-    no_target = jnp.full(rows, -1, jnp.int32)
-    vectors = Vectors(tokens.bound * LOG2E, ones, none, none, ones, no_target)
-    l = none
-    for part in storage.parts:
-        probabilities(
-            tokens.hidden,
-            head,
-            None,
-            vectors,
-            work,
-            zero + part.chunk,
-            part.p_ref,
-            part.kept_ref,
-            gathered=False,
-            scale=p.logit_scale,
-            softcap=p.softcap,
-            smooth=False,
-            v=p.v,
-            panels=part.panels,
-            only_p=True,
-            **options,
-        )
-        # Slots are column tile · blocks + block.
-        l = l + part.kept_ref[: part.tiles * rows].reshape(part.tiles, rows).sum(0)
-    l = jnp.where(tokens.in_use, l, 1.0)  # where nobody wrote there may be anything
-    lse = tokens.bound + jnp.log(l)
+    bound, l = _in_range(call, tokens, head, storage, work, zero)
+    lse = bound + jnp.log(l)
     factor = formula.softmax_weight(p, lse) * p.logit_scale
     scale = tokens.weights * factor / l
     slope = formula.softcap_slope(p, tokens.target)
-    hit = jnp.exp(tokens.target - tokens.bound) * slope
+    hit = jnp.exp(tokens.target - bound) * slope
     hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
     dh_ref = storage.dh_refs[rows]
     dh_ref[...] = jnp.zeros(dh_ref.shape, jnp.float32)
@@ -326,6 +305,58 @@ def _gradients(
     if wanted.hidden:
         dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * p.v)[:, None] * center[None, :]
     return lse, dh, _zero_after(*ends)
+
+
+def _in_range(
+    call: Call, tokens: Tokens, head, storage: Storage, work: plan.Work, zero
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """Writes P̃ of a group; r, and l within the range of it.
+
+    The second time there is nothing to do but where a token was beyond it, and then the forward
+    kernel says what its lse is. No step of the host's depends on that: both kernels are given no
+    tokens, and end at once.
+    """
+    l = _probabilities(call, tokens, head, storage, work, zero)
+    beyond = ~(jnp.abs(jnp.log(l)) <= RANGE)  # NaN too
+    live = jnp.where(beyond.any(), tokens.in_use.sum(dtype=jnp.int32), 0)
+    lse = run_forward(call, tokens.hidden, head, None, None, live).lse
+    r = jnp.where(beyond & jnp.isfinite(lse), lse, tokens.bound)
+    work = work._replace(first_item=jnp.where(live > 0, work.first_item, 0))
+    return r, _probabilities(call, tokens._replace(bound=r), head, storage, work, zero)
+
+
+def _probabilities(
+    call: Call, tokens: Tokens, head, storage: Storage, work: plan.Work, zero
+) -> Float[Array, " rows"]:
+    """Writes P̃ of the pairs in `work`; l of all that is written by now, 1 for unused rows."""
+    p, rows = call.problem, tokens.hidden.shape[0]
+    ones, l = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
+    no_target = jnp.full(rows, -1, jnp.int32)
+    vectors = Vectors(tokens.bound * LOG2E, ones, l, l, ones, no_target)
+    for part in storage.parts:
+        probabilities(
+            tokens.hidden,
+            head,
+            None,
+            vectors,
+            work,
+            zero + part.chunk,
+            part.p_ref,
+            part.kept_ref,
+            tiles=call.tiles.fused,
+            gathered=False,
+            scale=p.logit_scale,
+            softcap=p.softcap,
+            smooth=False,
+            v=p.v,
+            panels=part.panels,
+            only_p=True,
+            ctas=call.ctas,
+            interpret=call.interpret,
+        )
+        # Slots are column tile · blocks + block.
+        l = l + part.kept_ref[: part.tiles * rows].reshape(part.tiles, rows).sum(0)
+    return jnp.where(tokens.in_use, l, 1.0)  # where nobody wrote there may be anything
 
 
 def _zero_after(*ends: Array) -> Int[Array, " 1"]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import (
+    Case,
     Inputs,
     Result,
     Shape,
@@ -325,6 +326,30 @@ def test_fused(subject, limits, layout, weights, monkeypatch):
     )
     step.cache_clear()
     assert_no_worse(got, this)
+
+
+@pytest.mark.parametrize("limits", [{}, {"FUSED_BYTES": 1, "FUSED_WHOLE_BYTES": 1}])
+def test_fused_with_losses_of_any_size(subject, limits, monkeypatch):
+    """Of 100s and 1,000s of nats, far above what is known of them before the forward."""
+    for name, most in limits.items():
+        monkeypatch.setattr(tiles, name, most)
+    step.cache_clear()
+    if subject.implementation == "hopper":
+        assert_fused(subject.even)
+    given = case(subject.even, "bfloat16").inputs
+    tokens = np.flatnonzero(given.labels >= 0)[-3:]
+    hidden = given.hidden.copy()
+    hidden[tokens] *= np.array([[60.0], [150.0], [1000.0]], BF16)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-4, "reduction": "sum"}
+    this = Case(given._replace(hidden=hidden), options)
+    assert this.truth.stats is not None
+    assert np.all(this.truth.stats.loss[tokens] > (60, 150, 1000))
+    got = run(subject.implementation, this.inputs, **options, gradient_filter="fused")
+    step.cache_clear()
+    assert_no_worse(got, this)
+    for token in tokens:
+        true, found = this.truth.grads["hidden"][token], got.grads["hidden"][token]
+        assert relative_error(found, true) < 0.02
 
 
 def assert_fused(shape: Shape) -> None:
