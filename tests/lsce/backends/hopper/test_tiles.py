@@ -68,6 +68,18 @@ def test_flat_tokens_are_looked_for_where_they_fit_in_the_memory_of_others(n, d,
 
 
 @pytest.mark.parametrize(
+    ("n", "d", "v", "chunks"),
+    [(2048, 640, 262_144, 8), (512, 640, 262_144, 8), (4096, 3584, 152_064, 10)],
+)
+def test_few_tokens_have_few_chunks_of_8_bits(n, d, v, chunks):
+    """In no more memory than 8,192 tokens may take, nor than a quarter of what optax needs."""
+    columns = 256 * choose.heuristic(n, d, v, 132).tail.slots_per_block
+    assert choose.cdiv(v, columns) == chunks
+    assert 2 * columns * (n + d) <= n * v
+    assert 2 * columns * (n + d) <= 2 * 256 * tiles.Tiles().tail.slots_per_block * (8192 + d)
+
+
+@pytest.mark.parametrize(
     ("n", "d", "v", "fewer"),
     [(32768, 4096, 32000, True), (8192, 4096, 32000, False), (32768, 576, 49152, False)],
 )
