@@ -1,13 +1,15 @@
 """Gradients made in the forward pass, in Mosaic GPU's interpreter."""
 
 import re
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import Case, assert_no_worse, case, ours
+from contract import Case, Result, assert_no_worse, case, ours
 from hopper_on_cpu import CANDIDATE, problem
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
 from lsce.backends import Arrays, hopper
@@ -265,6 +267,59 @@ def test_fused_removes_a_token_beyond_its_range(z_loss, made_again):
     assert made_again == [0]
     assert_no_worse(got, this)
     assert not np.any(got.grads["hidden"][token])
+
+
+def fp8(this: Case, *, detect_races: bool = False, **options) -> Result:
+    options = this.options | {"gradient_filter": "fp8", "return_stats": False} | options
+    with hopper.interpreted(detect_races=detect_races):
+        return ours(CANDIDATE, this.inputs, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+def test_fp8_makes_the_gradients_of_few_tokens_in_the_forward(monkeypatch):
+    """With most of P in dC, which is written in four steps: no step overwrites what one reads."""
+    with_gradients = Mock(side_effect=fused.with_gradients)
+    monkeypatch.setattr(fused, "with_gradients", with_gradients)
+    this, _ = with_losses(case((200, 256, 1024), "bfloat16", label_smoothing=0.1), 100.0)
+    assert tiles.layout_within_dc(200, 256, 1024, 256) == (1, 1)
+    got = fp8(this, detect_races=True)
+    assert not gpu_callbacks.get_races().races_found
+    assert with_gradients.called
+    assert_no_worse(got, this)
+    with_gradients.reset_mock()
+    each = Case(this.inputs, this.options | {"reduction": "none"})
+    assert_no_worse(fp8(each), each)
+    assert not with_gradients.called
+
+
+@pytest.mark.parametrize(
+    ("changes", "argnums", "in_the_forward"),
+    [
+        ({}, (0, 1), True),
+        ({}, 1, True),
+        ({}, 0, False),
+        ({"n": 2560}, (0, 1), False),
+        ({"precision": "fp8"}, (0, 1), False),
+    ],
+    ids=["", "frozen hidden", "frozen head", "more tokens", "a forward in 8 bits"],
+)
+def test_where_fp8_makes_them_in_the_forward(changes, argnums, in_the_forward):
+    p = problem(**{"n": 2048, "gradient_filter": "fp8"} | changes)
+    arrays = (
+        jax.ShapeDtypeStruct((p.n, p.d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((p.v, p.d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((p.n,), jnp.int32),
+    )
+
+    def total(hidden, head, labels):
+        given, ones = Arrays(hidden, head, labels), jnp.ones(p.n, jnp.float32)
+        return weighted(hopper.BACKEND, p, given, ones, summed=True)[0]
+
+    step = jax.jit(jax.grad(total, argnums=argnums))
+    text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    names = "change_entries", "tail_terms"
+    assert [f"lsce_{name}" in text for name in names] == [in_the_forward, not in_the_forward]
 
 
 @pytest.mark.slow

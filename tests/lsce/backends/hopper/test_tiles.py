@@ -119,6 +119,21 @@ def test_fused_layouts_fit(n, d, v):
         assert in_each == 1 or 2 * (in_each - 1) * 256 * v < most
 
 
+@given(n=st.integers(1, 10_000), d=st.integers(1, 128), v=st.integers(1, 1200))
+def test_no_chunk_of_dc_is_written_over_the_p_of_one_that_is_not(n, d, v):
+    d, v = 64 * d, 256 * v
+    layout = tiles.layout_within_dc(n, d, v, 256)
+    rows = -(-n // 256) * 256
+    assert (layout is not None) == (rows <= d // 256 * 256)
+    if layout is None:
+        return
+    assert layout.groups == 1
+    # Tiles of 128 × 256, side by side in dC: those of all chunks up to one, but the first.
+    for tile in range(layout.own, v // 256, layout.own):
+        in_dc = -(-tile * (rows // 128) // (d // 256)) * 128
+        assert in_dc <= tile * 256
+
+
 def test_fused_layouts():
     assert tiles.fused_layout(8192, 4096, 32_000, 256) == (1, 125)
     # P of the last columns fits into dC of the others, and of one tile more it would not.
