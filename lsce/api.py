@@ -77,14 +77,16 @@ def linear_cross_entropy(
         V that is no multiple of 8 and a D that is none of 64; `lsce.explain` says how much.
       gradient_filter: permission to drop small probabilities from the gradient, never from the
         loss: None is exact, a float ε drops those below ε, "fused" lets a backend make exact
-        gradients in the forward pass (on Hopper a token with a loss above 104 nats then makes the
-        loss infinite; with a bias, statistics, smoothing under a softcap, or a V that is no
-        multiple of 256 they are made afterwards all the same, as `lsce.explain` says; the
-        derivative of a scan keeps those of each step, unless `jax.checkpoint` is around it), "auto"
-        leaves it to the backend, and "hidden" is "auto" for hidden's gradient, the others exact.
+        gradients in the forward pass (on Hopper with a bias, statistics, smoothing under a softcap,
+        or a V that is no multiple of 256 they are made afterwards all the same, as `lsce.explain`
+        says; the derivative of a scan keeps those of each step, unless `jax.checkpoint` is around
+        it), "auto" leaves it to the backend, and "hidden" is "auto" for hidden's gradient, the
+        others exact.
         "fp8" drops nothing: what lies below ε is computed from 8-bit operands instead (on Hopper;
         "auto" takes it there in large calls whose tokens are flat, without a bias or a cap, where
-        that needs no more memory than the filter).
+        that needs no more memory than the filter). The gradients of a sum or a mean of up to D
+        tokens, head's among them, it makes as "fused" does, where that can, in less memory: a scan
+        keeps them for each step then, too.
       precision: permission to compute the loss from 8-bit operands where a logit says little:
         "fp8" (on Hopper, without a softcap and statistics; never taken unasked). What has more than
         2^-7 of any token's probability is computed in 16 bits beside it. A token's loss is then off

@@ -47,7 +47,7 @@ def weighted(
         each = formula.weighted(weights, losses)
         return (jnp.sum(each) if summed else each), stats
     call = backend.call(problem) if call is None else call
-    fusing = problem.gradient_filter == "fused" and summed
+    fusing = problem.gradient_filter in ("fused", "fp8") and summed
     if fusing and isinstance(backend, Fused) and backend.unfused(problem) is None:
         return _call(arrays, weights, function=_fused, backend=backend, call=call)
     each, stats = _call(arrays, weights, function=_each, backend=backend, call=call)

@@ -105,7 +105,8 @@ class Differentiated(Backend, Protocol):
 
 @runtime_checkable
 class Fused(Differentiated, Protocol):
-    """A backend that can also make the gradients in its forward pass (gradient_filter="fused")."""
+    """A backend that can also make the gradients of a sum in its forward pass, as "fused" asks and
+    "fp8" allows."""
 
     def unfused(self, problem: Problem) -> str | None:
         """Why this problem's gradients are made afterwards all the same; None if they are not."""

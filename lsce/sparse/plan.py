@@ -138,20 +138,31 @@ def _placed(values: Array, place: Array, valid: Array, size: int) -> Int[Array, 
 
 
 def dense_work(
-    blocks: int, live: Int[Array, ""], tiles: int, *, slots: int, group: int, together: int
+    blocks: int,
+    live: Int[Array, ""],
+    tiles: int,
+    *,
+    slots: int,
+    group: int,
+    together: int,
+    kept: bool = False,
 ) -> Work:
     """All tiles of the first `live` blocks, in whole groups.
 
     The number of chunks is static, and so is each pair's slot: a tile has one for every block.
     About `together` groups at a time, equally many each time, go through a chunk's tiles: then the
     L2 serves their hidden states, and a chunk's rows of the head are read again.
+
+    Every chunk has the first one's slots; where P is `kept` the chunks after it have slots of their
+    own, counted anew in another buffer.
     """
     live = (live + group - 1) // group * group
     per_chunk = slots // blocks
     chunks = cdiv(tiles, per_chunk)
     first_tile = jnp.minimum(jnp.arange(chunks + 1) * per_chunk, tiles).astype(jnp.int32)
     t, b = jnp.arange(tiles, dtype=jnp.int32), jnp.arange(blocks, dtype=jnp.int32)
-    tile_slot = t % per_chunk * blocks
+    place = jnp.where(t < per_chunk, t, t - per_chunk) if kept else t % per_chunk
+    tile_slot = place * blocks
     groups = jnp.maximum(live // group, 1)
     at_a_time = cdiv(groups, cdiv(groups, together))
     i = jnp.arange(tiles * (blocks // group), dtype=jnp.int32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import itertools
 import sys
 import types
 from fractions import Fraction
@@ -390,8 +391,8 @@ class TestChoice:
             assert total == pytest.approx(2.0 * size)
             return set(stub.calls)
 
-        for reduction in ("mean", "sum"):
-            options = {"gradient_filter": "fused", "reduction": reduction}
+        for reduction, choice in itertools.product(("mean", "sum"), ("fused", "fp8")):
+            options = {"gradient_filter": choice, "reduction": reduction}
             assert "fused" in calls(FusedStub(), **options)
             assert "backward" not in calls(FusedStub(), **options)
             assert calls(FusedStub(why_not="cold"), **options) == {"forward", "backward"}

@@ -68,7 +68,9 @@ class Hopper:
 
     def remark(self, problem: Problem) -> str | None:
         exact = None
-        if problem.gradient_filter == "fp8" and not call_of(problem).tail:
+        if problem.gradient_filter == "fp8" and self.unfused(problem) is None:
+            exact = "gradients of a sum or a mean are exact and made in the forward: P fits into dC"
+        elif problem.gradient_filter == "fp8" and not call_of(problem).tail:
             exact = "gradients are exact: too few for 8 bits to pay"
         high = None
         if problem.precision == "fp8" and (why := needs_16_bits(problem)):
@@ -115,6 +117,10 @@ class Hopper:
     ) -> tuple[Float[Array, " N"], Arrays]:
         from lsce.backends.hopper import fused
 
+        if call.problem.gradient_filter == "fp8" and not wanted.head:
+            # Without a dC P would have no place.
+            (losses, _), kept = self.forward(call, arrays, keep=True)
+            return losses, self.backward(call, kept, wanted, weights, mark)
         arrays = padded(call.problem, arrays)
         weights = to_rows(weights, arrays.labels.shape[0])
         losses, grads = fused.with_gradients(call, arrays, weights, wanted, mark)

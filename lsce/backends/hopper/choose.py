@@ -51,7 +51,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     width = max(min(19_000_000 // d, v // 5, 32_768) // 512, 4) * 512
     # Few tokens make fewer tiles of dE than there are CTAs, unless each is cut into several sums.
     splits = min(max(ctas // (cdiv(n, BLOCK) * cdiv(d, wide) or 1), 1), 4)
-    of_tail = max(2, min(Tiles().tail.slots_per_block, most, tail_within_a_quarter(n, d, v)))
+    of_tail = max(2, min(column_tiles // 8, tail_within_a_quarter(n, d, v)))
     width, slots = within_a_quarter(n, d, v, width, BackwardTiles().slots_per_block)
     sparse = BackwardTiles(
         width=width,
@@ -96,11 +96,16 @@ def tail_within_a_quarter(n: int, d: int, v: int) -> int:
     """Column tiles of a chunk of the tail, as many as keep the same promise, 4 at least.
 
     A column takes 2 bytes a token and as many a hidden entry: the terms and the head's row, each
-    in 8 bits twice. Where nothing is to be won, as many as may.
+    in 8 bits twice. Few tokens have more columns, since a chunk's kernels take their time whatever
+    their size: as many as take what `slots_per_block` tiles take with 8,192 tokens. Where nothing
+    is to be won as many as may, but no more than a quarter of the 4NV bytes for that.
     """
-    tile_c, most = Tiles().tail.tile_c, Tiles().tail.slots_per_block
+    tiles = Tiles().tail
+    bytes_of_tile = 2 * tiles.tile_c * (n + d)
+    most = tiles.slots_per_block * (8192 + d) // (n + d)
+    most = max(tiles.slots_per_block, min(most, n * v // bytes_of_tile))
     left = n * v - 6 * n * d - 3 * (n + v) * d // 2 - 20_000_000
-    return most if left <= 0 else max(left // (2 * tile_c * (n + d)), 4)
+    return most if left <= 0 else min(max(left // bytes_of_tile, 4), most)
 
 
 def tail_within_a_filter(n: int, d: int, v: int, sparse: BackwardTiles) -> int:

@@ -6,13 +6,15 @@
     dC_v = Σ_n P̃_nv · (a_n / l_n)·E_n
 
 so that nothing of P has to be touched again once l is known. The target enters as one changed entry
-a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1.
+a row, P̃_{n,y} −= w_n(1−β)·scale·l_n / a_n, and the smoothing as rank 1. Where r misses lse by more
+than numbers hold, the group's P̃ is made again with r_n = lse_n for those tokens.
 
 Tokens without a loss cost nothing: the others come first, and only their blocks are computed.
 
 P is bfloat16, N·V of it. Up to a size all of it is kept: that of the last columns lies where dC of
-the others will be, which is written last. Beyond that the tokens come in groups, and dC is carried
-from one to the next as a sum of two bfloat16 arrays, 16 bits of mantissa, and rounded at the end.
+those before them will be, which is written later. Beyond that the tokens come in groups, and dC is
+carried from one to the next as a sum of two bfloat16 arrays, 16 bits of mantissa, and rounded at
+the end.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce import formula
 from lsce.backends import Arrays
 from lsce.backends.hopper.call import Call
-from lsce.backends.hopper.forward import hot_sums, target_logit
+from lsce.backends.hopper.forward import hot_sums, run_forward, target_logit
 from lsce.backends.hopper.kernels.entries import change_entries
 from lsce.backends.hopper.kernels.head_gradient import head_gradient
 from lsce.backends.hopper.kernels.hidden_gradient import accumulate_hidden
 from lsce.backends.hopper.kernels.lse_forward import LOG2E
 from lsce.backends.hopper.kernels.probabilities import Vectors, probabilities
-from lsce.backends.hopper.tiles import fused_layout
 from lsce.problem import cdiv
 from lsce.sparse import plan
 from lsce.sparse.tokens import BLOCK, arrange, order_tokens
@@ -44,13 +46,21 @@ from lsce.varying import varying
 from lsce.wanted import Wanted
 
 SHIFT = 16.0
-"""Nats above the bound at which P̃ is 1: leaves 104 for a token whose probability the bound missed,
-and e^−71 below which terms vanish. A token with a loss above 104 nats makes the loss infinite."""
+"""Nats above the bound at which P̃ is 1, as a token may have more than its bound tells. Terms below
+e^−71 of the bound vanish."""
+RANGE = 44.0
+"""Nats by which r may miss lse, as it does at no loss below 60. P̃ and l would be finite up to twice
+that, but a_n / l_n times a small hidden state and a small weight must not vanish either."""
 
 
 def refuses(call: Call) -> str | None:
-    """Why the gradients are made afterwards, as in exact mode, in spite of the wish."""
+    """Why the gradients are made afterwards, though "fused" wishes or "fp8" allows that they are
+    not."""
     p, tiles = call.problem, call.tiles.fused
+    if call.low:
+        return "logits are in 8 bits"
+    if call.fused_layout is None:
+        return "P does not fit where dC will be"
     if p.return_stats:
         return "the statistics need a pass of their own"
     if p.has_bias:
@@ -63,7 +73,7 @@ def refuses(call: Call) -> str | None:
 
 
 class Part(NamedTuple):
-    """Some of the column tiles, and where their P is."""
+    """Some of the column tiles, the first or the others, and where their P is."""
 
     chunk: int
     tiles: int
@@ -82,6 +92,13 @@ class Part(NamedTuple):
         row = slot // self.panels * BLOCK + token % BLOCK
         column = slot % self.panels * tile_c + labels % tile_c
         return jnp.where(here, row, -1), column
+
+    def steps(self, work: plan.Work) -> list[int]:
+        """The chunks of `work` that this part is, in the order in which their dC is written.
+
+        P of the last ones lies where dC of those before them goes.
+        """
+        return [0] if self.chunk == 0 else [*range(1, work.first_tile.shape[0] - 1)][::-1]
 
 
 class Tokens(NamedTuple):
@@ -120,7 +137,7 @@ def with_gradients(
 ) -> tuple[Float[Array, " N"], Arrays]:
     """The losses, dE and dC of their weighted sum, None where nobody asked."""
     hidden, head, labels, _, _ = arrays
-    p, tiles = call.problem, call.tiles.fused
+    p = call.problem
     rows = arrange(hidden, labels, order_tokens(labels), 2 * BLOCK)
     e, y, n = rows.hidden, rows.labels, rows.hidden.shape[0]
     w = jnp.zeros(n, jnp.float32).at[rows.row_of_token].set(weights, unique_indices=True)
@@ -131,7 +148,8 @@ def with_gradients(
     center, r = lax.optimization_barrier((jnp.mean(head, axis=0, dtype=jnp.float32), r))
     mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
-    count, own = fused_layout(n, e.shape[1], p.v, tiles.tile_c)
+    assert call.fused_layout is not None
+    count, own = call.fused_layout
     most = cdiv(n, 2 * BLOCK * count) * 2 * BLOCK
     sizes = {most, n - (count - 1) * most}
     storage = _storage(call, wanted, head, own, sizes, carried=count > 1 and wanted.head)
@@ -242,38 +260,15 @@ def _gradients(
         slots=storage.own * blocks,
         group=tiles.cluster,
         together=tiles.together(d),
+        kept=True,
     )
-    ones, none = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
-    no_target = jnp.full(rows, -1, jnp.int32)
-    vectors = Vectors(tokens.bound * LOG2E, ones, none, none, ones, no_target)
-    l = none
-    for part in storage.parts:
-        probabilities(
-            tokens.hidden,
-            head,
-            None,
-            vectors,
-            work,
-            zero + part.chunk,
-            part.p_ref,
-            part.kept_ref,
-            gathered=False,
-            scale=p.logit_scale,
-            softcap=p.softcap,
-            smooth=False,
-            v=p.v,
-            panels=part.panels,
-            only_p=True,
-            **options,
-        )
-        # Slots are column tile · blocks + block.
-        l = l + part.kept_ref[: part.tiles * rows].reshape(part.tiles, rows).sum(0)
-    l = jnp.where(tokens.in_use, l, 1.0)  # where nobody wrote there may be anything
-    lse = tokens.bound + jnp.log(l)
+    in_parts = _in_parts(work)
+    bound, l = _in_range(call, tokens, head, storage, in_parts, zero)
+    lse = bound + jnp.log(l)
     factor = formula.softmax_weight(p, lse) * p.logit_scale
     scale = tokens.weights * factor / l
     slope = formula.softcap_slope(p, tokens.target)
-    hit = jnp.exp(tokens.target - tokens.bound) * slope
+    hit = jnp.exp(tokens.target - bound) * slope
     hit = hit - (1.0 - p.label_smoothing) * p.logit_scale * l / factor * slope
     dh_ref = storage.dh_refs[rows]
     dh_ref[...] = jnp.zeros(dh_ref.shape, jnp.float32)
@@ -289,7 +284,7 @@ def _gradients(
             accumulate_hidden(
                 part.p_ref,
                 head,
-                work,
+                in_parts,
                 zero + part.chunk,
                 dh_ref,
                 gathered=False,
@@ -304,28 +299,90 @@ def _gradients(
         constant = jnp.pad(row, (0, padded_d - d))
     scaled = (tokens.hidden.astype(jnp.float32) * scale[:, None]).astype(tokens.hidden.dtype)
     low_ref, add, split = carry or (None, False, False)
-    # The last columns first: their P lies where the others' dC goes.
     for part in reversed(storage.parts) if wanted.head else ():
-        head_gradient(
-            None if part.p_ref is storage.dhead_ref else part.p_ref,
-            scaled,
-            work,
-            zero + part.chunk,
-            constant + poison,
-            storage.dhead_ref,
-            gathered=False,
-            low_ref=low_ref,
-            add=add,
-            split=split,
-            panels=part.panels,
-            **options,
-        )
+        for step in part.steps(work):
+            head_gradient(
+                None if part.p_ref is storage.dhead_ref else part.p_ref,
+                scaled,
+                work,
+                zero + step,
+                constant + poison,
+                storage.dhead_ref,
+                gathered=False,
+                low_ref=low_ref,
+                add=add,
+                split=split,
+                panels=part.panels,
+                **options,
+            )
     ends = [storage.dhead_ref[0, 0]] if wanted.head else []
     ends += [dh_ref[0, 0, 0]] if wanted.hidden else []
     dh = jnp.zeros((0, d), jnp.float32)
     if wanted.hidden:
         dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * p.v)[:, None] * center[None, :]
     return lse, dh, _zero_after(*ends)
+
+
+def _in_parts(work: plan.Work) -> plan.Work:
+    """The same in a chunk for each part: only dC has to be written in more steps."""
+    ends = np.unique([0, 1, work.first_tile.shape[0] - 1])
+    return work._replace(
+        first_tile=work.first_tile[ends],
+        first_item=work.first_item[ends],
+        first_of_block=work.first_of_block[ends],
+    )
+
+
+def _in_range(
+    call: Call, tokens: Tokens, head, storage: Storage, work: plan.Work, zero
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """Writes P̃ of a group; r, and l within the range of it.
+
+    The second time there is nothing to do but where a token was beyond it, and then the forward
+    kernel says what its lse is. No step of the host's depends on that: both kernels are given no
+    tokens, and end at once.
+    """
+    l = _probabilities(call, tokens, head, storage, work, zero)
+    beyond = ~(jnp.abs(jnp.log(l)) <= RANGE)  # NaN too
+    live = jnp.where(beyond.any(), tokens.in_use.sum(dtype=jnp.int32), 0)
+    lse = run_forward(call, tokens.hidden, head, None, None, live).lse
+    r = jnp.where(beyond & jnp.isfinite(lse), lse, tokens.bound)
+    work = work._replace(first_item=jnp.where(live > 0, work.first_item, 0))
+    return r, _probabilities(call, tokens._replace(bound=r), head, storage, work, zero)
+
+
+def _probabilities(
+    call: Call, tokens: Tokens, head, storage: Storage, work: plan.Work, zero
+) -> Float[Array, " rows"]:
+    """Writes P̃ of the pairs in `work`; l of all that is written by now, 1 for unused rows."""
+    p, rows = call.problem, tokens.hidden.shape[0]
+    ones, l = jnp.ones(rows, jnp.float32), jnp.zeros(rows, jnp.float32)
+    no_target = jnp.full(rows, -1, jnp.int32)
+    vectors = Vectors(tokens.bound * LOG2E, ones, l, l, ones, no_target)
+    for part in storage.parts:
+        probabilities(
+            tokens.hidden,
+            head,
+            None,
+            vectors,
+            work,
+            zero + part.chunk,
+            part.p_ref,
+            part.kept_ref,
+            tiles=call.tiles.fused,
+            gathered=False,
+            scale=p.logit_scale,
+            softcap=p.softcap,
+            smooth=False,
+            v=p.v,
+            panels=part.panels,
+            only_p=True,
+            ctas=call.ctas,
+            interpret=call.interpret,
+        )
+        # Slots are column tile · blocks + block.
+        l = l + part.kept_ref[: part.tiles * rows].reshape(part.tiles, rows).sum(0)
+    return jnp.where(tokens.in_use, l, 1.0)  # where nobody wrote there may be anything
 
 
 def _zero_after(*ends: Array) -> Int[Array, " 1"]:

@@ -199,7 +199,8 @@ class FusedLayout(NamedTuple):
     groups: int
     """Into how many groups of whole pairs of blocks the tokens are cut."""
     own: int
-    """How many of the column tiles lie in P's own buffer, the others in that of dC."""
+    """How many of the column tiles lie in P's own buffer. The others lie in that of dC, which is
+    written in chunks of so many tiles, the last ones first."""
 
 
 def fused_layout(n: int, d: int, v: int, tile_c: int) -> FusedLayout:
@@ -218,3 +219,13 @@ def fused_layout(n: int, d: int, v: int, tile_c: int) -> FusedLayout:
             return FusedLayout(1, own)
     in_each = cdiv(pairs, min(pairs, cdiv(rows * v * 2, FUSED_BYTES)))
     return FusedLayout(cdiv(pairs, in_each), column_tiles)  # none of them empty
+
+
+def layout_within_dc(n: int, d: int, v: int, tile_c: int) -> FusedLayout | None:
+    """All tokens at once with an eighth of P in its own buffer, None where N > D.
+
+    P of one chunk takes at most as many rows of dC as the chunk has, so that P of all chunks up to
+    one lies in dC's rows of those before it, which are written after it.
+    """
+    rows = cdiv(n, 2 * BLOCK) * 2 * BLOCK
+    return FusedLayout(1, cdiv(cdiv(v, tile_c), 8)) if rows <= d // tile_c * tile_c else None

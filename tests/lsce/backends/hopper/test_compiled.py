@@ -74,6 +74,7 @@ MEMORY = """
         "dE filtered, dC not": megabytes(gradients("hidden")),
         "fused": megabytes(gradients("fused")),
         "fp8": megabytes(gradients("fp8")),
+        "fp8, few tokens": megabytes(gradients("fp8"), n=2048),
         "forward, small logits in 8 bits": megabytes(functools.partial(loss, precision="fp8")),
         "default, small logits in 8 bits": megabytes(gradients("auto", precision="fp8")),
         "fused, frozen head": megabytes(jax.grad(some("fused")), n=16384),
@@ -141,6 +142,8 @@ def test_memory_at_the_papers_shape():
     assert 1161 < memory["fused"] <= 5000
     # With the terms and the gathered head in 8 bits, and without anything of 32 bits of their size.
     assert 1161 < memory["fp8"] <= 1458
+    # An eighth of P, the float32 sums of dE and the hidden states beside the gradients.
+    assert 1134 < memory["fp8, few tokens"] <= 1323
     # The head in 8 bits (562 MB), which lies where dC will, and hidden states in order.
     assert 562 < memory["forward, small logits in 8 bits"] <= 647
     assert 1161 < memory["default, small logits in 8 bits"] <= 1399

@@ -1,17 +1,19 @@
 """Gradients made in the forward pass, in Mosaic GPU's interpreter."""
 
 import re
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import Case, assert_no_worse, case, ours
+from contract import Case, Result, assert_no_worse, case, ours
 from hopper_on_cpu import CANDIDATE, problem
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 import lsce
 from lsce.backends import Arrays, hopper
-from lsce.backends.hopper import choose, tiles
+from lsce.backends.hopper import choose, fused, tiles
 from lsce.backends.hopper.call import Call
 from lsce.loss import weighted
 from lsce.sparse import plan
@@ -174,38 +176,150 @@ def test_fused_programs_are_no_longer_for_more_tokens():
         text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
         return len(re.findall(r"call @(probabilities|accumulate_hidden|head_gradient)", text))
 
-    # For the first group, those between and the last.
-    assert kernels(131_072) == kernels(16_384) == 9
+    # For the first group, those between and the last; P is made twice, of nothing the second time.
+    assert kernels(131_072) == kernels(16_384) == 12
+
+
+def with_losses(this: Case, *factors: float) -> tuple[Case, np.ndarray]:
+    """Tokens whose hidden states are so many times as long, and which they are."""
+    weights = 1.0 if this.inputs.weights is None else this.inputs.weights
+    tokens = np.flatnonzero((this.inputs.labels >= 0) & (weights != 0.0))[-len(factors) :]
+    hidden = this.inputs.hidden.copy()
+    hidden[tokens] = hidden[tokens] * np.array(factors)[:, None]
+    return Case(this.inputs._replace(hidden=hidden), this.options), tokens
+
+
+@pytest.fixture
+def made_again(monkeypatch) -> list[int]:
+    """Receives how many tokens of each group are computed a second time."""
+    seen, run_forward = [], fused.run_forward
+
+    def recorded(*args):
+        jax.debug.callback(lambda live: seen.append(int(live)), args[-1])
+        return run_forward(*args)
+
+    monkeypatch.setattr(fused, "run_forward", recorded)
+    return seen
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter's products
-def test_fused_beyond_its_range_is_infinite_and_not_wrong():
-    this = case((20, 64, 256), "bfloat16", spread=300.0)
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"z_loss": 1e-4, "weights": True}])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((700, 64, 256), 3), ((200, 512, 1024), 1)], ids=["groups", "P within dC"]
+)
+def test_fused_beyond_its_range(shape, groups, options, made_again, monkeypatch):
+    """Losses of 100s and 1,000s of nats, whose P is made again, in their group alone."""
+    monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
+    this, tokens = with_losses(case(shape, "bfloat16", **options), 60.0, 150.0, 1000.0)
     with hopper.interpreted():
         got = ours(
             CANDIDATE, this.inputs, **this.options, gradient_filter="fused", return_stats=False
         )
-    assert 104 < this.truth.value < np.inf
-    assert got.value == np.inf
+        jax.effects_barrier()
+    for loss, least in zip(this.truth.stats.loss[tokens], (104, 300, 1000), strict=True):
+        assert loss > least
+    assert len(made_again) == groups
+    assert np.count_nonzero(made_again) == 1
+    assert_no_worse(got, this)
+    for token in tokens:
+        true = this.truth.grads["hidden"][token]
+        off = np.linalg.norm(got.grads["hidden"][token] - true)
+        assert off < 0.02 * np.linalg.norm(true)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_fused_of_what_is_not_finite(wrong, made_again):
+    """Made again once, and not finite still; the other tokens' gradients are as ever."""
+    given = case((40, 64, 256), "bfloat16").inputs
+    token = np.flatnonzero(given.labels >= 0)[0]
+    hidden = given.hidden.copy()
+    hidden[token, 0] = wrong
+    options = {"gradient_filter": "fused", "return_stats": False}
+    with hopper.interpreted():
+        got = ours(CANDIDATE, given._replace(hidden=hidden), **options)
+        right = ours(CANDIDATE, given, **options)
+        jax.effects_barrier()
+    assert [live > 0 for live in made_again] == [True, False]
+    assert not np.isfinite(got.value)
+    assert not np.isfinite(got.grads["hidden"][token].astype(np.float32)).all()
+    others = np.arange(40) != token
+    np.testing.assert_array_equal(got.grads["hidden"][others], right.grads["hidden"][others])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4])
-def test_fused_removes_a_token_beyond_its_range(z_loss):
-    this = case((40, 64, 256), "bfloat16", weights=True, z_loss=z_loss)
-    token = np.flatnonzero(this.inputs.labels >= 0)[0]
-    hidden, weights = this.inputs.hidden.copy(), this.inputs.weights.copy()
-    hidden[token] *= 100
+def test_fused_removes_a_token_beyond_its_range(z_loss, made_again):
+    this, (token,) = with_losses(
+        case((40, 64, 256), "bfloat16", weights=True, z_loss=z_loss), 100.0
+    )
+    weights = this.inputs.weights.copy()
     weights[token] = 0.0
-    this = Case(this.inputs._replace(hidden=hidden, weights=weights), this.options)
-    assert this.truth.stats.loss[token] > 200
+    this = Case(this.inputs._replace(weights=weights), this.options)
+    assert this.truth.stats.loss[token] > 104
     options = this.options | {"gradient_filter": "fused", "return_stats": False}
     with hopper.interpreted():
         got = ours(CANDIDATE, this.inputs, **options)
+        jax.effects_barrier()
+    assert made_again == [0]
     assert_no_worse(got, this)
     assert not np.any(got.grads["hidden"][token])
+
+
+def fp8(this: Case, *, detect_races: bool = False, **options) -> Result:
+    options = this.options | {"gradient_filter": "fp8", "return_stats": False} | options
+    with hopper.interpreted(detect_races=detect_races):
+        return ours(CANDIDATE, this.inputs, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+def test_fp8_makes_the_gradients_of_few_tokens_in_the_forward(monkeypatch):
+    """With most of P in dC, which is written in four steps: no step overwrites what one reads."""
+    with_gradients = Mock(side_effect=fused.with_gradients)
+    monkeypatch.setattr(fused, "with_gradients", with_gradients)
+    this, _ = with_losses(case((200, 256, 1024), "bfloat16", label_smoothing=0.1), 100.0)
+    assert tiles.layout_within_dc(200, 256, 1024, 256) == (1, 1)
+    got = fp8(this, detect_races=True)
+    assert not gpu_callbacks.get_races().races_found
+    assert with_gradients.called
+    assert_no_worse(got, this)
+    with_gradients.reset_mock()
+    each = Case(this.inputs, this.options | {"reduction": "none"})
+    assert_no_worse(fp8(each), each)
+    assert not with_gradients.called
+
+
+@pytest.mark.parametrize(
+    ("changes", "argnums", "in_the_forward"),
+    [
+        ({}, (0, 1), True),
+        ({}, 1, True),
+        ({}, 0, False),
+        ({"n": 2560}, (0, 1), False),
+        ({"precision": "fp8"}, (0, 1), False),
+    ],
+    ids=["", "frozen hidden", "frozen head", "more tokens", "a forward in 8 bits"],
+)
+def test_where_fp8_makes_them_in_the_forward(changes, argnums, in_the_forward):
+    p = problem(**{"n": 2048, "gradient_filter": "fp8"} | changes)
+    arrays = (
+        jax.ShapeDtypeStruct((p.n, p.d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((p.v, p.d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((p.n,), jnp.int32),
+    )
+
+    def total(hidden, head, labels):
+        given, ones = Arrays(hidden, head, labels), jnp.ones(p.n, jnp.float32)
+        return weighted(hopper.BACKEND, p, given, ones, summed=True)[0]
+
+    step = jax.jit(jax.grad(total, argnums=argnums))
+    text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    names = "change_entries", "tail_terms"
+    assert [f"lsce_{name}" in text for name in names] == [in_the_forward, not in_the_forward]
 
 
 @pytest.mark.slow

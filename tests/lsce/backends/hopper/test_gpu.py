@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import (
+    Case,
     Inputs,
     Result,
     Shape,
@@ -327,11 +328,53 @@ def test_fused(subject, limits, layout, weights, monkeypatch):
     assert_no_worse(got, this)
 
 
-def assert_fused(shape: Shape) -> None:
+@pytest.mark.parametrize("limits", [{}, {"FUSED_BYTES": 1, "FUSED_WHOLE_BYTES": 1}])
+def test_fused_with_losses_of_any_size(subject, limits, monkeypatch):
+    """Of 100s and 1,000s of nats, far above what is known of them before the forward."""
+    for name, most in limits.items():
+        monkeypatch.setattr(tiles, name, most)
+    step.cache_clear()
+    if subject.implementation == "hopper":
+        assert_fused(subject.even)
+    given = case(subject.even, "bfloat16").inputs
+    tokens = np.flatnonzero(given.labels >= 0)[-3:]
+    hidden = given.hidden.copy()
+    hidden[tokens] *= np.array([[60.0], [150.0], [1000.0]], BF16)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-4, "reduction": "sum"}
+    this = Case(given._replace(hidden=hidden), options)
+    assert this.truth.stats is not None
+    assert np.all(this.truth.stats.loss[tokens] > (60, 150, 1000))
+    got = run(subject.implementation, this.inputs, **options, gradient_filter="fused")
+    step.cache_clear()
+    assert_no_worse(got, this)
+    for token in tokens:
+        true, found = this.truth.grads["hidden"][token], got.grads["hidden"][token]
+        assert relative_error(found, true) < 0.02
+
+
+@pytest.mark.gpu
+@GPU[1]
+@pytest.mark.parametrize("shape", [(500, 512, 5120), (200, 1280, 25_600)])
+def test_few_tokens_are_fused_by_fp8(shape):
+    """P in eighths where dC will be, in one case in rows that it fills and in one that it does not;
+    without a dC by the other way."""
+    assert_fused(shape, "fp8")
+    this = case(shape, "bfloat16", spread=3.0, label_smoothing=0.1, z_loss=1e-2)
+    given = poisoned(this.inputs)
+    got = run("hopper", given, **this.options, gradient_filter="fp8")
+    assert_no_worse(got, this)
+    fused = run("hopper", given, **this.options, gradient_filter="fused")
+    frozen = run("hopper", given, frozen=("head",), **this.options, gradient_filter="fp8")
+    for name, grad in got.grads.items():
+        assert relative_error(grad, fused.grads[name]) < 1e-3
+    assert relative_error(frozen.grads["hidden"], got.grads["hidden"]) < 0.01
+
+
+def assert_fused(shape: Shape, gradient_filter: Any = "fused") -> None:
     """The kernels are not those of exact mode, which would hide every mistake of this one."""
     chip = {"platform": DEVICE.platform, "chip": DEVICE.device_kind}
-    this = Problem(*shape, BF16, BF16, **chip, label_smoothing=0.1, gradient_filter="fused")
-    assert hopper.BACKEND.unfused(this) is None
+    options = {"label_smoothing": 0.1, "gradient_filter": gradient_filter}
+    assert hopper.BACKEND.unfused(Problem(*shape, BF16, BF16, **chip, **options)) is None
 
 
 @pytest.mark.parametrize("gradient_filter", [None, EPSILON, "fused"])

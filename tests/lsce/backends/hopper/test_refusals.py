@@ -81,6 +81,10 @@ def test_the_head_is_copied_where_it_says_so(changes):
 def test_explain_says_what_8_bits_are():
     paper = dataclasses.replace(PROBLEM, n=8192, d=2304, v=256_000, gradient_filter="fp8")
     assert "exact" not in backends.explain(paper).reasons["hopper"]
+    few = dataclasses.replace(paper, n=2048)
+    assert "exact and made in the forward" in backends.explain(few).reasons["hopper"]
+    biased = dataclasses.replace(few, has_bias=True)
+    assert "exact" not in backends.explain(biased).reasons["hopper"]
     small = dataclasses.replace(PROBLEM, gradient_filter="fp8")
     assert "gradients are exact: too few" in backends.explain(small).reasons["hopper"]
     assert "fp8" not in backends.explain(PROBLEM).reasons["hopper"]

@@ -68,6 +68,18 @@ def test_flat_tokens_are_looked_for_where_they_fit_in_the_memory_of_others(n, d,
 
 
 @pytest.mark.parametrize(
+    ("n", "d", "v", "chunks"),
+    [(2048, 640, 262_144, 8), (512, 640, 262_144, 8), (4096, 3584, 152_064, 10)],
+)
+def test_few_tokens_have_few_chunks_of_8_bits(n, d, v, chunks):
+    """In no more memory than 8,192 tokens may take, nor than a quarter of what optax needs."""
+    columns = 256 * choose.heuristic(n, d, v, 132).tail.slots_per_block
+    assert choose.cdiv(v, columns) == chunks
+    assert 2 * columns * (n + d) <= n * v
+    assert 2 * columns * (n + d) <= 2 * 256 * tiles.Tiles().tail.slots_per_block * (8192 + d)
+
+
+@pytest.mark.parametrize(
     ("n", "d", "v", "fewer"),
     [(32768, 4096, 32000, True), (8192, 4096, 32000, False), (32768, 576, 49152, False)],
 )
@@ -105,6 +117,21 @@ def test_fused_layouts_fit(n, d, v):
         # One group may also have all of P in its own buffer where no part of it fits into dC.
         most = tiles.FUSED_WHOLE_BYTES if groups == 1 else tiles.FUSED_BYTES
         assert in_each == 1 or 2 * (in_each - 1) * 256 * v < most
+
+
+@given(n=st.integers(1, 10_000), d=st.integers(1, 128), v=st.integers(1, 1200))
+def test_no_chunk_of_dc_is_written_over_the_p_of_one_that_is_not(n, d, v):
+    d, v = 64 * d, 256 * v
+    layout = tiles.layout_within_dc(n, d, v, 256)
+    rows = -(-n // 256) * 256
+    assert (layout is not None) == (rows <= d // 256 * 256)
+    if layout is None:
+        return
+    assert layout.groups == 1
+    # Tiles of 128 × 256, side by side in dC: those of all chunks up to one, but the first.
+    for tile in range(layout.own, v // 256, layout.own):
+        in_dc = -(-tile * (rows // 128) // (d // 256)) * 128
+        assert in_dc <= tile * 256
 
 
 def test_fused_layouts():
