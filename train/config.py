@@ -33,6 +33,7 @@ FREE = {
 TOLD = {
     *("learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "clip_norm"),
     *("steps", "epochs", "remat", "memory", "mesh", "autotune", "implementation"),
+    "gradient_filter",
 }
 """Flags that a run may go on with changed, though not to the same end: how it is optimised and
 computed. What is learnt (the data, the model, the loss, the seed) makes another run. How the rows

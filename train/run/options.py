@@ -39,6 +39,8 @@ class LossOptions:
     """Minimise the loss per response token, or its sum over the step; clipping tells them apart."""
     implementation: Annotated[str, shown("NAME")] = "auto"
     """Backend of the loss: auto, reference, chunked, or a kernel's name."""
+    gradient_filter: Literal["auto", "none", "hidden", "fp8"] = "auto"
+    """What kernels may leave out of the loss's gradient."""
 
     def __post_init__(self) -> None:
         require(
