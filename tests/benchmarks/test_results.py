@@ -108,18 +108,25 @@ def test_other_figures_of_the_readme_are_measured():
         time / times[case, n, "auto"] for (case, n, name), time in times.items() if name == "naive"
     ]
     pairs = report.read(RESULTS / "h100-devices.json").rows
-    held = {
-        (row.case, row.n, row.run.implementation): row.p50_ms
-        for row in report.read(RESULTS / "h200-everywhere-fp8.json").rows
-    }
-    of_fp8 = {
-        (case, n): time / held[case, n, "auto"]
-        for (case, n, name), time in held.items()
-        if name == "naive" and case != "smollm2-135m"
-    }
-    few = [x for (case, n), x in of_fp8.items() if n == 2048 or case == "mistral-7b"]
-    many = [x for (case, n), x in of_fp8.items() if n > 2048 and case != "mistral-7b"]
-    assert (len(few), len(many)) == (8, 10)
+
+    def of_optax(name: str) -> dict[tuple[str, int], float]:
+        """By case and N, how many times as fast as optax "fp8" was."""
+        held = {
+            (row.case, row.n, row.run.implementation): row.p50_ms
+            for row in report.read(RESULTS / f"h200-{name}-fp8.json").rows
+        }
+        return {
+            (case, n): time / held[case, n, "auto"]
+            for (case, n, implementation), time in held.items()
+            if implementation == "naive" and (case, n) != ("smollm2-135m", 32768)
+        }
+
+    of_fp8 = {key: x for key, x in of_optax("everywhere").items() if key[1] > 2048}
+    of_few = of_optax("few")
+    narrow = {of_few.pop((case, 2048)) for case in ("smollm2-135m", "gemma3-270m")}
+    few_classes = [x for (case, _), x in of_fp8.items() if case == "mistral-7b"]
+    many = [x for (case, _), x in of_fp8.items() if case != "mistral-7b"]
+    assert (len(few_classes), len(of_few), len(many)) == (2, 5, 10)
     split = next(
         row
         for row in map(from_json, json.loads((RESULTS / "h200-x2-train-step.json").read_text()))
@@ -152,7 +159,9 @@ def test_other_figures_of_the_readme_are_measured():
         f"32 rows take {split.measured.peak_gb:.1f} GB on each,"
         f" {split.tokens_per_s:,.0f} tokens/s and {split.mfu:.1%} MFU",
         f"it is {min(many):.2f} to {max(many):.2f} times as fast as optax",
-        f"it is {min(few):.2f} to {max(few):.2f} times as fast.",
+        f"is {min(of_few.values()):.2f} to {max(of_few.values()):.2f} times as fast there,"
+        f" {max(narrow):.2f} times at heads of 576 and 640",
+        f"it is {min(few_classes):.2f} to {max(few_classes):.2f} times as fast.",
         f"{exact.p50_ms:.1f} ms and {exact.extra_mb:,.0f} MiB",
         '{:.2f} products on random inputs, None {:.2f}, "fused" {:.2f}, optax {:.2f}'.format(*flat),
         "on an H200 {:.2f} products, where optax took {:.2f}".format(*of_flat),
@@ -218,6 +227,31 @@ def test_the_readmes_starts_are_measured():
     said = " ".join(README.split())
     assert f"is there {min(cold):.0f} to {max(cold):.0f} seconds after" in said
     assert f"in later processes after {min(warm):.1f} to {max(warm):.1f}." in said
+
+
+def test_what_a_filter_does_to_training():
+    """The README's line and its first words, out of a text of runs."""
+    text = (RESULTS / "h200-filter-training.txt").read_text()
+    found = {}
+    for line in text.splitlines():
+        if match := re.match(r"([0-9.]+), (no cap|cap \d+) +(\w+) +(.*)", line):
+            beta, cap, choice, rest = match.groups()
+            *losses, nll, _, ece, _ = rest.split()
+            found[beta, cap, choice] = losses[-1], float(nll), float(ece)
+    none, smoothed = (
+        lambda choice, beta=beta: found[beta, "no cap", choice] for beta in ("0", "0.1")
+    )
+    said = " ".join(README.split())
+    assert f"a loss of {none('auto')[0]} in place of {none('fp8')[0]} at β = 0" in said
+    assert f"at β = 0.1 of {smoothed('auto')[0]} in place of {smoothed('none')[0]}" in said
+    assert (
+        f'where "hidden" came to {smoothed("hidden")[0]} and "fp8" to {smoothed("fp8")[0]}' in said
+    )
+    (_, exact_nll, exact_ece), (_, nll, ece) = smoothed("none"), smoothed("auto")
+    told = f"an ECE of {exact_ece:.3f} and an NLL of {exact_nll:.3f}, here {ece:.3f} and {nll:.3f}"
+    assert told.replace(" 0.", " .") in said
+    for cap, beta in (("cap 30", "0.1"), ("cap 15", "0")):
+        assert float(found[beta, cap, "auto"][0]) > 1.5 * float(found[beta, cap, "fp8"][0])
 
 
 def test_what_precision_costs():

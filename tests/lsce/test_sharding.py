@@ -245,7 +245,7 @@ LOWERED = """
 
     local = lambda *arrays: jax.lax.psum(total(*arrays), "data")
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
-    for gradient_filter in (None, "auto", "fused"):
+    for gradient_filter in (None, "auto", "fused", "fp8"):
         for function in (total, lambda *arrays: mapped(*arrays)):
             for argnums in ((0, 1), 0, 1):
                 traced = jax.jit(jax.grad(function, argnums=argnums)).trace(*given)

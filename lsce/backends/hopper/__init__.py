@@ -72,6 +72,8 @@ class Hopper:
             exact = "gradients of a sum or a mean are exact and made in the forward: P fits into dC"
         elif problem.gradient_filter == "fp8" and not call_of(problem).tail:
             exact = "gradients are exact: too few for 8 bits to pay"
+        elif problem.gradient_filter in ("auto", "hidden") and problem.softcap is not None:
+            exact = "gradients drop nothing: there is a softcap"
         high = None
         if problem.precision == "fp8" and (why := needs_16_bits(problem)):
             high = f"logits in 16 bits: {why}"

@@ -81,6 +81,8 @@ def call_of(problem: Problem) -> Call:
     epsilon, filters_head = problem.gradient_filter, True
     if epsilon == "hidden":
         epsilon, filters_head = "auto", False
+    if epsilon == "auto" and problem.softcap is not None:
+        epsilon, filters_head = "fp8", True  # `lsce.sparse.filter` says why
     pointless = epsilon == "auto" and not filtering.worthwhile(problem)
     pointless |= epsilon == "fp8" and not filtering.tail_worthwhile(problem)
     if pointless or epsilon in ("fused", 0.0):

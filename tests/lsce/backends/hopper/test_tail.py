@@ -12,6 +12,7 @@ from hopper_on_cpu import CANDIDATE, problem, watched_pairs
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from tail_check import assert_terms
 
+from lsce import backends
 from lsce.backends import Arrays, hopper
 from lsce.backends.hopper.call import call_of
 from lsce.sparse import filter as filtering
@@ -88,6 +89,18 @@ def test_auto_takes_it_where_the_filter_would_keep_most_blocks_whole(
         assert of_any_size[1][:, 0].all()
         assert error(got, this, "hidden") < 0.006
         assert error(got, this, "head") < 0.005
+
+
+@pytest.mark.parametrize("choice", ["auto", "hidden"])
+def test_nothing_is_dropped_under_a_softcap(choice):
+    """With a filter training diverges there: see `lsce.sparse.filter`."""
+    capped = problem(softcap=30.0, gradient_filter=choice)
+    assert call_of(capped).tail
+    assert not call_of(dataclasses.replace(capped, softcap=None)).tail
+    assert call_of(dataclasses.replace(capped, gradient_filter=EPSILON)).epsilon == EPSILON
+    assert "drop nothing: there is a softcap" in backends.explain(capped).reasons["hopper"]
+    few = dataclasses.replace(capped, n=8)
+    assert call_of(few).epsilon is None
 
 
 @pytest.mark.slow
