@@ -126,6 +126,7 @@ def test_fused_gradients_do_not_depend_on_what_is_frozen(shape, wanted, monkeypa
             np.testing.assert_allclose(got, losses, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [8192, 16_384], ids=["P within dC", "groups"])
 def test_fused_products_that_nobody_asked_for_are_not_made(n):
     p = problem(n=n, gradient_filter="fused")
@@ -204,9 +205,13 @@ def made_again(monkeypatch) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter's products
-@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"z_loss": 1e-4, "weights": True}])
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((700, 64, 256), 3), ((200, 512, 1024), 1)], ids=["groups", "P within dC"]
+    ("shape", "groups", "options"),
+    [
+        ((700, 64, 256), 3, {"z_loss": 1e-4, "weights": True}),
+        ((200, 512, 1024), 1, {"label_smoothing": 0.1}),
+    ],
+    ids=["groups", "P within dC"],
 )
 def test_fused_beyond_its_range(shape, groups, options, made_again, monkeypatch):
     """Losses of 100s and 1,000s of nats, whose P is made again, in their group alone."""
