@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from contract import assert_no_worse, case, ours
 from hopper_on_cpu import CANDIDATE, H100, problem, sixty_four_bits
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.sharding import AbstractMesh, AxisType
@@ -97,6 +97,7 @@ def test_fused_says_why_not():
 
 
 @pytest.mark.slow
+@settings(max_examples=40)
 @given(n=st.integers(1, 65_536), d=st.integers(1, 1024), v=st.integers(1, 1200))
 def test_no_hidden_size_keeps_gradients_from_being_fused(n, d, v):
     p = problem(n=n, d=8 * d, v=256 * v, gradient_filter="fused", label_smoothing=0.1)
