@@ -144,6 +144,7 @@ def _elsewhere(model: str, options: TrainStepFlags) -> Iterator[StepRow]:
     command += [text for text in options.variant if variants.read(text).framework == "torch"]
     path = pathlib.Path(f"{options.json or 'train-step'}.torch")
     command += ["--json", str(path), "--commit", options.commit or current_commit()]
+    path.unlink(missing_ok=True)  # of a run that was killed
     subprocess.run(command, stdout=sys.stderr, check=False)
     if path.exists():
         yield from map(from_json, json.loads(path.read_text()))

@@ -82,10 +82,11 @@ def linear_cross_entropy(
         says; the derivative of a scan keeps those of each step, unless `jax.checkpoint` is around
         it), "auto" leaves it to the backend, and "hidden" is "auto" for hidden's gradient, the
         others exact. With Adam what is dropped shows in what is learnt, the more so with smoothing
-        and a large vocabulary (README, Exactness); under a softcap neither drops anything.
+        and a large vocabulary (README, Exactness); under a softcap neither drops anything: both
+        compute in 8 bits what "fp8" does.
         "fp8" drops nothing: what lies below ε is computed from 8-bit operands instead (on Hopper;
-        "auto" takes it there in large calls whose tokens are flat, without a bias or a cap, where
-        that needs no more memory than the filter). The gradients of a sum or a mean of up to D
+        "auto" takes it there in large calls whose tokens are flat, without a bias, where that needs
+        no more memory than the filter). The gradients of a sum or a mean of up to D
         tokens, head's among them, it makes as "fused" does, where that can, in less memory: a scan
         keeps them for each step then, too.
       precision: permission to compute the loss from 8-bit operands where a logit says little:

@@ -247,8 +247,15 @@ def test_what_a_filter_does_to_training():
     assert (
         f'where "hidden" came to {smoothed("hidden")[0]} and "fp8" to {smoothed("fp8")[0]}' in said
     )
-    (_, exact_nll, exact_ece), (_, nll, ece) = smoothed("none"), smoothed("auto")
-    told = f"an ECE of {exact_ece:.3f} and an NLL of {exact_nll:.3f}, here {ece:.3f} and {nll:.3f}"
+    told = (
+        "without a filter a seed's tokens go from an ECE of {:.3f} to {:.3f} and from an NLL of"
+        " {:.3f} to {:.3f}, where with it they go from {:.3f} to {:.3f} and from {:.3f} to {:.3f}"
+    )
+    (_, nll, ece), (_, nll_after, ece_after) = none("fp8"), smoothed("none")
+    (_, nll_auto, ece_auto), (_, nll_auto_after, ece_auto_after) = none("auto"), smoothed("auto")
+    told = told.format(
+        ece, ece_after, nll, nll_after, ece_auto, ece_auto_after, nll_auto, nll_auto_after
+    )
     assert told.replace(" 0.", " .") in said
     for cap, beta in (("cap 30", "0.1"), ("cap 15", "0")):
         assert float(found[beta, cap, "auto"][0]) > 1.5 * float(found[beta, cap, "fp8"][0])

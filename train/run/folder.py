@@ -151,6 +151,7 @@ def load(out: Path, **changes: Any) -> TrainConfig:
     path = out / RUN_FILE
     saved = _read(out)
     saved.pop("earlier", None)
+    saved.setdefault("gradient_filter", "auto")  # what it was before there was a flag
     unknown = saved.keys() - TrainConfig().flags().keys()
     if unknown:
         raise ValueError(f"{path} is of another version: it has {', '.join(sorted(unknown))}")

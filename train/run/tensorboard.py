@@ -20,7 +20,8 @@ def _hidden(module: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[module]
+        if sys.modules.get(module, sys) is None:  # another may have imported it meanwhile
+            del sys.modules[module]
 
 
 with _hidden("torch"):  # whose import takes tensorboardX seconds, for a type that it would look for

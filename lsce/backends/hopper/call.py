@@ -63,7 +63,7 @@ class Call:
         """Where gradients that are made in the forward keep P; None where "fp8" has no room for it.
 
         For "fp8" they are another way to the same: nothing dropped, errors of exact mode. Where
-        N ≤ D they need no more memory than the tail, as nearly all of P lies where dC will be, and
+        N ≤ D they need about the tail's memory, as nearly all of P lies where dC will be, and
         of four products in 16 bits only three. The tail's many small kernels take too long there.
         """
         p, tile_c = self.problem, self.tiles.fused.tile_c

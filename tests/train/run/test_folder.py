@@ -1,5 +1,6 @@
 """The folder of a run: what it says of itself, and that a kill leaves one that can be claimed."""
 
+import json
 import os
 from pathlib import Path
 from unittest import mock
@@ -18,6 +19,17 @@ def test_the_run_knows_its_files_from_anywhere(tmp_path, monkeypatch):
     found = folder.load(tmp_path / out)
     assert found.data.files == tuple(tmp_path / f"{name}.jsonl" for name in "abc")
     assert found.data.data == tuple(tmp_path / name for name in ("a.jsonl:2", "b.jsonl:1"))
+
+
+def test_a_run_of_before_there_was_a_filter_to_name_had_auto(tmp_path):
+    out = folder.claim(TrainConfig.of(out=tmp_path / "run"))
+    told = json.loads((out / "run.json").read_text())
+    assert told.pop("gradient_filter") == "fp8"
+    assert folder.load(out).loss.gradient_filter == "fp8"
+    (out / "run.json").write_text(json.dumps(told))
+    before = folder.load(out)
+    assert before.loss.gradient_filter == "auto"
+    assert "gradient_filter" in TrainConfig.of(out=out).changed_since(before)
 
 
 def killed(function: str):
