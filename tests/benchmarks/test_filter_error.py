@@ -28,6 +28,7 @@ def softmax(hidden: np.ndarray, head: np.ndarray) -> np.ndarray:
     return p / p.sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_leaving_the_inactive_tiles_out(
     arrays: Arrays, monkeypatch: pytest.MonkeyPatch
 ):

@@ -165,6 +165,7 @@ def test_switches_and_files_in_a_grid(tmp_path):
     assert on.arguments == ("--autotune", "--data", *map(str, files))
 
 
+@pytest.mark.slow
 def test_runs_once_then_skips_and_compares(stand_in, tmp_path, capfd):
     out = tmp_path / "sweep"
     command = f"--label-smoothing 0 0.1 --learning-rate 1e-3 3e-3 --steps 5 --out {out}".split()

@@ -49,6 +49,7 @@ def test_the_statistics_match_the_real_model(name, n):
     assert mismatches(name, n, generate(name, n, 320, REAL[name][0])) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_the_statistics_match_at_a_small_size():
     assert mismatches("smollm", 512, generate("smollm", 512, 257, 49_152, seed=3)) == []

@@ -115,6 +115,7 @@ def test_gradients_of_logits_in_the_thousands():
     np.testing.assert_allclose(got, [-p, p], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_second_derivatives(softcap, monkeypatch):
     """Those of the reference are slopes of the true gradient; the chunked ones agree with them."""

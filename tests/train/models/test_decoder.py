@@ -175,6 +175,7 @@ def test_dropout_needs_a_key_and_depends_on_it():
     np.testing.assert_array_equal(off, hidden_states(without, batch, keys[0]))
 
 
+@pytest.mark.slow
 def test_neither_loops_nor_remat_change_loss_or_gradient():
     batch = packed([[9, 8]], length=20)
 
