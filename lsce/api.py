@@ -86,9 +86,9 @@ def linear_cross_entropy(
         compute in 8 bits what "fp8" does.
         "fp8" drops nothing: what lies below ε is computed from 8-bit operands instead (on Hopper;
         "auto" takes it there in large calls whose tokens are flat, without a bias, where that needs
-        no more memory than the filter). The gradients of a sum or a mean of up to D
-        tokens, head's among them, it makes as "fused" does, where that can, in less memory: a scan
-        keeps them for each step then, too.
+        no more memory than the filter). The gradients of a sum or a mean of up to D tokens, head's
+        among them, it makes as "fused" does, where that can, in less memory: a scan keeps them for
+        each step then, too.
       precision: permission to compute the loss from 8-bit operands where a logit says little:
         "fp8" (on Hopper, without a softcap and statistics; never taken unasked). What has more than
         2^-7 of any token's probability is computed in 16 bits beside it. A token's loss is then off

@@ -14,10 +14,10 @@ What is dropped is put back in dE, along one row of the head, and not in dC. A r
 computed tile holds gets nothing of Σ p·E, only the smoothing's part: 60% to 70% of SmolLM2's rows,
 which are 0.9% of ‖dC‖, are so off by 36% to 38% (benchmarks/notes/filter.md). Plain SGD does not
 notice; Adam divides each row by its own size, so there these rows step in a direction that is off
-by as much, and nothing holds them against the smoothing, which pulls all rows up. With
-AdamW the loss of Gemma 3 270M so ended 1% higher at β = 0 and 4% at 0.1, and under a softcap it
-diverged (benchmarks/notes/filter.md), so that "auto" drops nothing there. Where that matters take
-"fp8", `None` or "fused", which drop nothing, or "hidden", which filters dE alone.
+by as much, and nothing holds them against the smoothing, which pulls all rows up. With AdamW the
+loss of Gemma 3 270M so ended 1% higher at β = 0 and 4% at 0.1, and under a softcap it diverged
+(benchmarks/notes/filter.md), so that "auto" drops nothing there. Where that matters take "fp8",
+`None` or "fused", which drop nothing, or "hidden", which filters dE alone.
 """
 
 from __future__ import annotations

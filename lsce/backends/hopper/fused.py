@@ -50,7 +50,9 @@ SHIFT = 16.0
 e^−71 of the bound vanish."""
 RANGE = 44.0
 """Nats by which r may miss lse, as it does at no loss below 60. P̃ and l would be finite up to twice
-that, but a_n / l_n times a small hidden state and a small weight must not vanish either."""
+that, but a_n / l_n times a small hidden state must not vanish either."""
+LEAST = 1e-30
+"""w_n / l_n of a token that r misses: below, a hidden state's entry times it could be no number."""
 
 
 def refuses(call: Call) -> str | None:
@@ -344,6 +346,8 @@ def _in_range(
     """
     l = _probabilities(call, tokens, head, storage, work, zero)
     beyond = ~(jnp.abs(jnp.log(l)) <= RANGE)  # NaN too
+    small = (jnp.abs(tokens.weights) < LEAST * l) & (tokens.weights != 0.0)
+    beyond |= (l > 1.0) & small
     live = jnp.where(beyond.any(), tokens.in_use.sum(dtype=jnp.int32), 0)
     lse = run_forward(call, tokens.hidden, head, None, None, live).lse
     r = jnp.where(beyond & jnp.isfinite(lse), lse, tokens.bound)

@@ -274,6 +274,23 @@ def test_fused_removes_a_token_beyond_its_range(z_loss, made_again):
     assert not np.any(got.grads["hidden"][token])
 
 
+@pytest.mark.slow
+def test_fused_keeps_what_small_weights_leave_of_a_token_that_r_misses(made_again):
+    """Within the range of P̃, but a weight of 1e-25 over l would not be a number."""
+    this, (token,) = with_losses(case((40, 64, 256), "bfloat16"), 40.0)
+    options = this.options | {"gradient_filter": "fused", "return_stats": False}
+    grads = []
+    for scale in (1e-25, 1.0):
+        weights = np.where(this.inputs.labels >= 0, np.float32(scale), np.float32(0.0))
+        with hopper.interpreted():
+            got = ours(CANDIDATE, this.inputs._replace(weights=weights), **options, reduction="sum")
+            jax.effects_barrier()
+        grads.append(np.float64(got.grads["hidden"][token]) / scale)
+    assert [live > 0 for live in made_again] == [True, False]
+    assert np.linalg.norm(grads[1]) > 0
+    assert np.linalg.norm(grads[0] - grads[1]) < 0.02 * np.linalg.norm(grads[1])
+
+
 def fp8(this: Case, *, detect_races: bool = False, **options) -> Result:
     options = this.options | {"gradient_filter": "fp8", "return_stats": False} | options
     with hopper.interpreted(detect_races=detect_races):

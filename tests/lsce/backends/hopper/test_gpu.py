@@ -403,7 +403,7 @@ def test_the_derivative_of_a_scan(subject, gradient_filter):
     assert_no_worse(got, this, slack=3.0)
 
 
-@pytest.mark.parametrize("gradient_filter", [None, EPSILON, "fused"])
+@pytest.mark.parametrize("gradient_filter", [None, EPSILON, "fused", "fp8"])
 def test_on_a_mesh(subject, gradient_filter):
     """Half of the tokens on each of two devices, against the truth."""
     if jax.device_count() < 2:
