@@ -234,8 +234,11 @@ def _pages(group: str, options: GatherFlags) -> int:
         elif own:
             rates = {runs[run]["learning_rate"] for run in own if name != "-curves"}
             more = [run for run in table1 if runs[run]["learning_rate"] in rates]
-            title = f"Fine-tuning {group.replace('-', ' ')}: {EXPERIMENTS[name][0]}"
             shown = {run: runs[run] for run in sorted({*own, *more})}
+            # A run that does not say had what was the default then.
+            filters = sorted({told.get("gradient_filter", "auto") for told in shown.values()})
+            title = f"Fine-tuning {group.replace('-', ' ')}: {EXPERIMENTS[name][0]}"
+            title += f", with --gradient-filter {' and '.join(filters)}"
             status = max(status, _page(f"{group}{name}", title, shown, options))
     return status
 

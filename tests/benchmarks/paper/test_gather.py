@@ -130,6 +130,7 @@ def test_intervals_and_differences_are_made_from_the_answers(found, tmp_path, ca
     assert least.value == pytest.approx(accuracy.value - other, abs=1e-6)
     assert least.low >= 0  # nothing is wrong that was right: paired, the sign is sure
     page = (kept / "m-alpaca.md").read_text()
+    assert page.partition("\n")[0].endswith("before and after, with --gradient-filter fp8")
     said = page.partition("## What they say")[2]
     for part in (page, said):  # what says most comes first, and is not what is left out
         assert 0 < part.index("held-out tokens:") < part.index("arc-easy")
