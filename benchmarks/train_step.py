@@ -4,9 +4,9 @@ Weights are random and tokens have Zipf's frequencies, or --checkpoint's and --d
 packed as the trainer packs. Each --variant is a step to measure, what it says apart from the
 defaults joined by commas:
 
-    rows=32  segments=packed|masked|one  loss=auto|naive|…  beta=0.1  remat=none|block|full
-    scan=auto|on|off  attention=auto|cudnn|xla  bits=repeatable|excluded|tuned  accumulate=1
-    mesh=data=2|fsdp=2|data=2+fsdp=2  layers=2
+    rows=32  segments=packed|masked|one  loss=auto|naive|…  filter=fp8|auto|hidden|none  beta=0.1
+    remat=none|block|full  scan=auto|on|off  attention=auto|cudnn|xla
+    bits=repeatable|excluded|tuned  accumulate=1  mesh=data=2|fsdp=2|data=2+fsdp=2  layers=2
 
 and "torch,rows=32,loss=full|liger|cut-cross-entropy,beta=0" is transformers' model with SDPA,
 torch.compile and fused AdamW, in a process of its own; it sees rows whole. MFU counts 6 operations
@@ -152,12 +152,13 @@ def _elsewhere(model: str, options: TrainStepFlags) -> Iterator[StepRow]:
 
 
 def from_json(fields: dict) -> StepRow:
-    """The inverse of `dataclasses.asdict`."""
-    measured = fields["measured"]
+    """The inverse of `dataclasses.asdict`. JAX's rows that name no filter had the library's."""
+    measured, variant = fields["measured"], fields["variant"]
+    unsaid = {"filter": "auto"} if variant["framework"] == "jax" else {}
     return StepRow(
         **fields
         | {
-            "variant": Variant(**fields["variant"]),
+            "variant": Variant(**unsaid | variant),
             "measured": measured and Measured(**measured),
         }
     )

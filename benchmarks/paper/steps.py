@@ -167,8 +167,6 @@ def training(options: PaperFlags) -> dict[str, object]:
         "held_out": 0.05,
         "dtype": "bfloat16",
         "remat": "none",
-        # What the results that are there were made with, which have no softcap: see the notes.
-        "gradient_filter": "auto",
         # A checkpoint is three times the weights; a signal saves one in any case.
         "checkpoint_every": 500,
     }

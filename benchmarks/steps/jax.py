@@ -96,6 +96,7 @@ def _lower(model: str, variant: Variant, length: int, real: Real | None) -> Any:
         label_smoothing=variant.beta,
         softcap=shape.final_softcap,
         implementation="auto" if naive else variant.loss,
+        gradient_filter=variant.filter,
     )
     devices = variant.devices
     mesh.check(devices)

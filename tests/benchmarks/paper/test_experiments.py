@@ -248,7 +248,7 @@ def test_the_whole_of_an_experiment_in_small(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # much is compiled and little run
     out = tmp_path / "out"
-    given = ["--tiny", "--out", str(out), "--implementation", "chunked", "reference"]
+    given = ["--tiny", "--out", str(out), "--ways", "chunked", "reference"]
     assert curves.EXPERIMENT.main(given) == 0, capfd.readouterr().err[-2000:]
     (row,) = json.loads((out / "curves-tiny.json").read_text())
     assert row["steps"] == 2
