@@ -182,38 +182,40 @@ def test_the_readmes_steps_are_measured():
         part for part in README.split("\n\n") if part.startswith("| model | rows | tokens/s")
     )
     found: dict[tuple[str, bool, int, str], set[str]] = {}
+    fastest: dict[str, float] = {}
     for path in RESULTS.glob("h200-train-step-*.json"):
         for step in map(from_json, json.loads(path.read_text())):
-            if step.variant.bits == "repeatable" and step.measured and step.tokens_per_s:
-                mfu = f"{step.mfu:.1%}"
-                cells = {f"{step.tokens_per_s:,.0f}", mfu, f"{step.measured.peak_gb:.1f}"}
-                key = step.model, bool(step.checkpoint), step.variant.rows, step.variant.framework
-                found[key] = found.get(key, set()) | cells
+            if step.variant.bits != "repeatable" or not step.measured or not step.tokens_per_s:
+                continue
+            if step.variant.framework == "torch":
+                if path.name == "h200-train-step-real.json":
+                    best = fastest.get(step.model, 0.0)
+                    fastest[step.model] = max(best, step.tokens_per_s)
+                continue
+            mfu = f"{step.mfu:.1%}"
+            cells = {f"{step.tokens_per_s:,.0f}", mfu, f"{step.measured.peak_gb:.1f}"}
+            key = step.model, bool(step.checkpoint), step.variant.rows, step.variant.filter
+            found[key] = found.get(key, set()) | cells
     names = {
         "SmolLM2 135M": "smollm2-135m",
         "Gemma 3 270M": "gemma3-270m",
         "Llama 3.2 1B": "llama3.2-1b",
         "Gemma 2 2B": "gemma2-2b",
     }
-    in_words = (RESULTS / "h200-train-step-torch.txt").read_text()
     lines = text.splitlines()[2:]
-    assert len(lines) == 4
+    assert len(lines) == 6
+    of_last, weights = "", ""
     for line in lines:
         what, rows, speed, peer, mfu, memory = (cell.strip() for cell in line.split("|")[1:-1])
-        name, weights = what.split(", ")
+        name, *more = what.split(", ")
+        chosen = "auto" if more and more[-1] == "`--gradient-filter auto`" else "fp8"
+        if name != "the same":
+            of_last, weights = names[name], more[0]
         own = weights == "its own weights on Alpaca"
         assert own or weights == "random weights"
-        assert {speed, mfu, memory} <= found[names[name], own, int(rows), "jax"], name
-        peers = {
-            cell
-            for (model, _, _, framework), some in found.items()
-            if (model, framework) == (names[name], "torch")
-            for cell in some
-        }
-        assert not peer or peer in peers or f" {peer} " in in_words, name
+        assert {speed, mfu, memory} <= found[of_last, own, int(rows), chosen], what
+        assert peer == (f"{fastest[of_last]:,.0f}" if own else ""), what
     said = " ".join(README.split())
-    assert "without them 16 rows took 179,293 tokens/s" in said
-    assert "179,293" in found["gemma3-270m", False, 16, "torch"]
     whole = json.loads((RESULTS / "h200-whole-run.json").read_text())
     assert f"killed at step {whole['killed']['at_step']} of 300 and resumed" in said
 
@@ -230,35 +232,34 @@ def test_the_readmes_starts_are_measured():
 
 
 def test_what_a_filter_does_to_training():
-    """The README's line and its first words, out of a text of runs."""
+    """The README's lines, out of texts of runs and of times."""
     text = (RESULTS / "h200-filter-training.txt").read_text()
-    found = {}
-    for line in text.splitlines():
-        if match := re.match(r"([0-9.]+), (no cap|cap \d+) +(\w+) +(.*)", line):
+    of_gemma, _, _ = text.partition("The same of SmolLM2 135M")
+    last = {}
+    for line in of_gemma.splitlines():
+        if match := re.match(r"([0-9.]+), (no cap|cap \d+) +(\S+) +(.*)", line):
             beta, cap, choice, rest = match.groups()
-            *losses, nll, _, ece, _ = rest.split()
-            found[beta, cap, choice] = losses[-1], float(nll), float(ece)
-    none, smoothed = (
-        lambda choice, beta=beta: found[beta, "no cap", choice] for beta in ("0", "0.1")
+            last[beta, cap, choice] = rest.split()[-5]
+    plain, smoothed = (
+        lambda choice, beta=beta: last[beta, "no cap", choice] for beta in ("0", "0.1")
     )
+    products = {}
+    for line in (RESULTS / "h200-filter-epsilon.txt").read_text().splitlines():
+        if match := re.match(r"gemma2-2b +8192 +(\S+) +[0-9.]+ +([0-9.]+)", line):
+            products[match[1]] = f"{float(match[2]):.2f}"
     said = " ".join(README.split())
-    assert f"a loss of {none('auto')[0]} in place of {none('fp8')[0]} at β = 0" in said
-    assert f"at β = 0.1 of {smoothed('auto')[0]} in place of {smoothed('none')[0]}" in said
-    assert (
-        f'where "hidden" came to {smoothed("hidden")[0]} and "fp8" to {smoothed("fp8")[0]}' in said
-    )
-    told = (
-        "without a filter a seed's tokens go from an ECE of {:.3f} to {:.3f} and from an NLL of"
-        " {:.3f} to {:.3f}, where with it they go from {:.3f} to {:.3f} and from {:.3f} to {:.3f}"
-    )
-    (_, nll, ece), (_, nll_after, ece_after) = none("fp8"), smoothed("none")
-    (_, nll_auto, ece_auto), (_, nll_auto_after, ece_auto_after) = none("auto"), smoothed("auto")
-    told = told.format(
-        ece, ece_after, nll, nll_after, ece_auto, ece_auto_after, nll_auto, nll_auto_after
-    )
-    assert told.replace(" 0.", " .") in said
+    for claim in (
+        f"a loss of {plain('auto')} in place of {plain('fp8')} at β = 0",
+        f"at β = 0.1 of {smoothed('auto')} in place of {smoothed('none')}",
+        f'where "hidden" came to {smoothed("hidden")} and "fp8" to {smoothed("fp8")}',
+        f"ended with {smoothed('2^-14')} and takes {products['2^-14.2']} products in place of"
+        f" {products['2^-10.2']}",
+        f"with {smoothed('2^-16')} and takes {products['2^-16.2']}, where optax took"
+        f" {products['optax']}",
+    ):
+        assert claim in said
     for cap, beta in (("cap 30", "0.1"), ("cap 15", "0")):
-        assert float(found[beta, cap, "auto"][0]) > 1.5 * float(found[beta, cap, "fp8"][0])
+        assert float(last[beta, cap, "auto"]) > 1.5 * float(last[beta, cap, "fp8"])
 
 
 def test_what_precision_costs():
