@@ -64,15 +64,28 @@ def _token_cells(arm: page.Group, arms: Sequence[page.Group], name: str) -> Iter
     if arm.first.beta == 0:
         yield from ("–", "–")  # not measured before, and temperatures are fitted on questions
     if arm.first.beta:
-        plain = {e.settings.get("seed"): e for a in arms if a.first.beta == 0 for e in a.entries}
+        plain = [entry for other in arms if other.first.beta == 0 for entry in other.entries]
         values = [
             ours - theirs
             for entry in arm.entries
-            if (other := plain.get(entry.settings.get("seed")))
+            if (other := _without(entry, plain))
             if (ours := _value(entry, name)) is not None
             if (theirs := _value(other, name)) is not None
         ]
         yield f"{_mean(values)} ({_range(values)})" if values else "–"
+
+
+def _without(smoothed: Entry, plain: Sequence[Entry]) -> Entry | None:
+    """What `gather` compares it with at tasks: of its own seed, model and softcap the run at β = 0
+    with the least NLL of held-out tokens."""
+    alike = [
+        entry
+        for entry in plain
+        if all(
+            entry.settings.get(x) == smoothed.settings.get(x) for x in ("seed", "model", "softcap")
+        )
+    ]
+    return min(alike, key=lambda entry: _value(entry, "nll") or math.inf, default=None)
 
 
 def _value(entry: Entry, name: str) -> float | None:

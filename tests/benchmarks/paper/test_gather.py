@@ -10,7 +10,7 @@ from benchmarks.paper import gather, headline
 from train.config import TrainConfig
 from train.evaluation import asking, measures, results
 from train.evaluation.answers import AnswerFile, Answers
-from train.evaluation.page_entries import Block, Entry
+from train.evaluation.page_entries import TOKENS, Block, Entry
 from train.evaluation.results import Measure
 
 N = 40
@@ -236,6 +236,27 @@ def test_of_one_seed_there_is_an_interval_and_no_range():
     (line,) = (line for line in headline.table([entry]).splitlines() if "ECE" in line)
     assert line == "| t | ECE | – | -0.0200 [-0.0300, -0.0100] |"
     assert headline.table([dataclasses.replace(entry, blocks={})]) == ""
+
+
+def test_tokens_are_compared_within_a_model_and_a_softcap():
+    def entry(model: str, softcap: float | None, beta: float, nll: float) -> Entry:
+        asked = Block("t", N, 0.25, {}, [], results.Curve([1.0], [0.5]), "0", None)
+        tokens = Block(TOKENS, N, None, {"nll": Measure(nll)}, [], None, "0", None)
+        settings = {"label_smoothing": beta, "model": model, "softcap": softcap, "seed": 0}
+        about = {"source": "r", "curves": {}, "versions": {}, "device": "cpu"}
+        name = f"{model} {softcap} {beta}"
+        return Entry(name=name, settings=settings, blocks={TOKENS: tokens, "t": asked}, **about)
+
+    runs = [
+        *(entry("a", None, 0.0, 2.0), entry("a", None, 0.1, 2.1)),
+        *(entry("a", 30.0, 0.0, 1.5), entry("a", 30.0, 0.1, 1.7)),
+        *(entry("b", None, 0.0, 5.0), entry("b", None, 0.1, 5.4)),
+    ]
+    (line,) = (
+        line for line in headline.table(runs).splitlines() if "NLL" in line and TOKENS in line
+    )
+    apart = [cell.partition(" (")[0] for cell in line.split(" | ") if " (" in cell]
+    assert sorted(apart) == ["+0.1000", "+0.2000", "+0.4000"]
 
 
 def test_answers_that_are_not_the_results_are_refused(found, capsys):
