@@ -4,7 +4,7 @@ Weights are random and tokens have Zipf's frequencies, or --checkpoint's and --d
 packed as the trainer packs. Each --variant is a step to measure, what it says apart from the
 defaults joined by commas:
 
-    rows=32  segments=packed|masked|one  loss=auto|naive|…  filter=fp8|auto|hidden|none  beta=0.1
+    rows=32  segments=packed|masked|one  loss=auto|naive|…  filter=fp8|auto|…  beta=0.1
     remat=none|block|full  scan=auto|on|off  attention=auto|cudnn|xla
     bits=repeatable|excluded|tuned  accumulate=1  mesh=data=2|fsdp=2|data=2+fsdp=2  layers=2
 

@@ -69,7 +69,7 @@ class Variant:
     """JAX: "naive", which is optax's on whole logits, or what `--implementation` of the trainer
     takes. PyTorch: "full" (the model's own, on whole logits) or an implementation of `benchmarks`
     on its last hidden states."""
-    filter: Literal["fp8", "auto", "hidden", "none"] = "fp8"
+    filter: str = "fp8"
     """The trainer's --gradient-filter."""
     beta: float = 0.1
     remat: Literal["none", "block", "full"] = "none"

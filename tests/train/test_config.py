@@ -34,6 +34,11 @@ def refused(capsys, *arguments: str) -> str:
     [
         (["--label-smoothing", "1.5"], "--label-smoothing must be in [0, 1], not 1.5"),
         (["--label-smoothing", "nan"], "--label-smoothing must be in [0, 1], not nan"),
+        (
+            ["--gradient-filter", "exact"],
+            "hidden, none or a number above 0 and below 1, not 'exact'",
+        ),
+        (["--gradient-filter", "2"], "hidden, none or a number above 0 and below 1, not '2'"),
         (["--softcap", "0"], "--softcap must be finite and more than 0, not 0.0"),
         (["--z-loss", "-1"], "--z-loss must be finite and at least 0, not -1.0"),
         (["--dropout", "1"], "--dropout must be in [0, 1), not 1.0"),

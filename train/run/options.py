@@ -22,6 +22,10 @@ from train.models.config import ADAPTED, Lora
 DEFAULT_STEPS = 250
 
 
+FILTERS = ("fp8", "auto", "hidden", "none")
+"""What --gradient-filter names; a number is one too."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """What is minimised."""
@@ -39,17 +43,37 @@ class LossOptions:
     """Minimise the loss per response token, or its sum over the step; clipping tells them apart."""
     implementation: Annotated[str, shown("NAME")] = "auto"
     """Backend of the loss: auto, reference, chunked, or a kernel's name."""
-    gradient_filter: Literal["fp8", "auto", "hidden", "none"] = "fp8"
+    gradient_filter: Annotated[str, shown("{fp8,auto,hidden,none,EPSILON}")] = "fp8"
     """What kernels may leave out of the loss's gradient: fp8 and none nothing; auto what is small,
-    with which a loss ends a little higher; hidden that of the hidden states' gradient."""
+    with which a loss ends a little higher; hidden that of the hidden states' gradient; a number
+    probabilities below it."""
 
     def __post_init__(self) -> None:
         require(
             0 <= self.label_smoothing <= 1,
             f"--label-smoothing must be in [0, 1], not {self.label_smoothing}",
         )
+        require(
+            self.gradient_filter in FILTERS or 0 < _number(self.gradient_filter) < 1,
+            f"--gradient-filter must be one of {', '.join(FILTERS)} or a number above 0 and below"
+            f" 1, not {self.gradient_filter!r}",
+        )
         require_not_negative("z_loss", self.z_loss)
         require_positive("softcap", self.softcap)
+
+    @property
+    def left_out(self) -> float | str | None:
+        """`gradient_filter` as `lsce` takes it."""
+        if self.gradient_filter in FILTERS:
+            return None if self.gradient_filter == "none" else self.gradient_filter
+        return float(self.gradient_filter)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 class MeshShape(NamedTuple):

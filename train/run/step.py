@@ -76,7 +76,7 @@ def arguments(loss: LossOptions) -> dict[str, Any]:
         "reduction": "sum",  # what `loss.reduction` says is done once a step, in `train_step`
         "return_stats": True,
         "implementation": loss.implementation,
-        "gradient_filter": None if loss.gradient_filter == "none" else loss.gradient_filter,
+        "gradient_filter": loss.left_out,
     }
 
 

@@ -120,7 +120,9 @@ def products(
 
     column_tiles = active.shape[0]
     carry = begun.bias, jnp.zeros_like(c.a)
-    static = tiles.static_chunks(column_tiles, blocks, slots, more=1.0 if rest is None else 4 / 3)
+    assert call.epsilon is not None
+    more = 4 / 3 if rest is not None else filtering.more_marked(call.epsilon, call.problem.n, v)
+    static = tiles.static_chunks(column_tiles, blocks, slots, more=more)
     carry = lax.fori_loop(0, static, body, carry)
     if static < tiles.most_chunks(column_tiles, blocks, slots):
         carry = lax.fori_loop(static, jnp.maximum(work.chunks, static), body, carry)

@@ -7,6 +7,7 @@ from contract import case
 from hopper_on_cpu import problem
 from scipy.special import logsumexp, softmax
 
+from lsce.backends.hopper.tiles import BackwardTiles
 from lsce.sparse import filter as filtering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -22,6 +23,19 @@ def test_the_default_filter_follows_tokens_and_classes():
     assert epsilon(0, 10**6) == pytest.approx(filtering.LEAST, rel=1e-5)
     assert epsilon(10**6, 1000) == pytest.approx(filtering.MOST, rel=1e-5)
     assert filtering.log_epsilon(2.0**-9, jnp.int32(1), 7) == pytest.approx(np.log(2.0**-9))
+
+
+def test_a_smaller_number_marks_more():
+    more = filtering.more_marked
+    assert more("auto", 2048, 256_000) == more(filtering.EPSILON, 8192, 256_000) == 1.0
+    assert more(filtering.EPSILON / 16, 8192, 256_000) == pytest.approx((4 / 3) ** 4)
+    assert more(filtering.EPSILON / 16, 2048, 256_000) == pytest.approx((4 / 3) ** 3)
+    assert more(0.5, 8192, 256_000) == 1.0
+    tiles = BackwardTiles()
+    usual, many = (
+        tiles.static_chunks(1000, 64, 64 * 28, more=x) for x in (1.0, more(2e-5, 8192, 256_000))
+    )
+    assert usual < many <= tiles.most_chunks(1000, 64, 64 * 28)
 
 
 def pull(p: np.ndarray, slope: np.ndarray, head: np.ndarray, epsilon: float):

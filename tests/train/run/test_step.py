@@ -51,6 +51,14 @@ def make_batch(labelled: float = 0.6) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("fp8", "fp8"), ("auto", "auto"), ("hidden", "hidden"), ("none", None), ("6e-5", 6e-5)],
+)
+def test_a_filter_is_named_or_a_number(given, expected):
+    assert step.arguments(LossOptions(gradient_filter=given))["gradient_filter"] == expected
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def create(
     shape: ModelConfig, optimizer: optax.GradientTransformation, frozen: tuple[str, ...] = ()
