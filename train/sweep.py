@@ -261,8 +261,9 @@ def check_folder(job: Job) -> None:
         now = wanted[name]
         if name in ("data", "eval_data"):
             before, now = ([str(file.absolute()) for file in files] for files in (before, now))
-        of_the_model = name == "softcap" and now is None  # not given: the run notes the model's own
-        if name not in FREE and before != now and not of_the_model:
+        # Not given: the run notes the model's own, and what this machine computes in.
+        noted = (name, now) in (("softcap", None), ("dtype", "auto"))
+        if name not in FREE and before != now and not noted:
             raise ValueError(
                 f"{job.folder} holds a run with {flag(name)} {before}, not {now}:"
                 " name another --out for this sweep"

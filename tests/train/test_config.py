@@ -34,6 +34,7 @@ def refused(capsys, *arguments: str) -> str:
     [
         (["--label-smoothing", "1.5"], "--label-smoothing must be in [0, 1], not 1.5"),
         (["--label-smoothing", "nan"], "--label-smoothing must be in [0, 1], not nan"),
+        (["--temperature", "0"], "--temperature must be finite and more than 0, not 0.0"),
         (
             ["--gradient-filter", "exact"],
             "hidden, none or a number above 0 and below 1, not 'exact'",

@@ -20,8 +20,9 @@ class ModelOptions:
     mistral, alpaca, plain."""
     dropout: Annotated[float, shown("P")] = 0.1
     """Probability of dropping a feature after the embedding and each attention and MLP."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of activations and matmuls. The loss is float32 with either; weights see below."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The dtype of activations and matmuls: auto is bfloat16 but on a CPU. The loss is float32 with
+    either; weights see below."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """Of weights and the optimizer's moments. bfloat16 halves their memory; they are then rounded
     up or down by chance, so that small updates count."""

@@ -104,17 +104,21 @@ def train(run: Run) -> Evaluation:
     with stop_requests() as stop, monitor, run.checkpointer:
         evaluate_during(run.first_step)  # where a signal cut it off
         run.checkpointer.mark_best(monitor.evaluated)
-        unread = []  # the last step, where its metrics are not read yet
+        unread: list[tuple[int, Any, float]] = []  # the last step, while its metrics are not read
+
+        def busy() -> bool:
+            return any(not metrics.loss.is_ready() for _, metrics, _ in unread)
+
         for step in range(run.first_step + 1, run.total_steps + 1):
             rate = run.rate(step - 1)
-            with monitor.waiting():
+            with monitor.waiting(busy):
                 batch = next(data.train)
             state, metrics = take_step(state, batch, rate, config.loss, config.step)
             # Read while the device is at the next step, so that it need not wait for the host. But
             # a state is evaluated or saved only once its own are read and known to be finite.
             for before in unread:
                 measure(*before)
-            unread = [(step, metrics, rate)]
+            unread[:] = [(step, metrics, rate)]
             if stop.signum or evaluates(step) or saves(step):
                 measure(*unread.pop())
                 evaluate_during(step)

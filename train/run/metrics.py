@@ -144,16 +144,18 @@ class Monitor:
             self._paused += self._clock() - began
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Time spent inside is waiting for the input pipeline: it counts as training time.
 
-        A device may be at a step meanwhile, so that it waits for no more than this, and often less.
+        Where the device is still `busy` with a step at the end it has not waited. Where it is not
+        it waited for no more than this.
         """
         began = self._clock()
         try:
             yield
         finally:
-            self._waited += self._clock() - began
+            if not busy():
+                self._waited += self._clock() - began
 
     def say_waited(self) -> None:
         """Prints the share of all training time that was spent in `waiting`, if there was any."""

@@ -57,6 +57,12 @@ class Chosen:
         return dataclasses.replace(self, shape=shape)
 
 
+def _computed_in(dtype: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def choose(config: TrainConfig, out: Path | None) -> Chosen:
     """The model that the flags ask for, or in `out`, a run to go on with, the one that it has.
 
@@ -67,7 +73,7 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
     flags = config.model
     computes = {
         "dropout": flags.dropout,
-        "dtype": flags.dtype,
+        "dtype": _computed_in(flags.dtype),
         "remat": flags.remat,
         "weights": flags.weights,
         "lora": config.trained.lora,

@@ -39,6 +39,8 @@ class LossOptions:
     """Weight of the penalty λ·lse², which keeps the logits near 0."""
     softcap: Annotated[float | None, shown("CAP", "off")] = None
     """Bound logits to ±CAP by CAP·tanh(z/CAP)."""
+    temperature: Annotated[float, shown("T")] = 1.0
+    """Divide logits by T in training's loss. Evaluations and answers have them as they are."""
     reduction: Literal["mean", "sum"] = "mean"
     """Minimise the loss per response token, or its sum over the step; clipping tells them apart."""
     implementation: Annotated[str, shown("NAME")] = "auto"
@@ -60,6 +62,7 @@ class LossOptions:
         )
         require_not_negative("z_loss", self.z_loss)
         require_positive("softcap", self.softcap)
+        require_positive("temperature", self.temperature)
 
     @property
     def left_out(self) -> float | str | None:

@@ -97,12 +97,13 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
-    """The configuration with the model's own softcap, if none is given.
+    """The configuration with the model's own softcap, if none is given, and the dtype that is used.
 
     Raises ValueError if this machine cannot train it so, as far as is known without the data.
     """
     if config.loss.softcap is None and shape.final_softcap is not None:
         config = config.replace(softcap=shape.final_softcap)
+    config = config.replace(dtype=shape.dtype)
     tracker.check(config.run.wandb)
     check_loss(config, shape)
     mesh.check(config.step.mesh_shape)

@@ -73,6 +73,7 @@ def arguments(loss: LossOptions) -> dict[str, Any]:
         "label_smoothing": loss.label_smoothing,
         "z_loss": loss.z_loss,
         "softcap": loss.softcap,
+        "logit_scale": 1.0 / loss.temperature,
         "reduction": "sum",  # what `loss.reduction` says is done once a step, in `train_step`
         "return_stats": True,
         "implementation": loss.implementation,

@@ -112,6 +112,18 @@ def test_pauses_are_not_training_time(tmp_path):
     assert rows(tmp_path)[0]["tokens_per_second"] == 40.0
 
 
+def test_a_device_that_is_busy_does_not_wait(tmp_path):
+    clock = Clock()
+    console, _ = text_console()
+    with Monitor(tmp_path, 2, console=console, clock=clock) as monitor:
+        for step, busy in ((1, True), (2, False)):
+            with monitor.waiting(lambda busy=busy: busy):
+                clock.now += 0.25
+            clock.now += 0.75
+            monitor.step(step, {"loss": 1.0, "tokens": 1})
+    assert [row["input_wait"] for row in rows(tmp_path)] == [0.0, 0.25]
+
+
 def test_the_share_of_the_time_that_waits_for_data(tmp_path):
     clock = Clock()
     console, text = text_console()

@@ -59,6 +59,21 @@ def test_a_filter_is_named_or_a_number(given, expected):
     assert step.arguments(LossOptions(gradient_filter=given))["gradient_filter"] == expected
 
 
+def test_a_temperature_divides_the_logits():
+    """Beside all that a loss can have: of a head that is so much smaller it is the same."""
+    batch, state = make_batch(), make_state()
+    cooler = dataclasses.replace(LOSS, temperature=2.0)
+    model = nnx.merge(state.graphdef, state.params)
+    hot = loss_sum(model, batch, cooler, None)
+    given = mock.patch.object(
+        Decoder, "head", property(lambda self: self.embedding.embedding[...] / 2)
+    )
+    with given:
+        expected = loss_sum(model, batch, LOSS, None)
+    np.testing.assert_allclose(hot.total, expected.total, rtol=1e-5)
+    assert not np.isclose(hot.total, loss_sum(model, batch, LOSS, None).total, rtol=1e-3)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def create(
     shape: ModelConfig, optimizer: optax.GradientTransformation, frozen: tuple[str, ...] = ()
