@@ -152,6 +152,23 @@ def test_any_checkpoint_can_be_taken_and_it_is_said_which(
         assert np.abs(np.asarray(later) - np.asarray(one)).max() > 1e-5
 
 
+@pytest.mark.parametrize(
+    ("backend", "asked", "used"),
+    [
+        *(("cpu", "auto", "float32"), ("gpu", "auto", "bfloat16"), ("tpu", "auto", "bfloat16")),
+        *(("gpu", "float32", "float32"), ("cpu", "bfloat16", "bfloat16")),
+    ],
+)
+def test_activations_are_bfloat16_but_on_a_cpu(backend, asked, used, monkeypatch):
+    config = TrainConfig.of(model="nano", dtype=asked)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert run_model.choose(config, None).shape.dtype == used
+
+
+def test_a_run_notes_the_dtype_that_it_has(trained):
+    assert run_folder.load(trained).model.dtype == "float32"
+
+
 def test_a_run_s_softcap_is_part_of_its_model(trained, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
