@@ -324,7 +324,13 @@ class PretrainedTokenizer:
                 turn = np.flatnonzero((offsets[:, 0] >= span[0]) & (offsets[:, 0] < span[1]))
                 ends = np.flatnonzero(np.isin(tokens[turn], list(self.stops)))
                 mask[turn[: ends[-1] + 1] if len(ends) else turn] = True
-        return Example(tokens, mask, self._shortenable(messages, chat.text, offsets))
+        spans = zip(messages, chat.spans, strict=True)
+        return Example(
+            tokens,
+            mask,
+            self._shortenable(messages, chat.text, offsets),
+            untold=sum(message.has_loss and span is None for message, span in spans),
+        )
 
     @staticmethod
     def _shortenable(
