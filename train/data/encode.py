@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from train.data.progress import progress
 from train.data.records import Record
 from train.text.tokenizer import Example, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MIN_LENGTH = 8
 """Room for the special tokens of one question and answer, and a token of each."""
@@ -29,6 +32,8 @@ def encode_records(
     an answer to a question that cannot be seen teaches the model to guess. Then it loses its own
     end. Plain text loses nothing: it goes on in another example.
 
+    Turns that have no loss, as a chat template does not let them be told, are said in a warning.
+
     Args:
       refused: takes the source of each record that the tokenizer's template refuses, and why, in
         place of an error; there is no example of it.
@@ -39,13 +44,24 @@ def encode_records(
     if max_length < MIN_LENGTH:
         raise ValueError(f"max_length must be at least {MIN_LENGTH} tokens, got {max_length}")
     encoded: list[list[Example]] = []
+    untold, first = 0, ""
     with progress("encoding records", len(records)) as advance:
         for start in range(0, len(records), AT_A_TIME):
             some = records[start : start + AT_A_TIME]
             for record, example in zip(some, _encode(tokenizer, some, refused), strict=True):
                 fit = _divide if record.is_text else _cut
                 encoded.append(fit(example, max_length) if example else [])
+                if example and example.untold:
+                    untold, first = untold + example.untold, first or record.source
             advance(len(some))
+    if untold:
+        logger.warning(
+            "%d turn(s) of the assistant have no loss, of which the first is in %s: the chat"
+            " template writes them otherwise than as the last turn, and does not let it be told"
+            " where they are",
+            untold,
+            first,
+        )
     return encoded
 
 

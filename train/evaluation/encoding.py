@@ -76,16 +76,19 @@ def trees(tokenizer: PretrainedTokenizer, texts: Iterable[Worded]) -> list[Tree]
     What models ask one after the other in one process is encoded once, if their tokenizers agree.
 
     Raises:
-      ValueError: for a continuation that adds no token.
+      ValueError: for a continuation that adds no token, and a text that the tokenizer refuses.
     """
-    return _trees(_By(tokenizer.to_json(), tokenizer), tuple(map(_without_blanks, texts)))
+    return _trees(
+        _By(tokenizer.to_json(), tokenizer.rows, tokenizer), tuple(map(_without_blanks, texts))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _By:
-    """A tokenizer, equal to one of the same JSON."""
+    """A tokenizer, equal to one of the same JSON and for a head of as many rows."""
 
     json: str
+    rows: int | None
     tokenizer: PretrainedTokenizer = dataclasses.field(compare=False)
 
 

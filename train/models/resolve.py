@@ -84,18 +84,14 @@ class Pretrained:
         """Its tokenizer, with its own chat template or another: see `PretrainedTokenizer`.
 
         Raises:
-          ValueError: for what is missing or damaged, and if it has more tokens than the head rows.
+          ValueError: for what is missing or damaged, and if it is of a larger head: see
+            `PretrainedTokenizer.of_head`.
         """
         if isinstance(self.tensors, GGUFFile):
             found = PretrainedTokenizer.from_gguf(self.tensors.get, self.path, template)
         else:
             found = PretrainedTokenizer.from_folder(self.path, template)
-        if found.vocab_size > self.config.vocab_size:
-            raise ValueError(
-                f"{self.path}: the tokenizer has ids up to {found.vocab_size - 1}, and the head"
-                f" only {self.config.vocab_size} rows"
-            )
-        return found
+        return found.of_head(self.config.vocab_size)
 
 
 def is_name(name: str) -> bool:

@@ -81,7 +81,7 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
     if out is not None and (out / MODEL).is_dir() and flags.model not in SHAPES:
         config_json = pretrained.read_json(out / MODEL / resolve.CONFIG)
         shape = families.read(config_json, str(out / MODEL / resolve.CONFIG))
-        tokenizer = PretrainedTokenizer.from_folder(out / MODEL)
+        tokenizer = PretrainedTokenizer.from_folder(out / MODEL).of_head(shape.vocab_size)
         chosen = Chosen(dataclasses.replace(shape, **computes), None, tokenizer, config_json)
         return _of_known_tokens(chosen) if config.loss.smooth_known_tokens else chosen
     require(
@@ -235,7 +235,7 @@ def read(
     if merge and shape.lora is not None:
         shape, params = lora.merged(shape, params)
         config_json["tie_word_embeddings"] = shape.tied_head
-    tokenizer = PretrainedTokenizer.from_folder(out / MODEL, template)
+    tokenizer = PretrainedTokenizer.from_folder(out / MODEL, template).of_head(shape.vocab_size)
     # The logits that the run learnt, whatever config.json can say of them.
     softcap = run.loss.softcap or shape.final_softcap
     shape = dataclasses.replace(shape, dtype=dtype, final_softcap=softcap)

@@ -131,9 +131,12 @@ class Template:
         """The conversation with the assistant's spans.
 
         A template with `{% generation %}` blocks says itself where they are. Of another, a turn
-        begins where the conversation before it, with the prompt to answer, ends, if that is how the
-        whole begins. Templates that rewrite earlier turns (Qwen 3's takes their thoughts out) break
-        this for those turns, which then have no span; the last turn must have one.
+        begins where the conversation before it, with the prompt to answer, ends, and ends where the
+        conversation up to it does, if that is how the whole begins. A template that writes earlier
+        turns otherwise than the last (Qwen 3's gives the last a thought) is asked for the whole
+        once more, with other words in place of a message: what stands behind them must be what
+        ends the whole, and begin with what ends that message where it is the last one. A turn that
+        cannot be told so has no span; the last one must have one.
 
         Raises:
           ValueError: if the template refuses the conversation, or the last turn cannot be told.
@@ -157,13 +160,46 @@ class Template:
         return Rendered(marked, tuple(spans))
 
     def _span(self, messages: Sequence[Message], i: int, text: str) -> tuple[int, int] | None:
+        start = self._start(messages, i, text)
+        end = len(text) if i == len(messages) - 1 else self._end(messages, i, text)
+        return None if start is None or end is None or start > end else (start, end)
+
+    def _start(self, messages: Sequence[Message], i: int, text: str) -> int | None:
         if i == 0:  # a greeting, before which there is nothing to render
-            start = text.find(messages[0].content.strip())
-        else:
-            before = self.render(messages[:i], prompt=True)
-            start = len(before) if text.startswith(before) else -1
-        upto = text if i == len(messages) - 1 else self.render(messages[: i + 1])
-        return (start, len(upto)) if start >= 0 and text.startswith(upto) else None
+            other = self.render(_with_other_words(messages, 0))
+            before, found, after = other.partition(_WORDS)
+            if found and text.startswith(before) and text.endswith(after):
+                return len(before)
+            content = messages[0].content.strip()
+            return text.index(content) if content and text.count(content) == 1 else None
+        before = self.render(messages[:i], prompt=True)
+        if text.startswith(before):
+            return len(before)
+        return self._behind(messages, i - 1, text, prompt=True)
+
+    def _end(self, messages: Sequence[Message], i: int, text: str) -> int | None:
+        upto = self.render(messages[: i + 1])
+        if text.startswith(upto):
+            return len(upto)
+        return self._behind(messages, i, text, prompt=False)
+
+    def _behind(
+        self, messages: Sequence[Message], i: int, text: str, *, prompt: bool
+    ) -> int | None:
+        """Where message i ends in the text of all of them, and with `prompt` the prompt behind it;
+        None if that is not certain."""
+        other = _with_other_words(messages, i)
+        try:
+            whole, alone = self.render(other), self.render(other[: i + 1], prompt=prompt)
+            if prompt and not alone.startswith(self.render(other[: i + 1])):
+                return None  # prompts elsewhere than at the end
+        except ValueError:  # by a template that looks at the words
+            return None
+        after, ending = whole.partition(_WORDS)[2], alone.partition(_WORDS)[2]
+        once = whole.count(_WORDS) == alone.count(_WORDS) == 1
+        if not (once and ending and after.startswith(ending) and text.endswith(after)):
+            return None
+        return len(text) - len(after) + len(ending)
 
     def _marked_spans(self, messages: Sequence[Message], marked: str) -> Rendered:
         first, *parts = marked.split(_START)
@@ -193,6 +229,15 @@ class Template:
         except Exception as error:  # whatever a stranger's program can raise
             reason = str(error).strip() or type(error).__name__
             raise ValueError(f"the chat template of {self._where} refuses this: {reason}") from None
+
+
+# For private use: words that nobody says and no template knows.
+_WORDS = "\U0010fffd"
+
+
+def _with_other_words(messages: Sequence[Message], i: int) -> list[Message]:
+    other = dataclasses.replace(messages[i], content=_WORDS)
+    return [*messages[:i], other, *messages[i + 1 :]]
 
 
 # Noncharacters of Unicode: they stand around what a {% generation %} block writes, until counted.

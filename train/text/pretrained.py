@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,14 @@ from train.text import from_gguf
 from train.text.chat import BUILT_IN, MARKS, Rendered, Template
 from train.text.tokenizer import Example
 
+logger = logging.getLogger(__name__)
+
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
+ANSWER = "Yes"
+"""To a question, to see what the template makes of it."""
 
 
 class PretrainedTokenizer:
@@ -61,6 +66,8 @@ class PretrainedTokenizer:
         self._tokenizer.no_truncation()
         self._special = dict(special)
         self._where = where
+        self.rows: int | None = None
+        self._beyond: dict[int, str] = {}
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.pad = tokenizer.token_to_id(special.get("pad_token", "")) or 0
         eos = tokenizer.token_to_id(special.get("eos_token", ""))
@@ -151,11 +158,47 @@ class PretrainedTokenizer:
             where=str(path),
         )
 
+    def of_head(self, rows: int) -> Self:
+        """Itself, for a model whose head has `rows` rows: nothing is encoded beyond them.
+
+        Added tokens may lie there (Gemma 3's for images, which its text models have not): they are
+        a fault of the text that holds one. `vocab_size` counts the tokens that have a row.
+
+        Raises:
+          ValueError: if tokens of its vocabulary lie there, or some that begin a text or that the
+            template writes: it is another model's.
+        """
+        beyond = {i: t for t, i in self._tokenizer.get_vocab().items() if i >= rows}
+        if not beyond.keys() <= self._tokenizer.get_added_tokens_decoder().keys():
+            raise ValueError(
+                f"{self._where}: the tokenizer has ids up to {max(beyond)}, and the head only"
+                f" {rows} rows"
+            )
+        self.rows, self._beyond = rows, beyond
+        if beyond:
+            try:
+                self.encode_text("")
+                chat = self._answered().text
+                self._within(self._tokenizer.encode(chat, add_special_tokens=False).ids)
+            except ValueError as error:
+                raise ValueError(f"{self._where}: in any conversation {error}") from None
+            kept = (i for i in self._tokenizer.get_vocab().values() if i < rows)
+            self.vocab_size = max(kept) + 1
+            logger.info(
+                "tokenizer: %d added token(s) have no row in the head, the first is %s (id %d);"
+                " text that holds one is refused",
+                len(beyond),
+                beyond[min(beyond)],
+                min(beyond),
+            )
+        return self
+
     def encode(self, records: Sequence[Record]) -> list[Example]:
         """Each record whole: see `train.text.tokenizer.Tokenizer`; on all cores.
 
         Raises:
-          ValueError: naming a record that the template refuses.
+          ValueError: naming a record that the template refuses, or that holds a token for which
+            the head has no row.
         """
         rendered = []
         for record in records:
@@ -168,24 +211,41 @@ class PretrainedTokenizer:
                 [chat.text for chat in rendered if chat is not None], add_special_tokens=False
             )
         )
-        return [
-            self._text(record.messages[0].content)
-            if chat is None
-            else self._chat(record.messages, chat, next(chats))
-            for record, chat in zip(records, rendered, strict=True)
-        ]
+        examples = []
+        for record, chat in zip(records, rendered, strict=True):
+            try:
+                if chat is None:
+                    examples.append(self._text(record.messages[0].content))
+                else:
+                    examples.append(self._chat(record.messages, chat, next(chats)))
+            except ValueError as error:
+                raise ValueError(f"{record.source}: {error}") from None
+        return examples
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Raises ValueError if the template refuses them, or for a token without a row."""
         text = self.template.render(messages, prompt=True)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._within(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_text(self, text: str, *, start: bool = True) -> list[int]:
-        """Plain text as in pre-training, with the token that begins a text if there is one."""
-        return self._tokenizer.encode(text, add_special_tokens=start).ids
+        """Plain text as in pre-training, with the token that begins a text if there is one.
+
+        Raises:
+          ValueError: for a token without a row in the head.
+        """
+        return self._within(self._tokenizer.encode(text, add_special_tokens=start).ids)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_text` of each, on all cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        """`encode_text` of each, on all cores; of a text that is refused, the error shows some."""
+        found = []
+        for text, encoding in zip(texts, self._tokenizer.encode_batch(list(texts)), strict=True):
+            try:
+                found.append(self._within(encoding.ids))
+            except ValueError as error:
+                at = min(text.find(token) % (len(text) + 1) for token in self._beyond.values())
+                around = text[max(at - 60, 0) : at + 60]
+                raise ValueError(f"{error}: … {around!r} …") from None
+        return found
 
     def decode(self, tokens: Iterable[int], *, skip_special: bool = True) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special)
@@ -219,13 +279,25 @@ class PretrainedTokenizer:
     def _id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def _within(self, tokens: list[int]) -> list[int]:
+        """The tokens; ValueError for one beyond the head, where a gather would take its last."""
+        if self._beyond and (found := next((i for i in tokens if i in self._beyond), None)):
+            raise ValueError(
+                f"the text holds the token {self._beyond[found]} (id {found}), for which the head,"
+                f" of {self.rows} rows, has none"
+            )
+        return tokens
+
+    def _answered(self) -> Rendered:
+        """The shortest conversation."""
+        return self.template.spans([Message("user", "Yes?"), Message("assistant", ANSWER)])
+
     def _end_of_turn(self, stops: set[int]) -> set[int]:
         """The first special token after an answer: an instruct model's end of turn."""
-        answer = "Yes"
-        chat = self.template.spans([Message("user", "Yes?"), Message("assistant", answer)])
+        chat = self._answered()
         start, end = chat.spans[1] or (0, 0)
-        said = chat.text.find(answer, start) + len(answer)
-        if said < len(answer):
+        said = chat.text.find(ANSWER, start) + len(ANSWER)
+        if said < len(ANSWER):
             raise ValueError(f"the chat template of {self._where} leaves out what is answered")
         added = self._tokenizer.get_added_tokens_decoder()
         for token in self._tokenizer.encode(chat.text[said:end], add_special_tokens=False).ids:
@@ -238,13 +310,13 @@ class PretrainedTokenizer:
     def _text(self, text: str) -> Example:
         tokens = self.encode_text(text)
         eos = self._id(self._special.get("eos_token", ""))
-        tokens += [] if eos is None else [eos]
+        tokens = self._within(tokens + ([] if eos is None else [eos]))
         return Example(np.array(tokens, np.int32), np.ones(len(tokens), bool))
 
     def _chat(
         self, messages: Sequence[Message], chat: Rendered, encoding: tokenizers.Encoding
     ) -> Example:
-        tokens = np.array(encoding.ids, np.int32)
+        tokens = np.array(self._within(encoding.ids), np.int32)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         mask = np.zeros(len(tokens), bool)
         for message, span in zip(messages, chat.spans, strict=True):
@@ -252,7 +324,13 @@ class PretrainedTokenizer:
                 turn = np.flatnonzero((offsets[:, 0] >= span[0]) & (offsets[:, 0] < span[1]))
                 ends = np.flatnonzero(np.isin(tokens[turn], list(self.stops)))
                 mask[turn[: ends[-1] + 1] if len(ends) else turn] = True
-        return Example(tokens, mask, self._shortenable(messages, chat.text, offsets))
+        spans = zip(messages, chat.spans, strict=True)
+        return Example(
+            tokens,
+            mask,
+            self._shortenable(messages, chat.text, offsets),
+            untold=sum(message.has_loss and span is None for message, span in spans),
+        )
 
     @staticmethod
     def _shortenable(

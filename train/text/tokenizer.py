@@ -28,6 +28,9 @@ class Example:
     prompt that leaves no room for its response loses tokens."""
     removed: int = 0
     """How many tokens were cut away to make it fit."""
+    untold: int = 0
+    """How many turns to learn have no loss, as the template does not let it be told where they
+    are."""
 
 
 class Tokenizer(Protocol):

@@ -1,5 +1,6 @@
 """Questions as tokens: see test_questions.py and test_evaluate.py; here, what is encoded twice."""
 
+import pytest
 import tokenizers
 
 from train.evaluation import encoding
@@ -28,3 +29,15 @@ def test_what_two_models_ask_is_encoded_once_where_their_tokenizers_agree(monkey
     assert len(encoded) == 1
     assert encoding.trees(tokenizer({"?": 0, "a": 3, "b": 2, "c": 1}), texts)[0].context == [3, 2]
     assert len(encoded) == 2
+
+
+def test_a_question_that_holds_a_token_without_a_row_is_refused_whoever_asked_it_before():
+    vocabulary = {"?": 0, "a": 1, "b": 2}
+    with_image, small = tokenizer(vocabulary), tokenizer(vocabulary)
+    for one in (with_image, small):
+        one._tokenizer.add_special_tokens(["<image>"])
+    texts = [Worded("a", (" b",)), Worded("b " * 90 + "a <image>", (" b",))]
+    assert encoding.trees(with_image.of_head(4), texts)[1].context[-1] == 3
+    refused = r"the text holds the token <image> \(id 3\), for .* of 3 rows.*: … '.*a <image>' …"
+    with pytest.raises(ValueError, match=refused):
+        encoding.trees(small.of_head(3), texts)

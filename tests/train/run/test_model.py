@@ -25,6 +25,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from train import diagnose, export, generate
 from train.config import TrainConfig
+from train.data import dataset
 from train.models import families, resolve
 from train.models.config import PRESETS
 from train.models.decoder import Decoder
@@ -443,9 +444,80 @@ def test_a_seed_is_one_that_training_takes(checkpoint, capsys):
 
 def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(checkpoint):
     found = resolve.find(str(checkpoint))
-    small = dataclasses.replace(found, config_json=CONFIG | {"vocab_size": 259})
-    with pytest.raises(ValueError, match="has ids up to 259, and the head only 259 rows"):
+    small = dataclasses.replace(found, config_json=CONFIG | {"vocab_size": 255})
+    with pytest.raises(ValueError, match="has ids up to 259, and the head only 255 rows"):
         small.tokenizer()
+    # What every conversation holds is no token for some of them, though it was added.
+    small = dataclasses.replace(found, config_json=CONFIG | {"vocab_size": 259})
+    with pytest.raises(ValueError, match=r"in any conversation .* <end_of_turn> \(id 259\)"):
+        small.tokenizer()
+    small = dataclasses.replace(found, config_json=CONFIG | {"vocab_size": 260})
+    assert small.tokenizer().vocab_size == 260
+
+
+IMAGE = "<image>"
+
+
+@pytest.fixture(scope="module")
+def beyond(checkpoint, tmp_path_factory) -> Path:
+    """The same, with a token in its tokenizer that the head has no row for: as Gemma 3's."""
+    path = tmp_path_factory.mktemp("beyond") / "model"
+    shutil.copytree(checkpoint, path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_tokens([f"<{i}>" for i in range(12)])
+    tokenizer.add_special_tokens([AddedToken(IMAGE, normalized=False)])
+    assert tokenizer.token_to_id(IMAGE) == CONFIG["vocab_size"]
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_an_added_token_without_a_row_is_no_fault_of_the_model(beyond, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", "train")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    config = TrainConfig.of(
+        **{"model": str(beyond), "data": (tmp_path / "data.jsonl",), "out": tmp_path / "run"},
+        **{"steps": 1, "max_length": 96, "held_out": 0.0, "batch_size": 2},
+    )
+    loop.train(prepare(config))
+    said = "1 added token(s) have no row in the head, the first is <image> (id 272)"
+    assert sum(said in message for message in caplog.messages) == 1
+    assert "rows of the head are no token's" not in caplog.text
+    export.export(str(tmp_path / "run"), tmp_path / "out")
+    before, after = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (beyond, tmp_path / "out")
+    )
+    assert after == before
+    for model in (tmp_path / "out", tmp_path / "run", beyond):
+        assert generate.main([str(model), "--prompt", "x", "--max-tokens", "1"]) == 0
+        for raw in ([], ["--raw"]):
+            capsys.readouterr()
+            assert generate.main([str(model), "--prompt", f"x {IMAGE} y", *raw]) == 2
+            assert "the text holds the token <image> (id 272)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": f"see {IMAGE}", "completion": "b"},
+        {"prompt": "a", "completion": f"{IMAGE}"},
+        {"text": f"it is {IMAGE}."},
+    ],
+)
+def test_a_record_that_holds_a_token_without_a_row_is_named_or_left_out(
+    beyond, tmp_path, line, caplog
+):
+    good = {"text": "fine"} if "text" in line else {"prompt": "a", "completion": "b"}
+    lines = [good, good, line, good]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = {"max_length": 96, "batch_size": 2, "vocab_size": 300, "seed": 0, "held_out": 0}
+    given |= {"data": [tmp_path / "data.jsonl"], "tokenizer": resolve.find(str(beyond)).tokenizer()}
+    refused = r"data\.jsonl:3: the text holds the token <image> \(id 272\), for which the head"
+    with pytest.raises(ValueError, match=refused):
+        dataset.build(**given)
+    data = dataset.build(**given, skip_bad_records=True)
+    assert (data.counts.skipped, data.counts.train) == (1, 3)
+    assert re.search(refused, caplog.text)
+    assert data.train.rows.tokens.max() < CONFIG["vocab_size"]
 
 
 def test_a_template_or_a_vocabulary_that_does_not_fit_stops_before_anything_is_written(

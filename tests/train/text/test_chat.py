@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from train.data.records import Message
 from train.text.chat import BUILT_IN, Template
@@ -61,16 +65,134 @@ def test_generation_blocks_say_where_answers_are():
         template("{% if add_generation_prompt %}x{% endif %}" + none).spans(TALK)
 
 
-def test_turns_that_a_template_rewrites_have_no_span():
-    # As Qwen 3's: a thought before the last answer, none before earlier ones.
+THINKING = """
+{%- set last = namespace(question=-1) %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\n' }}
+    {%- if m.role == 'assistant' %}
+        {%- set thought = '' %}
+        {%- if '</think>' in m.content %}
+            {%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > last.question and (loop.last or thought) %}
+            {{- '<think>\n' + thought + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- m.content.split('</think>')[-1].lstrip('\n') }}
+    {%- else %}
+        {{- m.content }}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+"""
+"""As Qwen 3 does: thoughts go from the answers before the last question, and the last answer gets
+an empty one if it has none."""
+
+
+def thinking(messages: Sequence[Message]) -> tuple[str, list[tuple[int, int] | None]]:
+    """The same without a template: the text, and where the answers are."""
+    last = max(i for i, message in enumerate(messages) if message.role == "user")
+    text, spans = "", []
+    for i, message in enumerate(messages):
+        text += f"<|im_start|>{message.role}\n"
+        if message.role != "assistant":
+            text += f"{message.content}<|im_end|>\n"
+            spans.append(None)
+            continue
+        start = len(text)
+        thoughts, closed, said = message.content.rpartition("</think>")
+        thought = thoughts.split("</think>")[0].split("<think>")[-1].strip("\n") if closed else ""
+        if i > last and (i == len(messages) - 1 or thought):
+            text += f"<think>\n{thought}\n</think>\n\n"
+        text += said.lstrip("\n") + "<|im_end|>\n"
+        spans.append((start, len(text)))
+    return text, spans
+
+
+ANSWERS = (
+    "a",
+    "aa",
+    "",
+    " a\n",
+    "\n\na",
+    "<think>\nwhy\n</think>\n\na",
+    "<think>\n\n</think>\n\na",
+    "<think>a</think>",
+    "</think>",
+    "a<|im_end|>\n",
+    "<|im_end|>\n<|im_start|>assistant\na",
+    "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+@st.composite
+def conversations(draw):
+    messages = [Message("system", draw(st.sampled_from(ANSWERS)))] * draw(st.integers(0, 1))
+    for _ in range(draw(st.integers(1, 4))):
+        messages.append(Message("user", draw(st.sampled_from(ANSWERS))))
+        said = draw(st.lists(st.sampled_from(ANSWERS), min_size=1, max_size=2))
+        messages += [Message("assistant", content) for content in said]
+    return messages
+
+
+@given(conversations())
+def test_answers_are_told_though_earlier_ones_are_written_otherwise(messages):
+    chat = template(THINKING).spans(messages)
+    text, spans = thinking(messages)
+    assert chat.text == text
+    assert list(chat.spans) == spans
+
+
+def test_three_equal_answers_are_told_apart():
+    turn = (Message("user", "a"), Message("assistant", "a"))
+    chat = template(THINKING).spans(turn * 3)
+    said = [chat.text[slice(*span)] for span in chat.spans if span]
+    assert said == ["a<|im_end|>\n", "a<|im_end|>\n", "<think>\n\n</think>\n\na<|im_end|>\n"]
+    assert len(set(chat.spans)) == 4  # they are three places, and None
+
+
+def test_answers_are_told_though_questions_before_them_are_written_otherwise():
+    # As Mistral's later templates: the system's words stand in the last question.
     source = (
-        "{% for m in messages %}{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
-        "{% endif %}{{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}assistant\n{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.index0 >= messages|length - 2 %}{{ messages[0].content }}: {% endif %}"
+        "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}"
+        "{% endfor %}"
+    )
+    chat = template(source).spans(TALK)
+    assert chat.text == "[INST] 1+1?[/INST] 2</s>[INST] Be brief.: 2+2?[/INST] It is 4.</s>"
+    assert [chat.text[slice(*span)] for span in chat.spans if span] == [" 2</s>", " It is 4.</s>"]
+
+
+def test_a_greeting_begins_behind_what_the_template_writes_before_it():
+    greeting = (Message("assistant", "a"), *TALK[1:])  # as in "<|im_start|>"
+    chat = template(BUILT_IN["chatml"]).spans(greeting)
+    assert chat.text[slice(*chat.spans[0])] == "a<|im_end|>\n"
+    alone = template(THINKING).spans([Message("assistant", "<think>\nwhy\n</think>\n\na")])
+    assert alone.text[slice(*alone.spans[0])].startswith("<think>\nwhy")
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        "{{ m.role }}{{ '\n' }}{{ m.content }}",  # not as it is prompted for
+        "{{ m.role }}\n<think>\n{{ m.content }}.{{ m.content | length // 2 }}",  # by its words
+        "{{ m.role }}\n<think>\n{{ m.content }}!",  # ends otherwise than the last one
+    ],
+)
+def test_turns_that_cannot_be_told_have_no_span(earlier):
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}" + earlier + "</s>"
+        "{% else %}{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{% endif %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}.{% endif %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n<think>\n{% endif %}"
     )
     chat = template(source).spans(TALK)
     assert chat.spans[2] is None
-    assert chat.text[slice(*chat.spans[4])] == "<think>\nIt is 4.</s>"
+    assert chat.text[slice(*chat.spans[4])] == "It is 4..</s>"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
+from train.data.encode import encode_records
 from train.data.records import Message, Record
 from train.text import from_gguf
 from train.text.chat import BUILT_IN
@@ -71,6 +72,50 @@ def test_the_end_of_turn_is_learnt_though_padding_has_its_id(tmp_path):
     tokenizer = PretrainedTokenizer.from_folder(folder(tmp_path, **values))
     assert tokenizer.pad in tokenizer.stops
     assert learnt(tokenizer, *ASKED)[1] == ["yes<|im_end|>"]
+
+
+EARLIER = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
+"""The last answer has an empty thought, and earlier ones have none."""
+
+
+def test_the_loss_is_on_earlier_answers_that_are_written_otherwise(tmp_path, caplog):
+    tokenizer = PretrainedTokenizer.from_folder(folder(tmp_path, chat_template=EARLIER))
+    talk = (*ASKED, Message("user", "b?"), Message("assistant", "yes"), *ASKED)
+    _, parts = learnt(tokenizer, *talk)
+    thought = "<think>\n\n</think>\n\n"
+    assert parts == ["yes<|im_end|>", "yes<|im_end|>", f"{thought}yes<|im_end|>"]
+    not_learnt = (ASKED[0], Message("assistant", "yes", learn=False), *talk[2:])
+    _, parts = learnt(tokenizer, *not_learnt)
+    assert parts == ["yes<|im_end|>", f"{thought}yes<|im_end|>"]
+    assert tokenizer.encode([Record(talk, "it")])[0].untold == 0
+    encode_records(tokenizer, [Record(talk, "it")], 200)
+    assert not caplog.messages
+
+
+def test_turns_without_loss_are_counted_and_the_first_is_named(tmp_path, caplog):
+    prompt = "<|im_start|>assistant{{ '\n' }}"
+    assert prompt in EARLIER
+    prompts = EARLIER.replace(prompt, "<|im_start|>assistant{{ '\n<think>\n' }}")
+    tokenizer = PretrainedTokenizer.from_folder(folder(tmp_path, chat_template=prompts))
+    _, parts = learnt(tokenizer, *ASKED, *ASKED)
+    assert parts == ["\n</think>\n\nyes<|im_end|>"]
+    unlearnt = (ASKED[0], Message("assistant", "yes", learn=False), *ASKED)
+    records = [
+        Record(ASKED, "data.jsonl:1"),
+        Record(unlearnt, "data.jsonl:2"),
+        Record(ASKED * 3, "data.jsonl:3"),
+        Record(ASKED * 2, "data.jsonl:4"),
+    ]
+    assert all(encode_records(tokenizer, records, 200))
+    (said,) = caplog.messages
+    assert said.startswith(
+        "3 turn(s) of the assistant have no loss, of which the first is in data.jsonl:3: "
+    )
 
 
 def test_a_prompt_is_how_the_example_begins(tmp_path):
