@@ -115,8 +115,10 @@ class Template:
         environment.globals["strftime_now"] = TODAY.strftime
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template of {where} is not valid jinja: {error}") from None
+        except Exception as error:  # Python's too: what is nested too deeply, it cannot compile
+            raise ValueError(
+                f"the chat template of {where} is not valid jinja: {_reason(error)}"
+            ) from None
         self._tells_spans = re.search(r"{%-?\s*generation\b", source) is not None
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
@@ -183,7 +185,7 @@ class Template:
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=[{"role": m.role, "content": m.content} for m in messages],
                 add_generation_prompt=prompt,
                 tools=None,
@@ -191,12 +193,20 @@ class Template:
                 **self._variables,
             )
         except Exception as error:  # whatever a stranger's program can raise
-            reason = str(error).strip() or type(error).__name__
-            raise ValueError(f"the chat template of {self._where} refuses this: {reason}") from None
+            raise ValueError(
+                f"the chat template of {self._where} refuses this: {_reason(error)}"
+            ) from None
+        if _HALF.search(text):
+            raise ValueError(
+                f"what the chat template of {self._where} writes holds half of a surrogate pair,"
+                " which is no character: mend it, or name another --template"
+            )
+        return text
 
 
 # Noncharacters of Unicode: they stand around what a {% generation %} block writes, until counted.
 _START, _END = "\U0010fffe", "\U0010ffff"
+_HALF = re.compile("[\ud800-\udfff]")
 _NO_MARKS = {ord(_START): None, ord(_END): None}
 
 
@@ -217,6 +227,10 @@ class _Generation(Extension):
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
     """jinja's own would write < as \\u003c."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _raise(message: str) -> None:

@@ -138,6 +138,11 @@ class PretrainedTokenizer:
         except Exception as error:  # the library raises plain Exception for what does not fit
             reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
             raise ValueError(f"{path}: its tokenizer is damaged: {reason}") from None
+        template = get("tokenizer.chat_template", None)
+        require(
+            template is None or isinstance(template, str),
+            f"{path}: tokenizer.chat_template must be text, not {template!r}",
+        )
         ids = {
             name: get(f"tokenizer.ggml.{key}_token_id", None)
             for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))
@@ -146,7 +151,7 @@ class PretrainedTokenizer:
             tokenizer,
             {n: tokenizer.id_to_token(i) or "" for n, i in ids.items() if i is not None},
             stops=[] if ids["eos_token"] is None else [ids["eos_token"]],
-            template=get("tokenizer.chat_template", None),
+            template=template,
             choose=choose,
             where=str(path),
         )

@@ -216,3 +216,11 @@ def test_a_tokenizer_that_is_not_known_is_refused():
 def test_a_damaged_tokenizer_in_gguf_is_one_line(damage):
     with pytest.raises(ValueError, match=r"^it: its tokenizer is damaged: [^\n]+$"):
         PretrainedTokenizer.from_gguf(gguf_metadata(**damage), Path("it"))
+
+
+def test_a_template_in_gguf_that_is_no_text_is_named():
+    def get(key, default=None):
+        return 5 if key == "tokenizer.chat_template" else gguf_metadata()(key, default)
+
+    with pytest.raises(ValueError, match=r"^it: tokenizer\.chat_template must be text, not 5$"):
+        PretrainedTokenizer.from_gguf(get, Path("it"))
