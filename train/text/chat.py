@@ -22,6 +22,9 @@ from train.data.records import Message
 
 TODAY = datetime.datetime(2024, 7, 26)
 """What a template that asks is told (Llama 3.2's own default), so that runs are repeatable."""
+MOST_AROUND, MOST_TIMES = 1_000_000, 10
+"""Characters that a template may write of its own, and times that it may write the messages. One
+that repeats itself would fill the memory."""
 
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
@@ -125,7 +128,7 @@ class Template:
         """The conversation, or with `prompt` all before the assistant's next words.
 
         Raises:
-          ValueError: if the template refuses it, with its words.
+          ValueError: if the template refuses it, with its words, or writes without end.
         """
         return self._render(messages, prompt).translate(_NO_MARKS)
 
@@ -184,18 +187,30 @@ class Template:
         return Rendered(text, tuple(found.get(i) for i in range(len(messages))))
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
+        given = sum(len(message.content) for message in messages)
+        most, written, length = MOST_AROUND + MOST_TIMES * given, [], 0
         try:
-            text = self._template.render(
+            for part in self._template.generate(
                 messages=[{"role": m.role, "content": m.content} for m in messages],
                 add_generation_prompt=prompt,
                 tools=None,
                 documents=None,
                 **self._variables,
-            )
+            ):
+                length += len(part)
+                if length > most:
+                    break
+                written.append(part)
         except Exception as error:  # whatever a stranger's program can raise
             raise ValueError(
                 f"the chat template of {self._where} refuses this: {_reason(error)}"
             ) from None
+        if length > most:
+            raise ValueError(
+                f"the chat template of {self._where} writes more than {most:,} characters around"
+                f" messages of {given:,}: mend it, or name another --template"
+            )
+        text = "".join(written)
         if _HALF.search(text):
             raise ValueError(
                 f"what the chat template of {self._where} writes holds half of a surrogate pair,"

@@ -106,6 +106,20 @@ def test_a_template_that_is_no_jinja_is_refused(source):
         template(source)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 20000000 }}",
+        "{% for i in range(99999) %}{% for i in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_writes_without_end_is_stopped(source):
+    with pytest.raises(ValueError, match=r"^the chat template of it writes more than 1,000,300 "):
+        template(source).render([Message("user", "x" * 30)])
+    long = Message("assistant", "x" * 3_000_000)  # is no fault of the template's
+    assert len(template(BUILT_IN["chatml"]).spans([Message("user", "?"), long]).text) > 3_000_000
+
+
 def test_a_template_that_writes_half_a_character_is_refused():
     source = "{% for m in messages %}{{ '\\ud800' }}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match=r"^what the chat template of it writes holds half of"):

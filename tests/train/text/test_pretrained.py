@@ -132,6 +132,10 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
         ValueError, match=r"data\.jsonl:7: the chat template of .* refuses this: no"
     ):
         tokenizer.encode([Record((*ASKED, *ASKED), "data.jsonl:7")])
+    endless = "{% if messages|length > 2 %}{{ 'x' * 9999999 }}{% endif %}" + BUILT_IN["chatml"]
+    tokenizer = PretrainedTokenizer.from_folder(folder(tmp_path, chat_template=endless))
+    with pytest.raises(ValueError, match=r"^data\.jsonl:7: the chat template of .* writes more"):
+        tokenizer.encode([Record((*ASKED, *ASKED), "data.jsonl:7")])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         PretrainedTokenizer.from_folder(tmp_path)
