@@ -106,13 +106,9 @@ class PretrainedTokenizer:
             template = (folder / TEMPLATE).read_text("utf-8")
         stops: set[int] = set()
         for source in ("config.json", GENERATION):
-            ids = read_json(folder / source).get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            require(
-                all(isinstance(stop, int) for stop in ids),
-                f"{folder / source}: eos_token_id must be one id or several, not {ids}",
-            )
-            stops |= set(ids)
+            said = read_json(folder / source)
+            stops |= _ids(said, "eos_token_id", tokenizer, folder / source)
+            _ids(said, "bos_token_id", tokenizer, folder / source)  # which exports say again
         return cls(
             tokenizer,
             special,
@@ -273,6 +269,23 @@ class PretrainedTokenizer:
         inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= start + len(content))
         where = np.flatnonzero(inside)
         return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+
+
+def _ids(
+    said: Mapping[str, Any], key: str, tokenizer: tokenizers.Tokenizer, file: Path
+) -> set[int]:
+    """The ids of a config.json's field, which may be null, one or several."""
+    value = said.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for i in ids:
+        # The library takes no other numbers. True is an int to Python.
+        if type(i) is not int or not 0 <= i < 2**32 or tokenizer.id_to_token(i) is None:
+            raise ValueError(
+                f"{file}: {key} must be one id or several of {TOKENIZER}, whose last is"
+                f" {max(tokenizer.get_vocab().values())}, not {i!r}: set it to the model's, or"
+                " leave it out"
+            )
+    return set(ids)
 
 
 def read_json(path: Path) -> dict[str, Any]:

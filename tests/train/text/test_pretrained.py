@@ -159,11 +159,21 @@ def test_a_value_of_the_wrong_type_is_named_with_its_file(tmp_path, config, mess
         PretrainedTokenizer.from_folder(folder(tmp_path, **config))
 
 
-def test_a_stop_that_is_no_id_is_named_with_its_file(tmp_path):
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id"])
+def test_an_id_that_the_tokenizer_has_not_is_named_with_its_file(tmp_path, file, key):
     folder(tmp_path, chat_template=BUILT_IN["chatml"])
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be one id"):
-        PretrainedTokenizer.from_folder(tmp_path)
+    for value in ("x", ["x"], 260, -1, 2**70, [257, 99999], [[1]], 1.5, True):
+        wrong = value[-1] if isinstance(value, list) else value
+        (tmp_path / file).write_text(json.dumps({key: value}))
+        with pytest.raises(ValueError, match=rf"{file}: {key} must be one id .*") as raised:
+            PretrainedTokenizer.from_folder(tmp_path)
+        assert f"whose last is 259, not {wrong!r}: " in str(raised.value)
+    for value in (None, 257, [257, 259], []):
+        values = {key: value, "pad_token_id": -1}  # as the first Llamas said that they have none
+        (tmp_path / file).write_text(json.dumps(values))
+        stops = PretrainedTokenizer.from_folder(tmp_path).stops
+        assert stops == {257, 259}
 
 
 def gguf_metadata(**changes):
@@ -210,11 +220,11 @@ def test_a_tokenizer_that_is_not_known_is_refused():
 @pytest.mark.parametrize(
     "damage",
     [
-        {"model": "gpt2", "merges": ["a b"], "tokens": ["a", "b"]},
+        {"model": "gpt2", "merges": ["a b"], "tokens": ["a", "b", "c"]},
         {"model": "gpt2", "merges": ["ab"], "tokens": ["a", "b", "ab"]},
         {"merges": ["a c"]},
         {"scores": None},
-        {"tokens": ["a", 5]},
+        {"tokens": ["a", 5, "b"]},
     ],
 )
 def test_a_damaged_tokenizer_in_gguf_is_one_line(damage):
@@ -228,3 +238,12 @@ def test_a_template_in_gguf_that_is_no_text_is_named():
 
     with pytest.raises(ValueError, match=r"^it: tokenizer\.chat_template must be text, not 5$"):
         PretrainedTokenizer.from_gguf(get, Path("it"))
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "padding"])
+def test_an_id_in_gguf_of_no_token_is_named(name):
+    for value in (10, 2**40, -1, "x", 1.0, True, [1]):
+        metadata = gguf_metadata(**{f"{name}_token_id": value})
+        with pytest.raises(ValueError, match=r"^it: tokenizer") as raised:
+            PretrainedTokenizer.from_gguf(metadata, Path("it"))
+        assert f"{name}_token_id must be one of its 10 tokens, not {value!r}" in str(raised.value)
