@@ -103,7 +103,10 @@ class PretrainedTokenizer:
         for name, text in {"chat_template": template or "", **special}.items():
             require(isinstance(text, str), f"{folder / CONFIG}: {name} must be text, not {text!r}")
         if (folder / TEMPLATE).is_file():
-            template = (folder / TEMPLATE).read_text("utf-8")
+            try:
+                template = (folder / TEMPLATE).read_text("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{folder / TEMPLATE} is not UTF-8: {error}") from None
         stops: set[int] = set()
         for source in ("config.json", GENERATION):
             said = read_json(folder / source)
@@ -294,7 +297,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold an object, not {type(found).__name__}")

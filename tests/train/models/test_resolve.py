@@ -62,6 +62,7 @@ def test_the_parts_of_a_wheel_are_joined_once_and_as_a_whole(monkeypatch, tmp_pa
     [
         (None, "there is no config.json in"),
         ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ("[]", "must hold an object, not list"),
         ("{}", "has no model_type"),
         (json.dumps({"model_type": "mamba"}), "no family 'mamba'"),

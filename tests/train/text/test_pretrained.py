@@ -159,6 +159,12 @@ def test_a_value_of_the_wrong_type_is_named_with_its_file(tmp_path, config, mess
         PretrainedTokenizer.from_folder(folder(tmp_path, **config))
 
 
+def test_a_template_that_is_no_utf_8_is_named_with_its_file(tmp_path):
+    (folder(tmp_path) / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8: "):
+        PretrainedTokenizer.from_folder(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id"])
 def test_an_id_that_the_tokenizer_has_not_is_named_with_its_file(tmp_path, file, key):

@@ -80,7 +80,7 @@ def _listed(folder: Path) -> dict[str, Path]:
         outside = [file for file in files.values() if Path(file).name != file]
         if outside or not files:
             raise ValueError(f"it names {outside[0]!r}" if outside else "it names no tensor")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of safetensors ({error!r})") from None
     return {name: folder / file for name, file in files.items()}
 

@@ -118,6 +118,9 @@ def test_shards_give_what_one_file_gives(tmp_path):
     (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     with pytest.raises(ValueError, match=r"\.\./secret"):
         SafetensorsFolder(parts)
+    (parts / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no index of safetensors"):
+        SafetensorsFolder(parts)
 
 
 def test_what_does_not_fit_the_shape_is_named_with_both_shapes(tmp_path):
