@@ -71,6 +71,13 @@ def _listed(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
     if not index.is_file():
         if not (folder / WHOLE).is_file():
+            parts = sorted(file.name for file in folder.glob("*.safetensors"))
+            if parts:
+                many = f"{parts[0]} to {parts[-1]}" if len(parts) > 1 else parts[0]
+                raise ValueError(
+                    f"{folder} holds {many} ({len(parts)}), but no {WHOLE}, and no {INDEX}, which"
+                    " says what is in which: fetch that too"
+                )
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
             hint = "; pickled weights are not read, as they can run code" if pickled else ""
             raise ValueError(f"there is no {WHOLE} and no {INDEX} in {folder}{hint}")

@@ -106,6 +106,14 @@ def test_shards_give_what_one_file_gives(tmp_path):
     for one, other in zip(leaves(expected), leaves(found), strict=True):
         np.testing.assert_array_equal(one, other)
 
+    index_file = parts / "model.safetensors.index.json"
+    index_file.rename(parts / "aside")
+    with pytest.raises(
+        ValueError, match=r"holds model-0\.safetensors to model-1\.safetensors \(2\)"
+    ):
+        SafetensorsFolder(parts)
+    (parts / "aside").rename(index_file)
+
     (parts / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"names model-1\.safetensors, which is not there"):
         SafetensorsFolder(parts)
