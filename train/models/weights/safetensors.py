@@ -61,6 +61,9 @@ class SafetensorsFolder:
             )
         return {DTYPES[dtype] for dtype in dtypes}
 
+    def file_of(self, name: str) -> Path:
+        return self._file_of[name]
+
     def read(self, name: str) -> np.ndarray:
         with safe_open(self._file_of[name], framework="np") as opened:
             return opened.get_tensor(name)
