@@ -74,11 +74,14 @@ def export(
     config, softcap = loaded.config_json, loaded.shape.final_softcap
     if not adapter and softcap != _softcap(config):
         config = config | {"final_logit_softcapping": softcap}  # which a Gemma's file can say
-    if softcap != _softcap(config):
+    if softcap != (theirs := _softcap(config)):
         logger.warning(
             "the run learnt logits bounded by --softcap %g, which these files cannot say: other"
-            " tools will take logits as they are, and so probabilities further apart",
+            " tools will %s",
             softcap,
+            "take logits as they are, and so probabilities further apart"
+            if theirs is None
+            else f"bound them by the {theirs:g} of the model that the adapters are on",
         )
     part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)

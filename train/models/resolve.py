@@ -25,6 +25,9 @@ from train.text.pretrained import PretrainedTokenizer, read_json
 
 CONFIG = "config.json"
 HUB = "hf:"
+WANTED = ("*.safetensors", "*.json", "*.jinja")
+NOT_WANTED = ("*/*", "consolidated*")
+"""The weights once more, in other forms: original/, onnx/, and Mistral's own beside the shards."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +162,7 @@ def _from_hub(repository: str) -> Path:
 
         return Path(
             huggingface_hub.snapshot_download(
-                repository, allow_patterns=["*.safetensors", "*.json", "*.jinja"]
+                repository, allow_patterns=list(WANTED), ignore_patterns=list(NOT_WANTED)
             )
         )
     except Exception as error:  # of any kind: no network, no such name, no right to it

@@ -221,7 +221,8 @@ def read(
             raise ValueError(f"{where} is trained from scratch: name the folder of a run of it")
         shape = dataclasses.replace(found.config, dtype=dtype)
         config_json = {**found.config_json, "dtype": found.tensors.dtype}
-        return Loaded(shape, found.load(), found.tokenizer(template), config_json)
+        tokenizer = found.tokenizer(template)  # first, as it is refused at once
+        return Loaded(shape, found.load(), tokenizer, config_json)
     run = load(out)
     if not (out / MODEL / resolve.CONFIG).is_file():
         raise ValueError(f"{out} has no {MODEL}/{resolve.CONFIG}: it is of another version")

@@ -22,6 +22,9 @@ from train.data.records import Message
 
 TODAY = datetime.datetime(2024, 7, 26)
 """What a template that asks is told (Llama 3.2's own default), so that runs are repeatable."""
+MOST_AROUND, MOST_TIMES = 1_000_000, 10
+"""Characters that a template may write of its own, and times that it may write the messages. One
+that repeats itself would fill the memory."""
 
 BUILT_IN: Mapping[str, str] = {
     "chatml": (
@@ -115,15 +118,17 @@ class Template:
         environment.globals["strftime_now"] = TODAY.strftime
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template of {where} is not valid jinja: {error}") from None
+        except Exception as error:  # Python's too: what is nested too deeply, it cannot compile
+            raise ValueError(
+                f"the chat template of {where} is not valid jinja: {_reason(error)}"
+            ) from None
         self._tells_spans = re.search(r"{%-?\s*generation\b", source) is not None
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """The conversation, or with `prompt` all before the assistant's next words.
 
         Raises:
-          ValueError: if the template refuses it, with its words.
+          ValueError: if the template refuses it, with its words, or writes without end.
         """
         return self._render(messages, prompt).translate(_NO_MARKS)
 
@@ -218,17 +223,36 @@ class Template:
         return Rendered(text, tuple(found.get(i) for i in range(len(messages))))
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
+        given = sum(len(message.content) for message in messages)
+        most, written, length = MOST_AROUND + MOST_TIMES * given, [], 0
         try:
-            return self._template.render(
+            for part in self._template.generate(
                 messages=[{"role": m.role, "content": m.content} for m in messages],
                 add_generation_prompt=prompt,
                 tools=None,
                 documents=None,
                 **self._variables,
-            )
+            ):
+                length += len(part)
+                if length > most:
+                    break
+                written.append(part)
         except Exception as error:  # whatever a stranger's program can raise
-            reason = str(error).strip() or type(error).__name__
-            raise ValueError(f"the chat template of {self._where} refuses this: {reason}") from None
+            raise ValueError(
+                f"the chat template of {self._where} refuses this: {_reason(error)}"
+            ) from None
+        if length > most:
+            raise ValueError(
+                f"the chat template of {self._where} writes more than {most:,} characters around"
+                f" messages of {given:,}: mend it, or name another --template"
+            )
+        text = "".join(written)
+        if _HALF.search(text):
+            raise ValueError(
+                f"what the chat template of {self._where} writes holds half of a surrogate pair,"
+                " which is no character: mend it, or name another --template"
+            )
+        return text
 
 
 # For private use: words that nobody says and no template knows.
@@ -242,6 +266,7 @@ def _with_other_words(messages: Sequence[Message], i: int) -> list[Message]:
 
 # Noncharacters of Unicode: they stand around what a {% generation %} block writes, until counted.
 _START, _END = "\U0010fffe", "\U0010ffff"
+_HALF = re.compile("[\ud800-\udfff]")
 _NO_MARKS = {ord(_START): None, ord(_END): None}
 
 
@@ -262,6 +287,10 @@ class _Generation(Extension):
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
     """jinja's own would write < as \\u003c."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _raise(message: str) -> None:

@@ -58,7 +58,7 @@ def tokenizer(get: Callable[[str, Any], Any], where: str) -> tokenizers.Tokenize
         where: the file, for messages.
 
     Raises:
-      ValueError: for a kind of tokenizer that is not known here.
+      ValueError: for a kind of tokenizer that is not known here, and for an id of no token.
     """
 
     def field(name: str, default: Any = None) -> Any:
@@ -67,6 +67,13 @@ def tokenizer(get: Callable[[str, Any], Any], where: str) -> tokenizers.Tokenize
     tokens, kinds = field("tokens"), field("token_type")
     if not tokens:
         raise ValueError(f"{where} holds no tokenizer")
+    for name in ("bos", "eos", "padding"):
+        i = field(f"{name}_token_id")
+        if i is not None and (type(i) is not int or i not in range(len(tokens))):
+            raise ValueError(
+                f"{where}: tokenizer.ggml.{name}_token_id must be one of its {len(tokens)} tokens,"
+                f" not {i!r}: take another file of the model"
+            )
     model, merges = field("model"), field("merges")
     if model == "gpt2":
         found = _byte_level(tokens, merges or [], field("pre", "default"), where)

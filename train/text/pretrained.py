@@ -110,16 +110,15 @@ class PretrainedTokenizer:
         for name, text in {"chat_template": template or "", **special}.items():
             require(isinstance(text, str), f"{folder / CONFIG}: {name} must be text, not {text!r}")
         if (folder / TEMPLATE).is_file():
-            template = (folder / TEMPLATE).read_text("utf-8")
+            try:
+                template = (folder / TEMPLATE).read_text("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{folder / TEMPLATE} is not UTF-8: {error}") from None
         stops: set[int] = set()
         for source in ("config.json", GENERATION):
-            ids = read_json(folder / source).get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            require(
-                all(isinstance(stop, int) for stop in ids),
-                f"{folder / source}: eos_token_id must be one id or several, not {ids}",
-            )
-            stops |= set(ids)
+            said = read_json(folder / source)
+            stops |= _ids(said, "eos_token_id", tokenizer, folder / source)
+            _ids(said, "bos_token_id", tokenizer, folder / source)  # which exports say again
         return cls(
             tokenizer,
             special,
@@ -145,6 +144,11 @@ class PretrainedTokenizer:
         except Exception as error:  # the library raises plain Exception for what does not fit
             reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
             raise ValueError(f"{path}: its tokenizer is damaged: {reason}") from None
+        template = get("tokenizer.chat_template", None)
+        require(
+            template is None or isinstance(template, str),
+            f"{path}: tokenizer.chat_template must be text, not {template!r}",
+        )
         ids = {
             name: get(f"tokenizer.ggml.{key}_token_id", None)
             for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))
@@ -153,7 +157,7 @@ class PretrainedTokenizer:
             tokenizer,
             {n: tokenizer.id_to_token(i) or "" for n, i in ids.items() if i is not None},
             stops=[] if ids["eos_token"] is None else [ids["eos_token"]],
-            template=get("tokenizer.chat_template", None),
+            template=template,
             choose=choose,
             where=str(path),
         )
@@ -348,13 +352,30 @@ class PretrainedTokenizer:
         return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
 
 
+def _ids(
+    said: Mapping[str, Any], key: str, tokenizer: tokenizers.Tokenizer, file: Path
+) -> set[int]:
+    """The ids of a config.json's field, which may be null, one or several."""
+    value = said.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for i in ids:
+        # The library takes no other numbers. True is an int to Python.
+        if type(i) is not int or not 0 <= i < 2**32 or tokenizer.id_to_token(i) is None:
+            raise ValueError(
+                f"{file}: {key} must be one id or several of {TOKENIZER}, whose last is"
+                f" {max(tokenizer.get_vocab().values())}, not {i!r}: set it to the model's, or"
+                " leave it out"
+            )
+    return set(ids)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file, empty if there is none; ValueError if it is something else."""
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold an object, not {type(found).__name__}")

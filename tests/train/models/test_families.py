@@ -162,6 +162,11 @@ def test_gemma_3_inside_a_model_that_sees_pictures():
             for family in ("llama", "mistral", "qwen 3", "gemma 3")
         ),
         ("llama", {"max_position_embeddings": "many"}, "max_position_embeddings must be a whole"),
+        *(
+            ("llama", {"rms_norm_eps": value}, "rms_norm_eps must be a finite number above 0, not")
+            for value in (float("inf"), float("nan"), -1e-6, 0, 10**400)
+        ),
+        ("gemma 2", {"final_logit_softcapping": float("inf")}, "must be a finite number above 0"),
         (
             "qwen 2.5",
             {"max_window_layers": "many"},

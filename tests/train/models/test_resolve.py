@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 
 from train.models import resolve
@@ -35,6 +36,39 @@ def test_a_hub_without_a_network_is_an_error_of_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_of_a_hub_s_files_only_those_that_are_read_are_fetched(monkeypatch, tmp_path):
+    read = [
+        "config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
+    others = [
+        "README.md",
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "onnx/config.json",
+        "onnx/model.onnx",
+        "original/model.safetensors",
+        "original/a/params.json",
+        "pytorch_model.bin",
+    ]
+
+    def download(repository, allow_patterns, ignore_patterns):
+        assert repository == "org/name"
+        found = huggingface_hub.utils.filter_repo_objects(
+            [*read, *others], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        assert list(found) == read
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=r"there is no config\.json in"):
+        resolve.find("hf:org/name")
+
+
 def test_the_parts_of_a_wheel_are_joined_once_and_as_a_whole(monkeypatch, tmp_path):
     made = []
 
@@ -62,6 +96,7 @@ def test_the_parts_of_a_wheel_are_joined_once_and_as_a_whole(monkeypatch, tmp_pa
     [
         (None, "there is no config.json in"),
         ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ("[]", "must hold an object, not list"),
         ("{}", "has no model_type"),
         (json.dumps({"model_type": "mamba"}), "no family 'mamba'"),

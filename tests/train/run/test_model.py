@@ -190,6 +190,7 @@ def test_a_softcap_that_no_file_can_say_is_told(checkpoint, tmp_path, monkeypatc
     monkeypatch.setattr(run_model, "read", lambda *_arguments, **_options: loaded)
     export.export("run", tmp_path / "out")
     assert "logits bounded by --softcap 5, which these files cannot say" in caplog.text
+    assert "other tools will take logits as they are" in caplog.text
 
 
 def test_what_cannot_be_written_is_an_error_of_the_system(trained, tmp_path, monkeypatch, capsys):
@@ -358,6 +359,15 @@ def test_adapters_are_exported_merged_and_as_peft_has_them(adapted, checkpoint, 
     assert found.shape == expected.shape
     assert not found.shape.tied_head
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+def test_adapters_of_another_softcap_than_their_model_s_say_so(adapted, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(adapted, run)
+    flags = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(flags | {"softcap": 20.0}))
+    export.export(str(run), tmp_path / "adapter", adapter=True)
+    assert "other tools will bound them by the 30 of the model" in caplog.text
 
 
 def test_adapters_on_what_peft_cannot_load_say_how_it_can(adapted, tmp_path, caplog):

@@ -214,9 +214,38 @@ def test_a_template_that_raises_or_reaches_out_is_refused(source, message):
     assert "the chat template of it" in str(raised.value)
 
 
-def test_a_template_that_is_no_jinja_is_refused():
-    with pytest.raises(ValueError, match="the chat template of it is not valid jinja"):
-        template("{% for %}")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for %}",
+        "{% for m in messages %}" * 25 + "{% endfor %}" * 25,  # too many for Python
+        "{{ " + "(" * 400 + "1" + ")" * 400 + " }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    ],
+)
+def test_a_template_that_is_no_jinja_is_refused(source):
+    with pytest.raises(ValueError, match=r"^the chat template of it is not valid jinja: [^\n]+$"):
+        template(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 20000000 }}",
+        "{% for i in range(99999) %}{% for i in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_writes_without_end_is_stopped(source):
+    with pytest.raises(ValueError, match=r"^the chat template of it writes more than 1,000,300 "):
+        template(source).render([Message("user", "x" * 30)])
+    long = Message("assistant", "x" * 3_000_000)  # is no fault of the template's
+    assert len(template(BUILT_IN["chatml"]).spans([Message("user", "?"), long]).text) > 3_000_000
+
+
+def test_a_template_that_writes_half_a_character_is_refused():
+    source = "{% for m in messages %}{{ '\\ud800' }}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"^what the chat template of it writes holds half of"):
+        template(source).spans(TALK)
 
 
 def test_helpers_that_templates_of_checkpoints_call():

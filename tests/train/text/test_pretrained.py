@@ -177,6 +177,10 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
         ValueError, match=r"data\.jsonl:7: the chat template of .* refuses this: no"
     ):
         tokenizer.encode([Record((*ASKED, *ASKED), "data.jsonl:7")])
+    endless = "{% if messages|length > 2 %}{{ 'x' * 9999999 }}{% endif %}" + BUILT_IN["chatml"]
+    tokenizer = PretrainedTokenizer.from_folder(folder(tmp_path, chat_template=endless))
+    with pytest.raises(ValueError, match=r"^data\.jsonl:7: the chat template of .* writes more"):
+        tokenizer.encode([Record((*ASKED, *ASKED), "data.jsonl:7")])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         PretrainedTokenizer.from_folder(tmp_path)
@@ -200,11 +204,27 @@ def test_a_value_of_the_wrong_type_is_named_with_its_file(tmp_path, config, mess
         PretrainedTokenizer.from_folder(folder(tmp_path, **config))
 
 
-def test_a_stop_that_is_no_id_is_named_with_its_file(tmp_path):
-    folder(tmp_path, chat_template=BUILT_IN["chatml"])
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be one id"):
+def test_a_template_that_is_no_utf_8_is_named_with_its_file(tmp_path):
+    (folder(tmp_path) / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8: "):
         PretrainedTokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id"])
+def test_an_id_that_the_tokenizer_has_not_is_named_with_its_file(tmp_path, file, key):
+    folder(tmp_path, chat_template=BUILT_IN["chatml"])
+    for value in ("x", ["x"], 260, -1, 2**70, [257, 99999], [[1]], 1.5, True):
+        wrong = value[-1] if isinstance(value, list) else value
+        (tmp_path / file).write_text(json.dumps({key: value}))
+        with pytest.raises(ValueError, match=rf"{file}: {key} must be one id .*") as raised:
+            PretrainedTokenizer.from_folder(tmp_path)
+        assert f"whose last is 259, not {wrong!r}: " in str(raised.value)
+    for value in (None, 257, [257, 259], []):
+        values = {key: value, "pad_token_id": -1}  # as the first Llamas said that they have none
+        (tmp_path / file).write_text(json.dumps(values))
+        stops = PretrainedTokenizer.from_folder(tmp_path).stops
+        assert stops == {257, 259}
 
 
 def gguf_metadata(**changes):
@@ -251,13 +271,30 @@ def test_a_tokenizer_that_is_not_known_is_refused():
 @pytest.mark.parametrize(
     "damage",
     [
-        {"model": "gpt2", "merges": ["a b"], "tokens": ["a", "b"]},
+        {"model": "gpt2", "merges": ["a b"], "tokens": ["a", "b", "c"]},
         {"model": "gpt2", "merges": ["ab"], "tokens": ["a", "b", "ab"]},
         {"merges": ["a c"]},
         {"scores": None},
-        {"tokens": ["a", 5]},
+        {"tokens": ["a", 5, "b"]},
     ],
 )
 def test_a_damaged_tokenizer_in_gguf_is_one_line(damage):
     with pytest.raises(ValueError, match=r"^it: its tokenizer is damaged: [^\n]+$"):
         PretrainedTokenizer.from_gguf(gguf_metadata(**damage), Path("it"))
+
+
+def test_a_template_in_gguf_that_is_no_text_is_named():
+    def get(key, default=None):
+        return 5 if key == "tokenizer.chat_template" else gguf_metadata()(key, default)
+
+    with pytest.raises(ValueError, match=r"^it: tokenizer\.chat_template must be text, not 5$"):
+        PretrainedTokenizer.from_gguf(get, Path("it"))
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "padding"])
+def test_an_id_in_gguf_of_no_token_is_named(name):
+    for value in (10, 2**40, -1, "x", 1.0, True, [1]):
+        metadata = gguf_metadata(**{f"{name}_token_id": value})
+        with pytest.raises(ValueError, match=r"^it: tokenizer") as raised:
+            PretrainedTokenizer.from_gguf(metadata, Path("it"))
+        assert f"{name}_token_id must be one of its 10 tokens, not {value!r}" in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ class Fields:
         return self._get(name, default, int, "a whole number from 0 on", lambda value: value >= 0)
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
-        value = self._get(name, default, (int, float), "a number above 0", lambda value: value > 0)
+        value = self._get(name, default, (int, float), "a finite number above 0", _finite)
         return value if value is None else float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -62,6 +63,11 @@ class Fields:
         if not right or (good is not None and not good(value)):
             raise ValueError(f"{self.where}: {name} must be {words}, not {value!r}")
         return value
+
+
+def _finite(value: float) -> bool:
+    """Above 0, too. A whole number may be finite and too large for a float."""
+    return 0 < value <= sys.float_info.max
 
 
 def layers(fields: Fields) -> int:

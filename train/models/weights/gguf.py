@@ -77,6 +77,9 @@ class GGUFFile:
         """A value of the metadata."""
         return self._metadata.get(key, default)
 
+    def file_of(self, name: str) -> Path:
+        return self.path
+
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         out = np.empty(tensor.shape, np.float32)

@@ -61,6 +61,9 @@ class SafetensorsFolder:
             )
         return {DTYPES[dtype] for dtype in dtypes}
 
+    def file_of(self, name: str) -> Path:
+        return self._file_of[name]
+
     def read(self, name: str) -> np.ndarray:
         with safe_open(self._file_of[name], framework="np") as opened:
             return opened.get_tensor(name)
@@ -71,6 +74,13 @@ def _listed(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
     if not index.is_file():
         if not (folder / WHOLE).is_file():
+            parts = sorted(file.name for file in folder.glob("*.safetensors"))
+            if parts:
+                many = f"{parts[0]} to {parts[-1]}" if len(parts) > 1 else parts[0]
+                raise ValueError(
+                    f"{folder} holds {many} ({len(parts)}), but no {WHOLE}, and no {INDEX}, which"
+                    " says what is in which: fetch that too"
+                )
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
             hint = "; pickled weights are not read, as they can run code" if pickled else ""
             raise ValueError(f"there is no {WHOLE} and no {INDEX} in {folder}{hint}")
@@ -80,7 +90,7 @@ def _listed(folder: Path) -> dict[str, Path]:
         outside = [file for file in files.values() if Path(file).name != file]
         if outside or not files:
             raise ValueError(f"it names {outside[0]!r}" if outside else "it names no tensor")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of safetensors ({error!r})") from None
     return {name: folder / file for name, file in files.items()}
 

@@ -27,6 +27,10 @@ class Tensors(Protocol):
         """The narrowest that holds every tensor exactly: bfloat16, float16 or float32."""
         ...
 
+    def file_of(self, name: str) -> Path:
+        """Where a tensor is, for messages."""
+        ...
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, in a floating dtype."""
         ...

@@ -106,6 +106,14 @@ def test_shards_give_what_one_file_gives(tmp_path):
     for one, other in zip(leaves(expected), leaves(found), strict=True):
         np.testing.assert_array_equal(one, other)
 
+    index_file = parts / "model.safetensors.index.json"
+    index_file.rename(parts / "aside")
+    with pytest.raises(
+        ValueError, match=r"holds model-0\.safetensors to model-1\.safetensors \(2\)"
+    ):
+        SafetensorsFolder(parts)
+    (parts / "aside").rename(index_file)
+
     (parts / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"names model-1\.safetensors, which is not there"):
         SafetensorsFolder(parts)
@@ -117,6 +125,9 @@ def test_shards_give_what_one_file_gives(tmp_path):
     index[names[0]] = "../secret.safetensors"
     (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     with pytest.raises(ValueError, match=r"\.\./secret"):
+        SafetensorsFolder(parts)
+    (parts / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no index of safetensors"):
         SafetensorsFolder(parts)
 
 
@@ -146,6 +157,19 @@ def test_a_tied_head_that_is_also_stored_must_be_the_embedding(tmp_path):
     tensors["lm_head.weight"][3, 5] += 1
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens"):
         load(config, SafetensorsFolder(folder(tmp_path, tensors)), "huggingface")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path, dtype, value, name):
+    tensors = {name: tensor.astype(dtype) for name, tensor in tensors_of(LLAMA).items()}
+    tensors[name].flat[[0, 17]] = value
+    files = SafetensorsFolder(folder(tmp_path, tensors))
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path}/model\.safetensors: {name} is NaN or infinite in 2 "
+    ):
+        load(config_of(LLAMA), files, "huggingface")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +272,17 @@ def test_gguf_gives_what_safetensors_give(tmp_path, config, quantized, tolerance
     for one, other in zip(leaves(found), leaves(load(shape, files, "huggingface")), strict=True):
         assert np.abs(other).max() > 0.1
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+
+
+def test_a_weight_in_gguf_that_is_not_finite_is_named_with_its_file(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", GEMMA)
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.float32(np.nan).tobytes()  # of the last tensor
+    path.write_bytes(data)
+    file = GGUFFile(path)
+    shape = families.read(file.config, str(path))
+    with pytest.raises(ValueError, match=r"model\.gguf: \S+ is NaN or infinite in 1 of "):
+        load(shape, file, "gguf")
 
 
 def test_the_largest_gemma_scales_its_queries_by_its_width():
