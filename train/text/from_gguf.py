@@ -67,7 +67,7 @@ def tokenizer(get: Callable[[str, Any], Any], where: str) -> tokenizers.Tokenize
     tokens, kinds = field("tokens"), field("token_type")
     if not tokens:
         raise ValueError(f"{where} holds no tokenizer")
-    for name in ("bos", "eos", "padding"):
+    for name in ("bos", "eos"):
         i = field(f"{name}_token_id")
         if i is not None and (type(i) is not int or i not in range(len(tokens))):
             raise ValueError(

@@ -291,7 +291,13 @@ def test_a_template_in_gguf_that_is_no_text_is_named():
         PretrainedTokenizer.from_gguf(get, Path("it"))
 
 
-@pytest.mark.parametrize("name", ["bos", "eos", "padding"])
+def test_a_padding_id_in_gguf_of_no_token_is_none():
+    for value in (10, 2**32 - 1, 2**40, -1, "x", None):
+        metadata = gguf_metadata(padding_token_id=value)
+        assert PretrainedTokenizer.from_gguf(metadata, Path("it")).pad == 0
+
+
+@pytest.mark.parametrize("name", ["bos", "eos"])
 def test_an_id_in_gguf_of_no_token_is_named(name):
     for value in (10, 2**40, -1, "x", 1.0, True, [1]):
         metadata = gguf_metadata(**{f"{name}_token_id": value})
