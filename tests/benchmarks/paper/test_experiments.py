@@ -260,3 +260,27 @@ def test_the_whole_of_an_experiment_in_small(tmp_path, monkeypatch, capfd):
     assert curves.EXPERIMENT.main(given) == 0
     said = capfd.readouterr().out
     assert said.count("done already: train tiny/implementation=") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "given"),
+    [
+        (table1, ["--learning-rate", "1e-3"]),
+        (betas, ["--label-smoothing", "0.2"]),
+        (softcap, ["--softcap", "30", "--label-smoothing", "0.1"]),
+        (sizes, ["--label-smoothing", "0.1"]),
+    ],
+    ids=lambda x: "" if isinstance(x, list) else x.EXPERIMENT.name,
+)
+def test_an_experiment_trains_asks_and_shows(experiment, given, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    out = tmp_path / "out"
+    made = experiment.EXPERIMENT.main(["--tiny", "--out", str(out), *given])
+    assert made == 0, capfd.readouterr().err[-2000:]
+    (page,) = out.glob(f"{experiment.EXPERIMENT.name}-*.md")
+    assert "tiny-questions" in page.read_text()
+    rows = json.loads((out / "steps.json").read_text())
+    assert {row["status"] for row in rows} == {"done"}
+    assert not list(out.glob("runs/*/*/checkpoints"))  # weights of what is evaluated are let go
