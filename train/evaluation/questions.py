@@ -149,9 +149,16 @@ def find(
     require(data.exists(), f"there is no {data}: {flag} names a file or a folder")
     if data.is_file():
         return [data]
-    own = [data / folder for folder in (name, name.split("-")[0]) if (data / folder).is_dir()]
+    own = [data / folder for folder in _folders(name) if (data / folder).is_dir()]
     folder = own[0] if own else data
-    there = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    of_others = {part for other in TASKS for part in _folders(other)} if not own else set()
+    there = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in SUFFIXES
+        and p.is_file()
+        and p.relative_to(folder).parts[0] not in of_others
+    )
     names = {p: set(re.split(r"[^a-z]+", str(p.relative_to(folder)).lower())) for p in there}
     found = [
         p
@@ -166,6 +173,11 @@ def find(
         f" {', '.join(p.name for p in there[:5]) or 'nothing'}",
     )
     return found
+
+
+def _folders(name: str) -> tuple[str, str]:
+    """What a task's own folder may be called, beside those of others."""
+    return name, name.split("-")[0]
 
 
 def _place(where: str, item: Item) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from train.evaluation import prompts, questions
 from train.evaluation.items import Item
-from train.evaluation.tasks import arc, hellaswag, mmlu, openbookqa, plain, sciq
+from train.evaluation.tasks import TASKS, arc, hellaswag, mmlu, openbookqa, plain, sciq
 
 CHOICES = {"text": ["red", "green", "blue"], "label": ["A", "B", "C"]}
 NESTED = {"stem": "Why?", "choices": [{"text": "so", "label": "1"}, {"text": "not", "label": "2"}]}
@@ -292,3 +292,12 @@ def test_the_prompts_of_lm_evaluation_harness():
     shown = prompts.word(item, [item], arc, "harness", "text").context
     assert shown == "Question: Why?\nAnswer: not\n\nQuestion: Why?\nAnswer:"
     assert prompts.answer_by(mmlu, "harness", None) == "letters"
+
+
+def test_a_task_takes_nothing_from_the_folders_of_others(tmp_path):
+    (tmp_path / "arc").mkdir()
+    (tmp_path / "arc" / "ARC-Easy-test.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="holds no file of sciq whose name says test: nothing"):
+        questions.find("sciq", TASKS["sciq"], "test", tmp_path)
+    (found,) = questions.find("arc-easy", TASKS["arc-easy"], "test", tmp_path)
+    assert found.name == "ARC-Easy-test.jsonl"
