@@ -60,8 +60,8 @@ def export(
 ) -> None:
     """Writes the folder, whole or not at all.
 
-    A model that was not trained is given back to the bit, as every dtype it can have had is in
-    float32. A head that is the embedding table is not written twice.
+    A model that was not trained is given back to the bit, each tensor in its dtype, as every one
+    that it can have had is in float32. A head that is the embedding table is not written twice.
 
     Raises:
       ValueError: if the folder is there already, if adapters are asked for and there are none, or
@@ -87,7 +87,7 @@ def export(
     part.mkdir(parents=True)
     try:
         if base is None:
-            _write_model(loaded, config, dtype or str(config.get("dtype", "float32")), part)
+            _write_model(loaded, config, dtype, part)
         else:
             peft.save(loaded.shape, loaded.params, base, part, dtype or "float32")
         os.replace(part, folder)
@@ -100,9 +100,13 @@ def _softcap(config: dict[str, Any]) -> float | None:
 
 
 def _write_model(
-    loaded: run_model.Loaded, config: dict[str, Any], dtype: str, folder: Path
+    loaded: run_model.Loaded, config: dict[str, Any], dtype: str | None, folder: Path
 ) -> None:
-    safetensors.save(save(loaded.shape, loaded.params, dtype), folder)
+    """All in `dtype`; without one each tensor in the dtype that it had."""
+    narrower = config.get(run_model.NARROWER)
+    config = {key: value for key, value in config.items() if key != run_model.NARROWER}
+    others, dtype = None if dtype else narrower, dtype or str(config.get("dtype", "float32"))
+    safetensors.save(save(loaded.shape, loaded.params, dtype, others), folder)
     config = config | {"dtype": dtype, "torch_dtype": dtype}
     config.setdefault("architectures", [loaded.architecture])
     description = run_model.description(

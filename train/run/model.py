@@ -57,6 +57,17 @@ class Chosen:
         return dataclasses.replace(self, shape=shape)
 
 
+NARROWER = "tensor_dtypes"
+"""In a run's config.json: dtypes of tensors that have another than the config's, by name."""
+
+
+def _with_dtypes(found: resolve.Pretrained) -> dict[str, Any]:
+    """What export gives back, beside what the config says."""
+    tensors = found.tensors
+    mixed = {NARROWER: dict(tensors.narrower)} if tensors.narrower else {}
+    return {**found.config_json, "dtype": tensors.dtype, **mixed}
+
+
 def _computed_in(dtype: str) -> str:
     if dtype != "auto":
         return dtype
@@ -109,7 +120,7 @@ def choose(config: TrainConfig, out: Path | None) -> Chosen:
     )
     found.check()
     shape = dataclasses.replace(found.config, **computes)
-    config_json = {**found.config_json, "dtype": found.tensors.dtype}
+    config_json = _with_dtypes(found)
     chosen = Chosen(shape, found, found.tokenizer(flags.template), config_json)
     return _of_known_tokens(chosen) if config.loss.smooth_known_tokens else chosen
 
@@ -220,7 +231,7 @@ def read(
         if isinstance(found, ModelConfig):
             raise ValueError(f"{where} is trained from scratch: name the folder of a run of it")
         shape = dataclasses.replace(found.config, dtype=dtype)
-        config_json = {**found.config_json, "dtype": found.tensors.dtype}
+        config_json = _with_dtypes(found)
         tokenizer = found.tokenizer(template)  # first, as it is refused at once
         return Loaded(shape, found.load(), tokenizer, config_json)
     run = load(out)

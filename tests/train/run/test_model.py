@@ -264,6 +264,32 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_weights_
         np.testing.assert_array_equal(one, other)
 
 
+def test_each_tensor_is_given_back_in_the_dtype_that_it_had(checkpoint, trained, tmp_path):
+    """Norms in float32 beside matrices in bfloat16; and so from a run of such a folder."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(checkpoint, mixed)
+    tensors = load_file(mixed / "model.safetensors")
+    wide = {name: t.astype("float32") if t.ndim == 1 else t for name, t in tensors.items()}
+    safetensors.save(wide.items(), mixed)
+    export.export(str(mixed), tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype.name for t in after.values()} == {"bfloat16", "float32"}
+    for name, tensor in wide.items():
+        assert after[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(after[name], tensor)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (told["dtype"], run_model.NARROWER in told) == ("float32", False)
+
+    config = run_folder.load(trained).replace(model=str(mixed), out=tmp_path / "run", steps=1)
+    loop.run(config.replace(weights="float32"))
+    export.export(str(tmp_path / "run"), tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert {n: t.dtype for n, t in again.items()} == {n: t.dtype for n, t in wide.items()}
+    export.export(str(tmp_path / "run"), tmp_path / "all", dtype="float32")
+    every = load_file(tmp_path / "all" / "model.safetensors")
+    assert {t.dtype.name for t in every.values()} == {"float32"}
+
+
 def test_an_untouched_model_is_exported_to_the_bit(checkpoint, tmp_path):
     export.export(str(checkpoint), tmp_path / "out")
     before = safetensors.SafetensorsFolder(checkpoint)

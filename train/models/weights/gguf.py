@@ -55,6 +55,7 @@ class GGUFFile:
     """
 
     dtype = "float32"
+    narrower: Mapping[str, str] = {}
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -114,13 +114,17 @@ def _check_finite(weight: np.ndarray, tensors: Tensors, name: str) -> None:
         )
 
 
-def save(config: ModelConfig, params: nnx.State, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors as Hugging Face calls and lays them out, one after the other."""
+def save(
+    config: ModelConfig, params: nnx.State, dtype: str, others: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors as Hugging Face calls and lays them out, one after the other, in `dtype` but for
+    those that `others` names."""
     flat = _flat(params)
     for name, place in families.places(config, shapes(config), "huggingface").items():
         leaf = flat[place.path][...]
         weight = np.asarray(leaf if place.layer is None else leaf[place.layer])
-        yield name, np.ascontiguousarray(place.to_file(weight).astype(jax.numpy.dtype(dtype)))
+        own = jax.numpy.dtype((others or {}).get(name, dtype))
+        yield name, np.ascontiguousarray(place.to_file(weight).astype(own))
 
 
 def abstract(config: ModelConfig) -> Decoder:

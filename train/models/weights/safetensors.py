@@ -29,7 +29,7 @@ class SafetensorsFolder:
         self.path = folder
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: set[str] = set()
+        dtypes: dict[str, str] = {}
         listed = _listed(folder)
         for file in sorted(set(listed.values())) if listed else [folder / WHOLE]:
             if not file.is_file():
@@ -40,26 +40,28 @@ class SafetensorsFolder:
             raise ValueError(
                 f"{folder / INDEX} says that {wrong[0]} is in {listed[wrong[0]].name}; it is not"
             )
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        several = set(dtypes.values())
+        self.dtype = several.pop() if len(several) == 1 else "float32"
+        self.narrower = {name: own for name, own in dtypes.items() if own != self.dtype}
 
-    def _open(self, file: Path) -> set[str]:
-        dtypes = set()
+    def _open(self, file: Path) -> dict[str, str]:
+        dtypes = {}
         try:
             with safe_open(file, framework="np") as opened:
                 for name in opened.keys():  # noqa: SIM118 (it is no dict)
                     view = opened.get_slice(name)
                     self.shapes[name] = tuple(view.get_shape())
                     self._file_of[name] = file
-                    dtypes.add(view.get_dtype())
+                    dtypes[name] = view.get_dtype()
         except SafetensorError as error:
             raise broken(file, error) from None
-        other = dtypes - DTYPES.keys()
+        other = set(dtypes.values()) - DTYPES.keys()
         if other:
             raise ValueError(
                 f"{file} holds {', '.join(sorted(other))}: quantized safetensors are not read,"
                 " take the model's bfloat16 or float32 files"
             )
-        return {DTYPES[dtype] for dtype in dtypes}
+        return {name: DTYPES[dtype] for name, dtype in dtypes.items()}
 
     def file_of(self, name: str) -> Path:
         return self._file_of[name]

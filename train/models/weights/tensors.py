@@ -27,6 +27,11 @@ class Tensors(Protocol):
         """The narrowest that holds every tensor exactly: bfloat16, float16 or float32."""
         ...
 
+    @property
+    def narrower(self) -> Mapping[str, str]:
+        """The dtypes of tensors that have another, by name."""
+        ...
+
     def file_of(self, name: str) -> Path:
         """Where a tensor is, for messages."""
         ...
