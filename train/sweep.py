@@ -101,7 +101,7 @@ class Job:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the grid; returns 0, 1 if a run failed, 2 for a user's mistake, 128 + n for signal n."""
     try:
-        jobs = grid(sys.argv[1:] if arguments is None else arguments)
+        jobs = in_one_dtype(grid(sys.argv[1:] if arguments is None else arguments))
         check_folders(jobs)
         load(jobs)
         check_runs([job.config for job in jobs if not job.evaluation.is_file()])
@@ -241,6 +241,37 @@ def read(arguments: Sequence[str], model: str = SweepConfig().model.model) -> Sw
     )
 
 
+def in_one_dtype(jobs: Sequence[Job]) -> list[Job]:
+    """The runs, with --dtype auto for what those that were begun have: another chip may have
+    computed them, and what auto is here would not compare with it.
+
+    Raises:
+      ValueError: if those have several.
+    """
+    begun = [job for job in jobs if (job.folder / run_folder.RUN_FILE).is_file()]
+    dtypes = {
+        run_folder.load(job.folder).model.dtype for job in begun if job.config.model.dtype == "auto"
+    }
+    if not dtypes:
+        return list(jobs)
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"the runs of {jobs[0].folder.parent} have --dtype {' and '.join(sorted(dtypes))}: name"
+            " one of them, and another --out"
+        )
+    (dtype,) = dtypes
+    return [
+        dataclasses.replace(
+            job,
+            config=job.config.replace(dtype=dtype),
+            arguments=(*job.arguments, "--dtype", dtype),
+        )
+        if job.config.model.dtype == "auto" and "dtype" not in job.settings
+        else job
+        for job in jobs
+    ]
+
+
 def check_folders(jobs: Sequence[Job]) -> None:
     """Raises ValueError if the sweep's folder is something else's, or holds other runs so named."""
     out = jobs[0].folder.parent
@@ -261,9 +292,8 @@ def check_folder(job: Job) -> None:
         now = wanted[name]
         if name in ("data", "eval_data"):
             before, now = ([str(file.absolute()) for file in files] for files in (before, now))
-        # Not given: the run notes the model's own, and what this machine computes in.
-        noted = (name, now) in (("softcap", None), ("dtype", "auto"))
-        if name not in FREE and before != now and not noted:
+        of_the_model = name == "softcap" and now is None  # not given: the run notes the model's own
+        if name not in FREE and before != now and not of_the_model:
             raise ValueError(
                 f"{job.folder} holds a run with {flag(name)} {before}, not {now}:"
                 " name another --out for this sweep"

@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from train.data.packing import IGNORE, pack
 from train.models.config import PRESETS, ModelConfig, Rope
-from train.run.options import MeshShape
+from train.run.options import LossOptions, MeshShape
 from train.text.tokenizer import Example
 
 LLAMA_1B = ModelConfig(
@@ -127,6 +127,8 @@ def read(text: str) -> Variant:
             value = float(value)
         if field.type not in (int, int | None) and choices and value not in choices:
             raise ValueError(f"{text}: {name} must be one of {', '.join(map(str, choices))}")
+        if name == "filter":
+            LossOptions(gradient_filter=str(value))
         if name == "mesh":
             MeshShape.read(part.partition("=")[2].replace("+", ","))
         values[name] = value

@@ -95,8 +95,8 @@ def more_marked(gradient_filter: float | str, n: int, v: int) -> float:
     if isinstance(gradient_filter, str):
         return 1.0
     usual = EPSILON * (256_000 / v) ** (5 / 8) * math.sqrt(n / 8192)
-    smaller = min(max(usual, LEAST), MOST) / gradient_filter
-    return (4 / 3) ** max(math.log2(smaller), 0.0)
+    smaller = min(max(usual, LEAST), MOST) / max(gradient_filter, LEAST * 2.0**-64)
+    return (4 / 3) ** min(max(math.log2(smaller), 0.0), 64.0)
 
 
 def stand_in(

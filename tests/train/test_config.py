@@ -309,3 +309,16 @@ def test_on_a_gpu_a_run_says_why_its_kernels_stay_idle(dtype, said, monkeypatch,
     assert len(caplog.messages) == len(said)
     for message, start in zip(caplog.messages, said, strict=True):
         assert message.startswith(start)
+
+
+def test_a_number_for_a_filter_is_the_same_however_it_is_written():
+    one, other = (TrainConfig.of(gradient_filter=text) for text in ("1e-4", "0.0001"))
+    assert one == other
+    assert one.loss.left_out == 1e-4
+
+
+def test_a_run_that_goes_on_knows_what_auto_was(tmp_path):
+    out = run_folder.claim(TrainConfig.of(model="nano", dtype="bfloat16", out=tmp_path / "run"))
+    given = ["--resume", "--out", str(out), "--dtype"]
+    assert parse([*given, "auto"]).model.dtype == "bfloat16"
+    assert parse([*given, "float32"]).model.dtype == "float32"

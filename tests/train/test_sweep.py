@@ -391,3 +391,15 @@ def test_two_real_runs(tmp_path):
     assert all(0 < run["tokens"]["nll"] < 6 and run["tokens"]["n"] > 20 for run in runs)
     assert runs[0]["tokens"]["nll"] != runs[1]["tokens"]["nll"]
     assert (tmp_path / "sweep" / "label_smoothing=0.5" / "reliability.png").is_file()
+
+
+def test_runs_that_were_begun_say_what_auto_is(tmp_path):
+    jobs = sweep.grid(["--label-smoothing", "0", "0.1", "0.2", "--out", str(tmp_path / "s")])
+    assert sweep.in_one_dtype(jobs) == jobs
+    run_folder.claim(jobs[1].config.replace(dtype="bfloat16"))
+    one = sweep.in_one_dtype(jobs)
+    assert {job.config.model.dtype for job in one} == {"bfloat16"}
+    assert all(job.arguments[-2:] == ("--dtype", "bfloat16") for job in one)
+    run_folder.claim(jobs[2].config.replace(dtype="float32"))
+    with pytest.raises(ValueError, match="have --dtype bfloat16 and float32: name one of them"):
+        sweep.in_one_dtype(jobs)

@@ -40,7 +40,8 @@ class LossOptions:
     softcap: Annotated[float | None, shown("CAP", "off")] = None
     """Bound logits to ±CAP by CAP·tanh(z/CAP)."""
     temperature: Annotated[float, shown("T")] = 1.0
-    """Divide logits by T in training's loss. Evaluations and answers have them as they are."""
+    """Divide logits by T in training's loss, before a softcap. Evaluations and answers have them as
+    they are."""
     reduction: Literal["mean", "sum"] = "mean"
     """Minimise the loss per response token, or its sum over the step; clipping tells them apart."""
     implementation: Annotated[str, shown("NAME")] = "auto"
@@ -60,6 +61,8 @@ class LossOptions:
             f"--gradient-filter must be one of {', '.join(FILTERS)} or a number above 0 and below"
             f" 1, not {self.gradient_filter!r}",
         )
+        if self.gradient_filter not in FILTERS:  # however it is written
+            object.__setattr__(self, "gradient_filter", repr(float(self.gradient_filter)))
         require_not_negative("z_loss", self.z_loss)
         require_positive("softcap", self.softcap)
         require_positive("temperature", self.temperature)

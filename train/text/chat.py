@@ -6,6 +6,7 @@ the messages and write text, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -92,6 +93,22 @@ class Rendered:
     characters; None for what others say, and where the template does not let it be told."""
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """In which no text is repeated into more than a template may write."""
+
+    intercepted_binops = frozenset({"*"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for some, times in ((left, right), (right, left)):
+            if (
+                isinstance(some, str | list | tuple)
+                and isinstance(times, int)
+                and len(some) * times > MOST_AROUND
+            ):
+                raise jinja2.TemplateRuntimeError(f"it repeats something {times:,} times")
+        return super().call_binop(context, operator, left, right)
+
+
 class Template:
     """A chat template.
 
@@ -108,7 +125,7 @@ class Template:
         self.source = source
         self._where = where
         self._variables = dict(variables)
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Environment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols", _Generation],
@@ -171,10 +188,10 @@ class Template:
 
     def _start(self, messages: Sequence[Message], i: int, text: str) -> int | None:
         if i == 0:  # a greeting, before which there is nothing to render
-            other = self.render(_with_other_words(messages, 0))
-            before, found, after = other.partition(_WORDS)
-            if found and text.startswith(before) and text.endswith(after):
-                return len(before)
+            with contextlib.suppress(ValueError):  # by a template that looks at the words
+                before, found, after = self.render(_with_other_words(messages, 0)).partition(_WORDS)
+                if found and text.startswith(before) and text.endswith(after):
+                    return len(before)
             content = messages[0].content.strip()
             return text.index(content) if content and text.count(content) == 1 else None
         before = self.render(messages[:i], prompt=True)

@@ -153,7 +153,8 @@ class PretrainedTokenizer:
             name: get(f"tokenizer.ggml.{key}_token_id", None)
             for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))
         }
-        if ids["pad_token"] not in tokenizer.get_vocab().values():
+        pad = ids["pad_token"]
+        if type(pad) is not int or pad not in tokenizer.get_vocab().values():
             ids["pad_token"] = None  # some files have 2^32 − 1 where there is none
         return cls(
             tokenizer,

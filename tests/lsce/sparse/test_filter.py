@@ -31,6 +31,7 @@ def test_a_smaller_number_marks_more():
     assert more(filtering.EPSILON / 16, 8192, 256_000) == pytest.approx((4 / 3) ** 4)
     assert more(filtering.EPSILON / 16, 2048, 256_000) == pytest.approx((4 / 3) ** 3)
     assert more(0.5, 8192, 256_000) == 1.0
+    assert more(1e-320, 8192, 256_000) < 1e9
     tiles = BackwardTiles()
     usual, many = (
         tiles.static_chunks(1000, 64, 64 * 28, more=x) for x in (1.0, more(2e-5, 8192, 256_000))

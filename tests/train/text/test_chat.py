@@ -167,6 +167,23 @@ def test_answers_are_told_though_questions_before_them_are_written_otherwise():
     assert [chat.text[slice(*span)] for span in chat.spans if span] == [" 2</s>", " It is 4.</s>"]
 
 
+def test_a_template_that_looks_at_the_words_of_a_greeting_is_not_asked_with_others():
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' and m.content|length < 2 %}"
+        "{{ raise_exception('too short') }}{% endif %}<{{ m.role }}>{{ m.content }}<end>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    talk = [Message("assistant", "hello"), Message("user", "a"), Message("assistant", "bb")]
+    found = template(source).spans(talk)
+    assert [found.text[slice(*span)] for span in found.spans if span] == ["hello<end>", "bb<end>"]
+
+
+def test_what_is_repeated_without_end_is_not_made():
+    for source in ("{{ 'a' * 1500000000 }}", "{{ 2000000000 * messages }}"):
+        with pytest.raises(ValueError, match=r"it repeats something [0-9,]+ times"):
+            template(source).spans(TALK)
+
+
 def test_a_greeting_begins_behind_what_the_template_writes_before_it():
     greeting = (Message("assistant", "a"), *TALK[1:])  # as in "<|im_start|>"
     chat = template(BUILT_IN["chatml"]).spans(greeting)
@@ -231,7 +248,7 @@ def test_a_template_that_is_no_jinja_is_refused(source):
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ 'a' * 20000000 }}",
+        "{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}",
         "{% for i in range(99999) %}{% for i in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
     ],
 )

@@ -179,7 +179,9 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
         tokenizer.encode([Record((*ASKED, *ASKED), "data.jsonl:7")])
     endless = "{% if messages|length > 2 %}{{ 'x' * 9999999 }}{% endif %}" + BUILT_IN["chatml"]
     tokenizer = PretrainedTokenizer.from_folder(folder(tmp_path, chat_template=endless))
-    with pytest.raises(ValueError, match=r"^data\.jsonl:7: the chat template of .* writes more"):
+    with pytest.raises(
+        ValueError, match=r"^data\.jsonl:7: the chat template of .* it repeats some"
+    ):
         tokenizer.encode([Record((*ASKED, *ASKED), "data.jsonl:7")])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
@@ -292,7 +294,7 @@ def test_a_template_in_gguf_that_is_no_text_is_named():
 
 
 def test_a_padding_id_in_gguf_of_no_token_is_none():
-    for value in (10, 2**32 - 1, 2**40, -1, "x", None):
+    for value in (10, 2**32 - 1, 2**40, -1, "x", 2.0, None):
         metadata = gguf_metadata(padding_token_id=value)
         assert PretrainedTokenizer.from_gguf(metadata, Path("it")).pad == 0
 
