@@ -104,8 +104,8 @@ def test_every_flag_exists_with_its_default():
     assert flags - {"help"} <= fields.keys()
     shown = {
         "label_smoothing": 0.1, "learning_rate": 3e-3, "schedule": "cosine", "batch_size": 4,
-        "accumulate": 1, "model": "tiny", "dtype": "float32", "remat": "none", "softcap": None,
-        "z_loss": 0, "dropout": 0.1,
+        "accumulate": 1, "model": "tiny", "dtype": "auto", "remat": "none", "softcap": None,
+        "temperature": 1, "z_loss": 0, "dropout": 0.1,
     }  # fmt: skip
     assert {name: fields[name] for name in shown} == shown
     assert DEFAULT_STEPS == 250

@@ -71,7 +71,7 @@ def happened(tmp_path, monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             finite = OnDevice(step != nan_at, lambda: order.append(f"read {step}"))
             return SimpleNamespace(step=step, model=step), StepMetrics(
-                1.0, 1.0, 10, 0.5, 0.1, finite
+                jnp.float32(1.0), 1.0, 10, 0.5, 0.1, finite
             )
 
         def evaluate(model, *_):
