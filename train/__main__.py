@@ -78,10 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
         changes["steps"] = None
     if given.steps and not given.epochs:
         changes["epochs"] = None
-    earlier = run_folder.load(given.out or run_folder.newest(), **changes)
-    found = read(earlier, config=FLAT)
-    # What auto is, the run that goes on has noted.
-    return found.replace(dtype=earlier.model.dtype) if found.model.dtype == "auto" else found
+    return read(run_folder.load(given.out or run_folder.newest(), **changes), config=FLAT)
 
 
 def _given(arguments: Sequence[str]) -> argparse.Namespace:

@@ -125,6 +125,8 @@ class TrainConfig:
         free = FREE | {"data", "eval_data"}
         if self.optimizer.schedule == "constant" and self.optimizer.warmup_steps is not None:
             free |= {"steps", "epochs"}
+        if self.model.dtype == "auto":  # whatever it was
+            free |= {"dtype"}
         now = self.flags()
         return {
             name: (before, now[name])

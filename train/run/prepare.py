@@ -59,6 +59,8 @@ def prepare(config: TrainConfig) -> Run:
     configuration, the folder or the data. Nothing in the folder has changed then.
     """
     out = folder.find(config)
+    if config.run.resume and config.model.dtype == "auto":
+        config = config.replace(dtype=folder.load(out).model.dtype)
     first_step = max(saved_steps(out), default=0) if config.run.resume else 0
     # A run that was killed before its first checkpoint begins again, with the weights in files.
     model = choose(config, out if first_step else None)
