@@ -128,7 +128,7 @@ def read(text: str) -> Variant:
         if field.type not in (int, int | None) and choices and value not in choices:
             raise ValueError(f"{text}: {name} must be one of {', '.join(map(str, choices))}")
         if name == "filter":
-            LossOptions(gradient_filter=str(value))
+            LossOptions(gradient_filter=str(value))  # ValueError for what it is not
         if name == "mesh":
             MeshShape.read(part.partition("=")[2].replace("+", ","))
         values[name] = value
@@ -136,6 +136,8 @@ def read(text: str) -> Variant:
     for name in values:  # or a row would say what it is not of
         if name == "compiled" if found.framework == "jax" else name not in OF_TORCH:
             raise ValueError(f"{text}: {name} makes no difference to {found.framework}")
+    if found.loss == "naive" and "filter" in values:
+        raise ValueError(f"{text}: filter makes no difference to loss=naive")
     return found
 
 

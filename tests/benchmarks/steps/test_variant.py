@@ -35,6 +35,8 @@ def test_a_variant_is_read_and_says_what_it_changes():
         ("torch,mesh=data=2", "mesh makes no difference to torch"),
         ("accumulate=2,torch", "accumulate makes no difference to torch"),
         ("compiled=false", "compiled makes no difference to jax"),
+        ("filter=some", "--gradient-filter must be one of fp8, auto"),
+        ("loss=naive,filter=auto", "filter makes no difference to loss=naive"),
     ],
 )
 def test_what_is_no_variant_is_refused(text, message):
