@@ -69,7 +69,7 @@ class Hopper:
     def remark(self, problem: Problem) -> str | None:
         exact = None
         if problem.gradient_filter == "fp8" and self.unfused(problem) is None:
-            exact = "gradients of a sum or a mean are exact and made in the forward: P fits into dC"
+            exact = "gradients of a sum or a mean are exact and made in the forward"
         elif problem.gradient_filter == "fp8" and not call_of(problem).tail:
             exact = "gradients are exact: too few for 8 bits to pay"
         elif problem.gradient_filter in ("auto", "hidden") and problem.softcap is not None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from lsce.backends import Arrays
 from lsce.backends.hopper import choose, interpret
-from lsce.backends.hopper.tiles import FusedLayout, Tiles, fused_layout, layout_within_dc
+from lsce.backends.hopper.tiles import FusedLayout, Tiles
 from lsce.problem import Problem, cdiv
 from lsce.sparse import filter as filtering
 
@@ -62,13 +62,10 @@ class Call:
     def fused_layout(self) -> FusedLayout | None:
         """Where gradients that are made in the forward keep P; None where "fp8" has no room for it.
 
-        For "fp8" they are another way to the same: nothing dropped, errors of exact mode. Where
-        N ≤ D they need about the tail's memory, as nearly all of P lies where dC will be, and
-        of four products in 16 bits only three. The tail's many small kernels take too long there.
+        For "fp8" they are another way to the same: nothing dropped, errors of exact mode.
         """
-        p, tile_c = self.problem, self.tiles.fused.tile_c
-        layout = layout_within_dc if p.gradient_filter == "fp8" else fused_layout
-        return layout(p.n, cdiv(p.d, 64) * 64, p.v, tile_c)
+        p = self.problem
+        return choose.layout_of(p, self.tiles.fused.tile_c, self.ctas)
 
     @property
     def dense_smoothing(self) -> bool:

@@ -10,7 +10,16 @@ import functools
 import itertools
 import math
 
-from lsce.backends.hopper.tiles import BLOCK, BackwardTiles, Tiles, fused_layout
+from lsce.backends.hopper.tiles import (
+    BLOCK,
+    FUSED_BYTES,
+    BackwardTiles,
+    FusedLayout,
+    Tiles,
+    beside_dc,
+    fused_layout,
+    layout_within_dc,
+)
 from lsce.backends.hopper.tuned import TUNED
 from lsce.problem import Problem, cdiv
 from lsce.sparse import filter as filtering
@@ -28,7 +37,9 @@ def tiles_for(problem: Problem, ctas: int = 132) -> Tiles:
     """The heuristic's tiles, but those of the tuned entry if the chip and sizes have one."""
     p = problem
     key = family(p.chip) or "", nearest_power_of_two(p.n), p.d, p.v, p.hidden_dtype.name
-    return dataclasses.replace(heuristic(p.n, p.d, p.v, ctas), **TUNED.get(key, {}))
+    layout = layout_of(p, Tiles().fused.tile_c, ctas)
+    groups = 1 if layout is None else layout.groups
+    return dataclasses.replace(heuristic(p.n, p.d, p.v, ctas, groups), **TUNED.get(key, {}))
 
 
 def nearest_power_of_two(n: int) -> int:
@@ -36,8 +47,10 @@ def nearest_power_of_two(n: int) -> int:
     return 2 ** round(math.log2(max(n, 1)))
 
 
-def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
+def heuristic(n: int, d: int, v: int, ctas: int, groups: int | None = None) -> Tiles:
     """Output tiles over the hidden size as wide as fit, with little of the last one empty.
+
+    Fused gradients are made of so many groups of tokens, by default as many as "fused" makes.
 
     Where all pairs are computed their number is known, and so is which sizes fill the chip.
     """
@@ -45,7 +58,7 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     tile_c = Tiles().exact.tile_c
     column_tiles = cdiv(v, tile_c)
     most = max(2, min(60, column_tiles // 8))
-    group = cdiv(n, fused_layout(n, d, v, tile_c).groups)
+    group = cdiv(n, groups or fused_layout(n, d, v, tile_c).groups)
     at_once = range(column_tiles, column_tiles + 1)
     # Gathered rows of the head: about 38 MB, but never more than a fifth of it.
     width = max(min(19_000_000 // d, v // 5, 32_768) // 512, 4) * 512
@@ -77,6 +90,49 @@ def heuristic(n: int, d: int, v: int, ctas: int) -> Tiles:
     )
 
 
+def layout_of(problem: Problem, tile_c: int, ctas: int) -> FusedLayout | None:
+    """Where gradients made in the forward keep P; None where "fp8" makes them afterwards."""
+    n, d, v = problem.n, cdiv(problem.d, 64) * 64, problem.v
+    if problem.gradient_filter == "fp8":
+        return exact_layout(n, d, v, tile_c, ctas // 2)
+    return fused_layout(n, d, v, tile_c)
+
+
+FEW_CLASSES = 65_536
+"""Up to here so many pairs are in 16 bits that the tail in 8 does more work than three products."""
+WHOLE_BYTES = 1_100_000_000
+"""P of a call whose naive logits, of 32 bits, take no more than twice that: there a quarter of that
+memory is worth less than the time that the tail's many small kernels take."""
+LEAST_TOKENS = 2048
+"""Of a group: each reads and writes dC, which for N tokens takes 650 / N of a product of theirs."""
+
+
+def exact_layout(n: int, d: int, v: int, tile_c: int, units: int = 66) -> FusedLayout | None:
+    """Where "fp8", whose gradients are exact mode's, makes them in the forward; None where the tail
+    in 8 bits is the better way.
+
+    Where N ≤ D nearly all of P lies in dC, and the memory is the tail's. Of few classes P takes
+    what a quarter of naive optax's memory leaves (see `tail_within_a_quarter`); where that is too
+    little for a group, or there are more classes, P of small calls is whole, in dC and beside it.
+    Larger calls of few classes for which a quarter is too little anyway go D tokens at a time.
+    """
+    if within := layout_within_dc(n, d, v, tile_c, units):
+        return within
+    pairs, column_tiles = cdiv(n, 2 * BLOCK), cdiv(v, tile_c)
+    # Beside P and the gradients there is what rounding cuts off dC and the hidden states in order,
+    # and of a group those again, scaled, and the sums of dE.
+    at_once = (n * v - 7 * (n + v) * d // 2) // (2 * v + 8 * d)
+    if v > FEW_CLASSES or at_once < LEAST_TOKENS:
+        if 2 * n * v <= WHOLE_BYTES:
+            return FusedLayout(1, beside_dc(pairs * 2 * BLOCK, d, column_tiles, tile_c))
+        if v > FEW_CLASSES or d < LEAST_TOKENS or promised_of_the_tail(n, d, v) > 0:
+            return None
+        at_once = d
+    at_once = min(at_once, FUSED_BYTES // (2 * v))
+    groups = cdiv(pairs, at_once // (2 * BLOCK))
+    return FusedLayout(cdiv(pairs, cdiv(pairs, groups)), column_tiles)
+
+
 def within_a_quarter(n: int, d: int, v: int, width: int, slots: int) -> tuple[int, int]:
     """A chunk's columns and P's slots a block, fewer where that keeps a promise.
 
@@ -104,8 +160,13 @@ def tail_within_a_quarter(n: int, d: int, v: int) -> int:
     bytes_of_tile = 2 * tiles.tile_c * (n + d)
     most = tiles.slots_per_block * (8192 + d) // (n + d)
     most = max(tiles.slots_per_block, min(most, n * v // bytes_of_tile))
-    left = n * v - 6 * n * d - 3 * (n + v) * d // 2 - 20_000_000
+    left = promised_of_the_tail(n, d, v)
     return most if left <= 0 else min(max(left // bytes_of_tile, 4), most)
+
+
+def promised_of_the_tail(n: int, d: int, v: int) -> int:
+    """Bytes that a quarter of naive optax's leaves for the tail's chunks."""
+    return n * v - 6 * n * d - 3 * (n + v) * d // 2 - 20_000_000
 
 
 def tail_within_a_filter(n: int, d: int, v: int, sparse: BackwardTiles) -> int:

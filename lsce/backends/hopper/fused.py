@@ -1,6 +1,6 @@
 """Gradients in the forward pass: the logits are made once, at the price of keeping P for a while.
 
-    P̃_nv = exp(z_nv − r_n)      r_n a lower bound of lse_n (+ SHIFT), known before the logits
+    P̃_nv = exp(z_nv − r_n)      r_n = z_{n,y} + SHIFT: the target's logit, as a bound of lse_n
     l_n  = Σ_v P̃_nv             lse_n = r_n + log l_n
     dE_n = (a_n / l_n) · Σ_v P̃_nv·C_v            a_n = w_n·(1 + 2λ·lse_n)·scale
     dC_v = Σ_n P̃_nv · (a_n / l_n)·E_n
@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsce import formula
 from lsce.backends import Arrays
 from lsce.backends.hopper.call import Call
-from lsce.backends.hopper.forward import hot_sums, run_forward, target_logit
+from lsce.backends.hopper.forward import run_forward, target_logit
 from lsce.backends.hopper.kernels.entries import change_entries
 from lsce.backends.hopper.kernels.head_gradient import head_gradient
 from lsce.backends.hopper.kernels.hidden_gradient import accumulate_hidden
@@ -46,8 +46,8 @@ from lsce.varying import varying
 from lsce.wanted import Wanted
 
 SHIFT = 16.0
-"""Nats above the bound at which P̃ is 1, as a token may have more than its bound tells. Terms below
-e^−71 of the bound vanish."""
+"""Nats above the target's logit at which P̃ is 1: a loss of so many is met exactly. Terms below
+e^−71 of the target vanish."""
 RANGE = 44.0
 """Nats by which r may miss lse, as it does at no loss below 60. P̃ and l would be finite up to twice
 that, but a_n / l_n times a small hidden state must not vanish either."""
@@ -69,8 +69,10 @@ def refuses(call: Call) -> str | None:
         return "there is a bias"
     if call.dense_smoothing:
         return "smoothing under a softcap is not of rank 1"
-    if p.v % tiles.tile_c or cdiv(p.d, 64) * 64 % tiles.head_d:
-        return f"V and D are no multiples of the tiles {tiles.tile_c} and {tiles.head_d}"
+    if cdiv(p.d, 64) * 64 % tiles.head_d:
+        return f"D is no multiple of the tile {tiles.head_d}"
+    if call.fused_layout.groups > 1 and p.v % tiles.tile_c:
+        return f"V is no multiple of {tiles.tile_c}, and P is too large for all tokens at once"
     return None
 
 
@@ -145,10 +147,12 @@ def with_gradients(
     w = jnp.zeros(n, jnp.float32).at[rows.row_of_token].set(weights, unique_indices=True)
     w = jnp.where(rows.in_use, w, 0.0)
     target = target_logit(call, e, head, None, y)
-    r = jnp.maximum(hot_sums(call, e, head, None, y, stats=False).lse, target) + SHIFT
-    # The mean before P is begun: what it is made from then does not lie beside P.
-    center, r = lax.optimization_barrier((jnp.mean(head, axis=0, dtype=jnp.float32), r))
-    mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
+    r = target + SHIFT
+    center, mean_logit = None, jnp.zeros_like(target)
+    if p.label_smoothing > 0.0:
+        # The mean before P is begun: what it is made from then does not lie beside P.
+        center, r = lax.optimization_barrier((jnp.mean(head[: p.v], axis=0, dtype=jnp.float32), r))
+        mean_logit = jnp.dot(e.astype(jnp.float32), center, precision="highest") * p.logit_scale
 
     assert call.fused_layout is not None
     count, own = call.fused_layout
@@ -231,7 +235,7 @@ def _storage(
     low_ref = jax.new_ref(lax.empty(head.shape if carried else (16, 64), head.dtype))
     own_ref = jax.new_ref(lax.empty((own * rows, tile_c), head.dtype))
     parts = [Part(0, own, own_ref, 1, jax.new_ref(lax.empty((own * rows,), jnp.float32)))]
-    if others := call.problem.v // tile_c - own:
+    if others := cdiv(call.problem.v, tile_c) - own:
         kept_ref = jax.new_ref(lax.empty((others * rows,), jnp.float32))
         parts.append(Part(1, others, dhead_ref, head.shape[1] // tile_c, kept_ref))
     return Storage(parts, own, dh_refs, dhead_ref, low_ref)
@@ -258,7 +262,7 @@ def _gradients(
     work = plan.dense_work(
         blocks,
         live,
-        p.v // tiles.tile_c,
+        cdiv(p.v, tiles.tile_c),
         slots=storage.own * blocks,
         group=tiles.cluster,
         together=tiles.together(d),
@@ -321,7 +325,9 @@ def _gradients(
     ends += [dh_ref[0, 0, 0]] if wanted.hidden else []
     dh = jnp.zeros((0, d), jnp.float32)
     if wanted.hidden:
-        dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] - (s * p.v)[:, None] * center[None, :]
+        dh = dh_ref[...].sum(0)[:, :d] * scale[:, None]
+        if center is not None:
+            dh = dh - (s * p.v)[:, None] * center[None, :]
     return lse, dh, _zero_after(*ends)
 
 

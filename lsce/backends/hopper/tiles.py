@@ -204,28 +204,48 @@ class FusedLayout(NamedTuple):
 
 
 def fused_layout(n: int, d: int, v: int, tile_c: int) -> FusedLayout:
-    """All tokens at once where that fits one of the limits above, else the fewest groups that do.
-
-    dC [V, D] takes D // tile_c tiles of P side by side, so a smaller D leaves room for fewer.
-    """
+    """All tokens at once where that fits one of the limits above, else in the fewest groups."""
     pairs, column_tiles = max(cdiv(n, 2 * BLOCK), 1), cdiv(v, tile_c)
     rows = pairs * 2 * BLOCK
-    if rows * v * 2 > FUSED_BYTES and (panels := d // tile_c):
-        # The others must fit into dC's rows of the own, as those are written last.
-        own = max(cdiv(column_tiles * rows, panels * tile_c + rows), cdiv(column_tiles, 2))
-        while cdiv((column_tiles - own) * rows, BLOCK * panels) * BLOCK > own * tile_c:
-            own += 1
+    if rows * v * 2 > FUSED_BYTES and d >= tile_c:
+        own = beside_dc(rows, d, column_tiles, tile_c)
         if own * tile_c * rows * 2 <= FUSED_WHOLE_BYTES:
             return FusedLayout(1, own)
     in_each = cdiv(pairs, min(pairs, cdiv(rows * v * 2, FUSED_BYTES)))
     return FusedLayout(cdiv(pairs, in_each), column_tiles)  # none of them empty
 
 
-def layout_within_dc(n: int, d: int, v: int, tile_c: int) -> FusedLayout | None:
+def layout_within_dc(n: int, d: int, v: int, tile_c: int, units: int = 66) -> FusedLayout | None:
     """All tokens at once with an eighth of P in its own buffer, None where N > D.
 
     P of one chunk takes at most as many rows of dC as the chunk has, so that P of all chunks up to
-    one lies in dC's rows of those before it, which are written after it.
+    one lies in dC's rows of those before it, which are written after it. The eighth is more where
+    chunks of so many tiles of dC leave fewer of the `units`, pairs of CTAs, idle at their ends.
     """
-    rows = cdiv(n, 2 * BLOCK) * 2 * BLOCK
-    return FusedLayout(1, cdiv(cdiv(v, tile_c), 8)) if rows <= d // tile_c * tile_c else None
+    if cdiv(n, 2 * BLOCK) * 2 * BLOCK > d // tile_c * tile_c:
+        return None
+    column_tiles, across = cdiv(v, tile_c), cdiv(d, 256)
+    eighth = cdiv(column_tiles, 8)
+
+    def waves(own: int) -> int:
+        chunks, last = divmod(column_tiles, own)
+        return chunks * cdiv(own * across, units) + cdiv(last * across, units)
+
+    return FusedLayout(
+        1, min(range(eighth, eighth * 8 // 7 + 1), key=lambda own: (waves(own), own))
+    )
+
+
+def beside_dc(rows: int, d: int, column_tiles: int, tile_c: int) -> int:
+    """How many column tiles of P need a buffer of their own, if those of dC take P of the others.
+
+    dC [V, D] takes D // tile_c tiles of P side by side, so a smaller D leaves room for fewer. The
+    others must fit into dC's rows of the own, as those are written last.
+    """
+    panels = d // tile_c
+    if not panels:
+        return column_tiles
+    own = max(cdiv(column_tiles * rows, panels * tile_c + rows), cdiv(column_tiles, 2))
+    while cdiv((column_tiles - own) * rows, BLOCK * panels) * BLOCK > own * tile_c:
+        own += 1
+    return own

@@ -354,9 +354,11 @@ def test_fused_with_losses_of_any_size(subject, limits, monkeypatch):
 
 @pytest.mark.gpu
 @GPU[1]
-@pytest.mark.parametrize("shape", [(500, 512, 5120), (200, 1280, 25_600)])
+@pytest.mark.parametrize(
+    "shape", [(500, 512, 5120), (200, 1280, 25_600), (200, 512, 5003), (600, 512, 5003)]
+)
 def test_few_tokens_are_fused_by_fp8(shape):
-    """P in eighths where dC will be, in one case in rows that it fills and in one that it does not;
+    """P in eighths where dC will be, in rows that it fills and that it does not, and in one piece;
     without a dC by the other way."""
     assert_fused(shape, "fp8")
     this = case(shape, "bfloat16", spread=3.0, label_smoothing=0.1, z_loss=1e-2)

@@ -84,7 +84,8 @@ def test_fused_says_why_not():
     assert "bias" in reason(has_bias=True)
     assert "statistics" in reason(return_stats=True)
     assert "softcap" in reason(softcap=30.0, label_smoothing=0.1)
-    assert "multiples" in reason(v=50_257)
+    assert reason(v=50_257) is None
+    assert "V is no multiple of 256" in reason(v=50_257, n=65_536)
     said = backends.explain(problem(gradient_filter="fused", has_bias=True)).reasons
     assert said["hopper"] == (
         "chosen: the first able; gradients are made afterwards: there is a bias"

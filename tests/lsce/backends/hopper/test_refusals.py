@@ -85,6 +85,6 @@ def test_explain_says_what_8_bits_are():
     assert "exact and made in the forward" in backends.explain(few).reasons["hopper"]
     biased = dataclasses.replace(few, has_bias=True)
     assert "exact" not in backends.explain(biased).reasons["hopper"]
-    small = dataclasses.replace(PROBLEM, gradient_filter="fp8")
+    small = dataclasses.replace(PROBLEM, gradient_filter="fp8", has_bias=True)
     assert "gradients are exact: too few" in backends.explain(small).reasons["hopper"]
     assert "fp8" not in backends.explain(PROBLEM).reasons["hopper"]

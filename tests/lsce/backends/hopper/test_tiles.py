@@ -134,6 +134,38 @@ def test_no_chunk_of_dc_is_written_over_the_p_of_one_that_is_not(n, d, v):
         assert in_dc <= tile * 256
 
 
+@given(n=st.integers(1, 65_536), d=st.integers(1, 128), v=st.integers(256, 300_000))
+@example(n=2048, d=10, v=262_144)
+@example(n=8192, d=64, v=32_000)
+@example(n=32_768, d=64, v=32_000)
+@example(n=32_768, d=9, v=49_152)
+def test_exact_layouts_fit(n, d, v):
+    """In dC without overwriting what is still read; in groups within a quarter of naive optax's
+    memory, or where the tail would be beyond it, too."""
+    d = 64 * d
+    layout = choose.exact_layout(n, d, v, 256)
+    rows, column_tiles = -(-n // 256) * 256, -(-v // 256)
+    if rows <= d // 256 * 256:
+        assert layout == tiles.layout_within_dc(n, d, v, 256)
+        return
+    if layout is None:
+        assert 2 * n * v > choose.WHOLE_BYTES
+        return
+    groups, own = layout
+    others = column_tiles - own
+    if others:
+        assert groups == 1
+        assert -(-others * (rows // 128) // (d // 256)) * 128 <= own * 256 <= v
+    if groups > 1:
+        assert v <= choose.FEW_CLASSES
+        assert own == column_tiles
+        in_each = -(-rows // 256 // groups) * 256
+        assert (groups - 1) * in_each < rows  # none is empty
+        temporary = 2 * (in_each - 256) * v + 2 * v * d + 2 * n * d
+        within = temporary + 2 * (n + v) * d <= n * v + (n + v) * d / 2
+        assert within or (in_each <= d and choose.promised_of_the_tail(n, d, v) <= 0)
+
+
 def test_fused_layouts():
     assert tiles.fused_layout(8192, 4096, 32_000, 256) == (1, 125)
     # P of the last columns fits into dC of the others, and of one tile more it would not.
