@@ -81,9 +81,10 @@ def linear_cross_entropy(
         or a V that is no multiple of 256 they are made afterwards all the same, as `lsce.explain`
         says; the derivative of a scan keeps those of each step, unless `jax.checkpoint` is around
         it), "auto" leaves it to the backend, and "hidden" is "auto" for hidden's gradient, the
-        others exact. With Adam what is dropped shows in what is learnt, the more so with smoothing
-        and a large vocabulary (README, Exactness); under a softcap neither drops anything: both
-        compute in 8 bits what "fp8" does.
+        others exact. On Hopper "auto" has errors next to those of exact gradients. With Adam what
+        is dropped still shows a little in what is learnt, the more so with smoothing, a large
+        vocabulary and a larger ε, which is faster (README, Exactness); under a softcap neither
+        drops anything: both compute in 8 bits what "fp8" does.
         "fp8" drops nothing: what lies below ε is computed from 8-bit operands instead (on Hopper;
         "auto" takes it there in large calls whose tokens are flat, without a bias, where that needs
         no more memory than the filter). The gradients of a sum or a mean of up to D tokens, head's
