@@ -2,22 +2,25 @@
 
 A block of tokens computes whole tiles of columns, so it keeps more than what exceeds ε; how much
 more depends on how many blocks share the tiles' order, and what the rest weighs on how many classes
-there are. At one ε the error of dE falls with N and rises with V. With
+there are. At one ε the error of dE falls with N and rises with V. With an ε that goes as
 
-    ε = 2^-10.2 · √(N / 8192) · (256000 / V)^(5/8)        N tokens with a loss
+    √(N / 8192) · (256000 / V)^(5/8)        N tokens with a loss
 
-it is the same everywhere: 0.011 to 0.013 (‖·‖/‖ref‖) for Gemma 3 270M's activations and SmolLM2
-135M's, each at N = 2,048, 8,192 and 32,768 (benchmarks/NOTES.md). Naive bfloat16's is 0.012 or
-0.013.
+it is the same everywhere: at 2^-10.2 of that 0.011 to 0.013 (‖·‖/‖ref‖) for Gemma 3 270M's
+activations and SmolLM2 135M's, each at N = 2,048, 8,192 and 32,768 (benchmarks/notes/filter.md).
+Naive bfloat16's is 0.012 or 0.013. That was the default. It is now a sixteenth of it, 2^-14.2,
+where the errors are next to exact mode's: 0.0026 of dE and 0.0021 of dC for SmolLM2's activations,
+N = 8,192 (benchmarks/results/h200-filter-epsilon.txt), for 1.65 matmuls in place of 1.27 at Gemma 2
+2B's head.
 
-What is dropped is put back in dE, along one row of the head, and not in dC. A row of dC that no
-computed tile holds gets nothing of Σ p·E, only the smoothing's part: 60% to 70% of SmolLM2's rows,
-which are 0.9% of ‖dC‖, are so off by 36% to 38% (benchmarks/notes/filter.md). Plain SGD does not
-notice; Adam divides each row by its own size, so there these rows step in a direction that is off
-by as much, and nothing holds them against the smoothing, which pulls all rows up. With AdamW the
-loss of Gemma 3 270M so ended 1% higher at β = 0 and 4% at 0.1, and under a softcap it diverged
-(benchmarks/notes/filter.md), so that "auto" drops nothing there. Where that matters take "fp8",
-`None` or "fused", which drop nothing, or "hidden", which filters dE alone.
+The reason is training, of which these errors say little. What is dropped is put back in dE, along
+one row of the head, and not in dC. A row of dC that no computed tile holds gets nothing of Σ p·E,
+only the smoothing's part. Plain SGD does not notice; Adam divides each row by its own size, so that
+there these rows step in another direction, and nothing holds them against the smoothing, which
+pulls all rows up. With AdamW the loss of Gemma 3 270M ended 3.7% above that of exact gradients at
+β = 0.1 with 2^-10.2, and still ended .7% above it with 2^-14 (h200-filter-training.txt there).
+Under a softcap training diverged, so that "auto" drops nothing there. Where that matters take
+"fp8", `None` or "fused", which drop nothing, or "hidden", which filters dE alone.
 """
 
 from __future__ import annotations
@@ -31,14 +34,22 @@ from jaxtyping import Array, BFloat16, Float, Int
 from lsce import formula
 from lsce.problem import Problem
 
-EPSILON = 2.0**-10.2
+EPSILON = 2.0**-14.2
 """ε at 8,192 tokens and 256,000 classes."""
-LEAST, MOST = 2.0**-13, 2.0**-7
+LEAST, MOST = 2.0**-17, 2.0**-11
 """What ε stays between."""
 
+FP8_EPSILON = 2.0**-11.2
+"""The same of "fp8": half of what tiles were fitted for. Nothing is dropped below it, but computed
+in 8 bits. What exceeds it is in 16, and pays for every halving: a third more pairs."""
+FITTED = 2.0**-10.2
+"""The same at which the tiles and the loop over chunks were fitted, once the default."""
+FITTED_LEAST, FITTED_MOST = 2.0**-13, 2.0**-7
+"""What either stays between."""
+
 FLAT = 0.4
-"""A block of tokens of whose probability more than this part lies below ε is kept whole. By then
-its tiles hold nine tenths of it, and the error of its dE is 0.02."""
+"""A block of tokens of whose probability more than this part lies below ε is kept whole. At ε of
+2^-8 the tiles of one with as much held nine tenths of it, and the error of its dE was 0.02."""
 
 MATMUL_RATE = 7e14
 """Operations a second of a large bfloat16 matmul on an H100, as measured beside these kernels."""
@@ -47,10 +58,10 @@ MATMUL_RATE = 7e14
 def worthwhile(problem: Problem) -> bool:
     """Whether the products that a filter saves take longer than the work of planning without them.
 
-    Exact gradients cost about 3.3 more matmuls of 2·N·D·V operations; a filter leaves about 0.5 of
+    Exact gradients cost about 3.3 more matmuls of 2·N·D·V operations; a filter leaves about 0.9 of
     them and adds about 0.3 milliseconds of small kernels, whatever the size.
     """
-    return 2.9 * 2 * problem.n * problem.d * problem.v > 3e-4 * MATMUL_RATE
+    return 2.4 * 2 * problem.n * problem.d * problem.v > 3e-4 * MATMUL_RATE
 
 
 def tail_worthwhile(problem: Problem) -> bool:
@@ -67,36 +78,41 @@ def low_forward_worthwhile(problem: Problem) -> bool:
 
 def look_worthwhile(n: int, d: int, v: int) -> bool:
     """Whether to look how flat the tokens are, for which the host waits, about 0.15 milliseconds:
-    where that is at most a thirtieth of the 1.3 matmuls that a filter takes if they are not."""
+    where that is at most a thirtieth of 1.3 matmuls, less than a filter takes if they are not."""
     return 1.3 * 2 * n * d * v > 30 * 1.5e-4 * MATMUL_RATE
 
 
 def log_epsilon(
     gradient_filter: float | str, live: Int[Array, ""], v: int
 ) -> float | Float[Array, ""]:
-    """ln ε for `live` tokens with a loss; a number is taken as it is.
-
-    Where the rest is computed in 8 bits ε is half as large, for errors nearer to exact mode's.
-    """
+    """ln ε for `live` tokens with a loss; a number is taken as it is."""
     if not isinstance(gradient_filter, str):
         return math.log(gradient_filter)
-    at_one = (
-        (EPSILON / 2 if gradient_filter == "fp8" else EPSILON)
-        * (256_000 / v) ** (5 / 8)
-        / math.sqrt(8192)
-    )
-    epsilon = at_one * jnp.sqrt(jnp.maximum(live, 1).astype(jnp.float32))
-    return jnp.log(jnp.clip(epsilon, LEAST, MOST))
+    if gradient_filter == "fp8":
+        usual, least, most = FP8_EPSILON, FITTED_LEAST, FITTED_MOST
+    else:
+        usual, least, most = EPSILON, LEAST, MOST
+    epsilon = _of_one(usual, v) * jnp.sqrt(jnp.maximum(live, 1).astype(jnp.float32))
+    return jnp.log(jnp.clip(epsilon, least, most))
+
+
+def _of_one(usual: float, v: int) -> float:
+    """ε of one token, by that of 8,192 tokens and 256,000 classes."""
+    return usual * (256_000 / v) ** (5 / 8) / math.sqrt(8192)
 
 
 def more_marked(gradient_filter: float | str, n: int, v: int) -> float:
-    """How many times as many pairs a number marks as "auto" would with n tokens, if it is smaller:
-    a third more each time that ε is halved, as counted on activations of two models."""
-    if isinstance(gradient_filter, str):
+    """How many times as many pairs are marked with n tokens as where the loop over chunks was
+    fitted, if ε is smaller: a third more each time that it is halved, as counted on activations of
+    two models. "fp8" counts as fitted."""
+    if gradient_filter == "fp8":
         return 1.0
-    usual = EPSILON * (256_000 / v) ** (5 / 8) * math.sqrt(n / 8192)
-    smaller = min(max(usual, LEAST), MOST) / max(gradient_filter, LEAST * 2.0**-64)
-    return (4 / 3) ** min(max(math.log2(smaller), 0.0), 64.0)
+    fitted = min(max(_of_one(FITTED, v) * math.sqrt(n), FITTED_LEAST), FITTED_MOST)
+    if isinstance(gradient_filter, str):
+        epsilon = min(max(_of_one(EPSILON, v) * math.sqrt(n), LEAST), MOST)
+    else:
+        epsilon = max(gradient_filter, FITTED_LEAST * 2.0**-64)
+    return (4 / 3) ** min(max(math.log2(fitted / epsilon), 0.0), 64.0)
 
 
 def stand_in(

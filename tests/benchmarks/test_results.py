@@ -243,19 +243,22 @@ def test_what_a_filter_does_to_training():
     plain, smoothed = (
         lambda choice, beta=beta: last[beta, "no cap", choice] for beta in ("0", "0.1")
     )
-    products = {}
+    products, errors = {}, {}
     for line in (RESULTS / "h200-filter-epsilon.txt").read_text().splitlines():
         if match := re.match(r"gemma2-2b +8192 +(\S+) +[0-9.]+ +([0-9.]+)", line):
             products[match[1]] = f"{float(match[2]):.2f}"
+        if match := re.match(r"smollm2-135m +8192 +(\S+) .* (\.\d+) +(\.\d+)$", line):
+            errors[match[1]] = match[2], match[3]
     said = " ".join(README.split())
     for claim in (
-        f"a loss of {plain('auto')} in place of {plain('fp8')} at β = 0",
-        f"at β = 0.1 of {smoothed('auto')} in place of {smoothed('none')}",
-        f'where "hidden" came to {smoothed("hidden")} and "fp8" to {smoothed("fp8")}',
-        f"ended with {smoothed('2^-14')} and takes {products['2^-14.2']} products in place of"
-        f" {products['2^-10.2']}",
-        f"with {smoothed('2^-16')} and takes {products['2^-16.2']}, where optax took"
+        f"at a loss of {plain('2^-14')} in place of {plain('fp8')} at β = 0",
+        f"at β = 0.1 of {smoothed('2^-14')} in place of {smoothed('none')}",
+        f'where "fp8" came to {smoothed("fp8")}',
+        f"{products['2^-10.2']} products in place of {products['2^-14.2']}, and ended at"
+        f' {smoothed("auto")}, "hidden" with it at {smoothed("hidden")}',
+        f"at {smoothed('2^-16')} and takes {products['2^-16.2']} products, where optax took"
         f" {products['optax']}",
+        f"dE is off by {errors['2^-14.2'][0]} and dC by {errors['2^-14.2'][1]}",
     ):
         assert claim in said
     for cap, beta in (("cap 30", "0.1"), ("cap 15", "0")):

@@ -49,7 +49,7 @@ class LossOptions:
     gradient_filter: Annotated[str, shown("{fp8,auto,hidden,none,EPSILON}")] = "fp8"
     """What kernels may leave out of the loss's gradient: fp8 and none nothing; auto what is small,
     with which a loss ends a little higher; hidden that of the hidden states' gradient; a number
-    probabilities below it."""
+    probabilities below it: from 1e-4 on faster than auto, and the loss ends higher still."""
 
     def __post_init__(self) -> None:
         require(

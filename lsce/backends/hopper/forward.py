@@ -68,10 +68,17 @@ def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
             sums = low_sums(call, rows.hidden, head, bias, bound, rows.in_use, rows.live, drop)
         else:
             capless = call.tail and call.problem.softcap is None and bias is None
+            below = drop
             if call.tail_where_flat or capless:
-                bound = jnp.maximum(bound, _mean_bound(call, rows.hidden, head))
+                mean = _mean_bound(call, rows.hidden, head)
+                if call.tail_where_flat:
+                    # The blocks of flat tokens are computed in 8 bits or kept whole. Below the
+                    # smaller ε of a filter each marks some column, all of them nearly all.
+                    high = filtering.log_epsilon("fp8", rows.live, call.problem.v)
+                    below = jnp.where(mean > bound, high, drop)
+                bound = jnp.maximum(bound, mean)
             # An infinite threshold keeps rows without a loss from marking anything.
-            threshold = jnp.where(rows.in_use, bound + drop, jnp.inf)
+            threshold = jnp.where(rows.in_use, bound + below, jnp.inf)
             sums = run_forward(call, rows.hidden, head, bias, threshold, rows.live, drop=drop)
     of_token = jax.tree.map(lambda x: x[rows.row_of_token], sums._replace(marks=None))
     out = results(call, of_token, target[rows.row_of_token], labels, labels >= 0)

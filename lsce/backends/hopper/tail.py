@@ -69,10 +69,14 @@ def products(
 def where_flat(
     call: Call, saved: Saved, c: Coefficients, wanted: Wanted, tiled: filtered.Plan
 ) -> Products:
-    """The same at a filter's own ε, in the memory that it has, of logits without cap or bias."""
+    """The same in the memory that a filter has, of logits without cap or bias.
+
+    Tokens that are known to be flat were marked at the ε of "fp8", others at the filter's, which is
+    no higher.
+    """
     assert call.tiles.tail_where_flat is not None
     tiles = dataclasses.replace(call.tiles, tail=call.tiles.tail_where_flat)
-    call = dataclasses.replace(call, tiles=tiles)
+    call = dataclasses.replace(call, tiles=tiles, epsilon="fp8")
     # What the tiles lack pulls along the mean row there, too.
     return products(call, saved, c, wanted, tiled)._replace(tail=None)
 

@@ -13,30 +13,53 @@ from lsce.sparse import filter as filtering
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
-def test_the_default_filter_follows_tokens_and_classes():
-    def epsilon(live: int, v: int) -> float:
-        return float(jnp.exp(filtering.log_epsilon("auto", jnp.int32(live), v)))
+def epsilon(gradient_filter: float | str, live: int, v: int) -> float:
+    return float(jnp.exp(filtering.log_epsilon(gradient_filter, jnp.int32(live), v)))
 
-    assert epsilon(8192, 256_000) == pytest.approx(filtering.EPSILON, rel=1e-5)
-    assert epsilon(2048, 256_000) == pytest.approx(filtering.EPSILON / 2, rel=1e-5)
-    assert epsilon(8192, 16_000) == pytest.approx(filtering.EPSILON * 2**2.5, rel=1e-5)
-    assert epsilon(0, 10**6) == pytest.approx(filtering.LEAST, rel=1e-5)
-    assert epsilon(10**6, 1000) == pytest.approx(filtering.MOST, rel=1e-5)
-    assert filtering.log_epsilon(2.0**-9, jnp.int32(1), 7) == pytest.approx(np.log(2.0**-9))
+
+def test_the_default_filter_follows_tokens_and_classes():
+    assert epsilon("auto", 8192, 256_000) == pytest.approx(2.0**-14.2, rel=1e-5)
+    assert epsilon("auto", 2048, 256_000) == pytest.approx(2.0**-15.2, rel=1e-5)
+    assert epsilon("auto", 8192, 16_000) == pytest.approx(2.0**-11.7, rel=1e-5)
+    assert epsilon("auto", 0, 10**6) == pytest.approx(filtering.LEAST, rel=1e-5)
+    assert epsilon("auto", 10**6, 1000) == pytest.approx(filtering.MOST, rel=1e-5)
+    assert epsilon(2.0**-9, 1, 7) == pytest.approx(2.0**-9)
+
+
+def test_fp8_has_a_filter_of_its_own(monkeypatch):
+    """Whatever that of the default is."""
+    for name in ("EPSILON", "LEAST", "MOST"):
+        monkeypatch.setattr(filtering, name, 2.0**-20)
+    assert epsilon("auto", 8192, 256_000) == pytest.approx(2.0**-20, rel=1e-5)
+    assert epsilon("fp8", 8192, 256_000) == pytest.approx(2.0**-11.2, rel=1e-5)
+    assert epsilon("fp8", 32_768, 16_000) == pytest.approx(2.0**-7.7, rel=1e-5)
+    assert epsilon("fp8", 0, 10**6) == pytest.approx(2.0**-13, rel=1e-5)
+    assert epsilon("fp8", 10**6, 1000) == pytest.approx(2.0**-7, rel=1e-5)
+    assert filtering.more_marked("fp8", 8192, 256_000) == 1.0
+
+
+@pytest.mark.parametrize("v", [1000, 32_000, 256_000, 10**6])
+@pytest.mark.parametrize("n", [1, 2048, 8192, 32_768, 10**6])
+def test_the_default_stays_below_that_of_fp8(n, v):
+    """Flat tokens have the one or the other, and the higher one bounds what is in 8 bits."""
+    assert epsilon("auto", n, v) <= 0.126 * epsilon("fp8", n, v)
+    assert filtering.more_marked("auto", n, v) == pytest.approx((4 / 3) ** 4)
 
 
 def test_a_smaller_number_marks_more():
-    more = filtering.more_marked
-    assert more("auto", 2048, 256_000) == more(filtering.EPSILON, 8192, 256_000) == 1.0
-    assert more(filtering.EPSILON / 16, 8192, 256_000) == pytest.approx((4 / 3) ** 4)
-    assert more(filtering.EPSILON / 16, 2048, 256_000) == pytest.approx((4 / 3) ** 3)
+    more, fitted = filtering.more_marked, 2.0**-10.2
+    assert more("auto", 8192, 256_000) == pytest.approx(more(2.0**-14.2, 8192, 256_000))
+    assert more(fitted, 8192, 256_000) == pytest.approx(1.0)
+    assert more(fitted / 16, 8192, 256_000) == pytest.approx((4 / 3) ** 4)
+    assert more(fitted / 16, 2048, 256_000) == pytest.approx((4 / 3) ** 3)
     assert more(0.5, 8192, 256_000) == 1.0
     assert more(1e-320, 8192, 256_000) < 1e9
     tiles = BackwardTiles()
-    usual, many = (
-        tiles.static_chunks(1000, 64, 64 * 28, more=x) for x in (1.0, more(2e-5, 8192, 256_000))
+    usual, default, many = (
+        tiles.static_chunks(1000, 64, 64 * 28, more=x)
+        for x in (1.0, more("auto", 8192, 256_000), more(2e-5, 8192, 256_000))
     )
-    assert usual < many <= tiles.most_chunks(1000, 64, 64 * 28)
+    assert usual < default < many <= tiles.most_chunks(1000, 64, 64 * 28)
 
 
 def pull(p: np.ndarray, slope: np.ndarray, head: np.ndarray, epsilon: float):

@@ -66,7 +66,8 @@ def lse_forward(
     """Runs the kernel over the first `live` tokens; later rows hold garbage.
 
     `threshold` (nats) asks for marks: a column is marked where a logit exceeds it, or exceeds the
-    running maximum by more than `drop` (< 0), whichever is higher: neither exceeds lse + drop.
+    running maximum by more than `drop` (< 0), whichever is higher: of a row whose threshold is a
+    bound of its lse plus `drop` neither exceeds lse + drop.
     Of the head's rows only the first `v` (static), or `limit` (traced), are classes.
     """
     n = hidden.shape[0]

@@ -10,6 +10,7 @@ import pytest
 from contract import Case, Result, assert_no_worse, assert_stats, case, ours
 from hopper_on_cpu import CANDIDATE, problem, watched_pairs
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from scipy.special import softmax
 from tail_check import assert_terms
 
 from lsce import backends
@@ -89,6 +90,25 @@ def test_auto_takes_it_where_the_filter_would_keep_most_blocks_whole(
         assert of_any_size[1][:, 0].all()
         assert error(got, this, "hidden") < 0.006
         assert error(got, this, "head") < 0.005
+
+
+@pytest.mark.slow
+def test_flat_tokens_mark_no_more_than_fp8_would(of_any_size, monkeypatch):
+    """At an ε as small as the filter's most columns have some token's, and all would be kept."""
+    logs = {"auto": math.log(2.0**-8.5), "fp8": math.log(EPSILON)}
+    monkeypatch.setattr(filtering, "worthwhile", lambda problem: True)
+    monkeypatch.setattr(filtering, "log_epsilon", lambda name, *_: jnp.float32(logs[name]))
+    this = case((150, 64, 600), "bfloat16", spread=0.3, label_smoothing=0.1)
+    hidden, head = (x.astype(np.float64) for x in this.inputs[:2])
+    p = softmax(hidden @ head.T, axis=1)
+    p = p[this.inputs.labels >= 0]
+    assert (p > 2.0**-8.5).any(0).mean() > 0.6
+    assert np.where(p > 2.0**-8.5, p, 0.0).sum(1).mean() < 0.5
+    got = run(this, "auto")
+    assert of_any_size[0].mean() < 0.3
+    assert_no_worse(got, this)
+    assert error(got, this, "hidden") < 0.006
+    assert error(got, this, "head") < 0.005
 
 
 @pytest.mark.parametrize("choice", ["auto", "hidden"])
