@@ -20,7 +20,11 @@ there these rows step in another direction, and nothing holds them against the s
 pulls all rows up. With AdamW the loss of Gemma 3 270M ended 3.7% above that of exact gradients at
 β = 0.1 with 2^-10.2, and still ended .7% above it with 2^-14 (h200-filter-training.txt there).
 Under a softcap training diverged, so that "auto" drops nothing there. Where that matters take
-"fp8", `None` or "fused", which drop nothing, or "hidden", which filters dE alone.
+"fp8", `None` or "fused", which drop nothing.
+
+Of fewer than 128,000 classes ε of "auto" rises as 1 / V more, to a quarter of 2^-10.2's at 32,000:
+there more classes are some token's, and gradients that drop as little would take longer than naive
+optax's (benchmarks/notes/filter.md).
 """
 
 from __future__ import annotations
@@ -34,18 +38,19 @@ from jaxtyping import Array, BFloat16, Float, Int
 from lsce import formula
 from lsce.problem import Problem
 
-EPSILON = 2.0**-14.2
-"""ε at 8,192 tokens and 256,000 classes."""
-LEAST, MOST = 2.0**-17, 2.0**-11
-"""What ε stays between."""
-
-FP8_EPSILON = 2.0**-11.2
-"""The same of "fp8": half of what tiles were fitted for. Nothing is dropped below it, but computed
-in 8 bits. What exceeds it is in 16, and pays for every halving: a third more pairs."""
 FITTED = 2.0**-10.2
-"""The same at which the tiles and the loop over chunks were fitted, once the default."""
-FITTED_LEAST, FITTED_MOST = 2.0**-13, 2.0**-7
-"""What either stays between."""
+"""ε at 8,192 tokens and 256,000 classes at which the tiles and the loop over chunks were fitted,
+once that of "auto". "hidden" has it still, of which no class lacks its gradient."""
+FP8 = FITTED / 2
+"""That of "fp8". Nothing is dropped below it, but computed in 8 bits; what exceeds it is in 16, a
+third more pairs for every halving."""
+EPSILON = FITTED / 16
+"""That of "auto"."""
+FEW_CLASSES = 128_000
+"""Below, that of "auto" rises as 1 / V more, up to FP8: of fewer classes more are some token's, and
+gradients as exact would take longer than naive optax's."""
+LEAST, MOST = 2.0**-13, 2.0**-7
+"""What ε stays between; LEAST is that of FITTED, and lower in proportion for "auto"."""
 
 FLAT = 0.4
 """A block of tokens of whose probability more than this part lies below ε is kept whole. At ε of
@@ -88,31 +93,32 @@ def log_epsilon(
     """ln ε for `live` tokens with a loss; a number is taken as it is."""
     if not isinstance(gradient_filter, str):
         return math.log(gradient_filter)
-    if gradient_filter == "fp8":
-        usual, least, most = FP8_EPSILON, FITTED_LEAST, FITTED_MOST
+    of_one, least = _of_one(gradient_filter, v)
+    epsilon = of_one * jnp.sqrt(jnp.maximum(live, 1).astype(jnp.float32))
+    return jnp.log(jnp.clip(epsilon, least, MOST))
+
+
+def _of_one(gradient_filter: str, v: int) -> tuple[float, float]:
+    """ε of one token, which rises as the root of their number, and the least it may be."""
+    if gradient_filter == "auto":
+        usual = min(EPSILON * max(FEW_CLASSES / v, 1.0), FP8)
+        least = LEAST * EPSILON / FITTED
     else:
-        usual, least, most = EPSILON, LEAST, MOST
-    epsilon = _of_one(usual, v) * jnp.sqrt(jnp.maximum(live, 1).astype(jnp.float32))
-    return jnp.log(jnp.clip(epsilon, least, most))
-
-
-def _of_one(usual: float, v: int) -> float:
-    """ε of one token, by that of 8,192 tokens and 256,000 classes."""
-    return usual * (256_000 / v) ** (5 / 8) / math.sqrt(8192)
+        usual, least = FP8 if gradient_filter == "fp8" else FITTED, LEAST
+    return usual * (256_000 / v) ** (5 / 8) / math.sqrt(8192), least
 
 
 def more_marked(gradient_filter: float | str, n: int, v: int) -> float:
     """How many times as many pairs are marked with n tokens as where the loop over chunks was
-    fitted, if ε is smaller: a third more each time that it is halved, as counted on activations of
-    two models. "fp8" counts as fitted."""
-    if gradient_filter == "fp8":
-        return 1.0
-    fitted = min(max(_of_one(FITTED, v) * math.sqrt(n), FITTED_LEAST), FITTED_MOST)
-    if isinstance(gradient_filter, str):
-        epsilon = min(max(_of_one(EPSILON, v) * math.sqrt(n), LEAST), MOST)
-    else:
-        epsilon = max(gradient_filter, FITTED_LEAST * 2.0**-64)
-    return (4 / 3) ** min(max(math.log2(fitted / epsilon), 0.0), 64.0)
+    fitted: a third more each time that ε is halved, as counted on activations of two models."""
+
+    def epsilon(name: str) -> float:
+        of_one, least = _of_one(name, v)
+        return min(max(of_one * math.sqrt(n), least), MOST)
+
+    here = epsilon(gradient_filter) if isinstance(gradient_filter, str) else gradient_filter
+    halvings = math.log2(epsilon("hidden") / max(here, LEAST * 2.0**-64))
+    return (4 / 3) ** min(max(halvings, 0.0), 64.0)
 
 
 def stand_in(

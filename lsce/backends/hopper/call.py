@@ -25,16 +25,19 @@ class Call:
     """What is static in one call; its arrays are `padded`."""
 
     problem: Problem
-    epsilon: float | Literal["auto", "fp8"] | None
-    """The filter; "auto" and "fp8" are those of `lsce.sparse.filter` and None exact."""
+    epsilon: float | Literal["auto", "hidden", "fp8"] | None
+    """The filter; those with a name are in `lsce.sparse.filter`, and None is exact."""
     tiles: Tiles
     ctas: int
-    filters_head: bool = True
-    """Whether the filter, where there is one, is that of dC and db too."""
     low: bool = False
     """Whether the forward has 8-bit operands where that is enough (`eight_bits`)."""
     interpret: Any = None
     """Parameters of Mosaic GPU's interpreter, or None on a GPU."""
+
+    @property
+    def filters_head(self) -> bool:
+        """Whether the filter, where there is one, is that of dC and db too."""
+        return self.epsilon != "hidden"
 
     @property
     def tail(self) -> bool:
@@ -51,7 +54,6 @@ class Call:
         p = self.problem
         return (
             self.epsilon == "auto"
-            and self.filters_head
             and p.softcap is None
             and not p.has_bias
             and self.tiles.tail_where_flat is not None
@@ -75,18 +77,16 @@ class Call:
 
 def call_of(problem: Problem) -> Call:
     """The filter, tiles and CTAs of a problem on the default GPU, or in the interpreter."""
-    epsilon, filters_head = problem.gradient_filter, True
-    if epsilon == "hidden":
-        epsilon, filters_head = "auto", False
-    if epsilon == "auto" and problem.softcap is not None:
-        epsilon, filters_head = "fp8", True  # `lsce.sparse.filter` says why
-    pointless = epsilon == "auto" and not filtering.worthwhile(problem)
+    epsilon = problem.gradient_filter
+    if epsilon in ("auto", "hidden") and problem.softcap is not None:
+        epsilon = "fp8"  # `lsce.sparse.filter` says why
+    pointless = epsilon in ("auto", "hidden") and not filtering.worthwhile(problem)
     pointless |= epsilon == "fp8" and not filtering.tail_worthwhile(problem)
     if pointless or epsilon in ("fused", 0.0):
         epsilon = None
     ctas = streaming_multiprocessors()
     low = problem.precision == "fp8" and needs_16_bits(problem) is None
-    call = Call(problem, epsilon, choose.tiles_for(problem, ctas), ctas, filters_head, low)
+    call = Call(problem, epsilon, choose.tiles_for(problem, ctas), ctas, low)
     if interpret.active is not None:
         params, small = interpret.active
         call = dataclasses.replace(call, interpret=params, tiles=small, ctas=interpret.CTAS)

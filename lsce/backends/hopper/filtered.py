@@ -121,7 +121,7 @@ def products(
     column_tiles = active.shape[0]
     carry = begun.bias, jnp.zeros_like(c.a)
     assert call.epsilon is not None
-    more = 4 / 3 if rest is not None else filtering.more_marked(call.epsilon, call.problem.n, v)
+    more = filtering.more_marked(call.epsilon, call.problem.n, v)
     static = tiles.static_chunks(column_tiles, blocks, slots, more=more)
     carry = lax.fori_loop(0, static, body, carry)
     if static < tiles.most_chunks(column_tiles, blocks, slots):

@@ -20,35 +20,39 @@ def epsilon(gradient_filter: float | str, live: int, v: int) -> float:
 def test_the_default_filter_follows_tokens_and_classes():
     assert epsilon("auto", 8192, 256_000) == pytest.approx(2.0**-14.2, rel=1e-5)
     assert epsilon("auto", 2048, 256_000) == pytest.approx(2.0**-15.2, rel=1e-5)
-    assert epsilon("auto", 8192, 16_000) == pytest.approx(2.0**-11.7, rel=1e-5)
-    assert epsilon("auto", 0, 10**6) == pytest.approx(filtering.LEAST, rel=1e-5)
-    assert epsilon("auto", 10**6, 1000) == pytest.approx(filtering.MOST, rel=1e-5)
+    assert epsilon("auto", 8192, 128_000) == pytest.approx(2.0**-13.575, rel=1e-5)
+    assert epsilon("auto", 8192, 32_000) == pytest.approx(2.0**-10.325, rel=1e-5)
+    assert epsilon("auto", 0, 10**6) == pytest.approx(2.0**-17, rel=1e-5)
+    assert epsilon("auto", 10**6, 1000) == pytest.approx(2.0**-7, rel=1e-5)
     assert epsilon(2.0**-9, 1, 7) == pytest.approx(2.0**-9)
 
 
-def test_fp8_has_a_filter_of_its_own(monkeypatch):
+@pytest.mark.parametrize(("name", "halvings"), [("fp8", 11.2), ("hidden", 10.2)])
+def test_others_have_a_filter_of_their_own(name, halvings, monkeypatch):
     """Whatever that of the default is."""
-    for name in ("EPSILON", "LEAST", "MOST"):
-        monkeypatch.setattr(filtering, name, 2.0**-20)
+    monkeypatch.setattr(filtering, "EPSILON", 2.0**-20)
     assert epsilon("auto", 8192, 256_000) == pytest.approx(2.0**-20, rel=1e-5)
-    assert epsilon("fp8", 8192, 256_000) == pytest.approx(2.0**-11.2, rel=1e-5)
-    assert epsilon("fp8", 32_768, 16_000) == pytest.approx(2.0**-7.7, rel=1e-5)
-    assert epsilon("fp8", 0, 10**6) == pytest.approx(2.0**-13, rel=1e-5)
-    assert epsilon("fp8", 10**6, 1000) == pytest.approx(2.0**-7, rel=1e-5)
-    assert filtering.more_marked("fp8", 8192, 256_000) == 1.0
+    assert epsilon(name, 8192, 256_000) == pytest.approx(2.0**-halvings, rel=1e-5)
+    assert epsilon(name, 8192, 16_000) == pytest.approx(2.0 ** (2.5 - halvings), rel=1e-5)
+    assert epsilon(name, 0, 10**6) == pytest.approx(2.0**-13, rel=1e-5)
+    assert epsilon(name, 10**6, 1000) == pytest.approx(2.0**-7, rel=1e-5)
 
 
 @pytest.mark.parametrize("v", [1000, 32_000, 256_000, 10**6])
 @pytest.mark.parametrize("n", [1, 2048, 8192, 32_768, 10**6])
 def test_the_default_stays_below_that_of_fp8(n, v):
     """Flat tokens have the one or the other, and the higher one bounds what is in 8 bits."""
-    assert epsilon("auto", n, v) <= 0.126 * epsilon("fp8", n, v)
-    assert filtering.more_marked("auto", n, v) == pytest.approx((4 / 3) ** 4)
+    assert epsilon("auto", n, v) <= epsilon("fp8", n, v)
+    more = [filtering.more_marked(name, n, v) for name in ("hidden", "fp8", "auto")]
+    assert more[0] == 1.0
+    assert more[0] <= more[1] <= more[2] <= (4 / 3) ** 4 + 1e-9
 
 
 def test_a_smaller_number_marks_more():
     more, fitted = filtering.more_marked, 2.0**-10.2
     assert more("auto", 8192, 256_000) == pytest.approx(more(2.0**-14.2, 8192, 256_000))
+    assert more("fp8", 8192, 256_000) == pytest.approx(4 / 3)
+    assert more("auto", 8192, 32_000) == pytest.approx((4 / 3) ** 2)
     assert more(fitted, 8192, 256_000) == pytest.approx(1.0)
     assert more(fitted / 16, 8192, 256_000) == pytest.approx((4 / 3) ** 4)
     assert more(fitted / 16, 2048, 256_000) == pytest.approx((4 / 3) ** 3)

@@ -74,8 +74,6 @@ def test_what_no_token_needs_is_not_computed(active):
 def test_the_filter_of_the_hidden_states_alone(active, monkeypatch):
     """dC is that of all tiles in the rows, too, that the filter leaves out of dE."""
     monkeypatch.setattr(call.filtering, "worthwhile", lambda problem: True)
-    # Its own is so small that every class of so few is kept.
-    monkeypatch.setattr(call.filtering, "log_epsilon", lambda *_: jnp.float32(np.log(2.0**-9)))
     this = peaked(20, 600, label_smoothing=0.1, logit_scale=1.5)
     bias = np.random.default_rng(1).standard_normal(600).astype(np.float32)
     this = Case(this.inputs._replace(bias=bias), this.options)
