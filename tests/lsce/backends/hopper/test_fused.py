@@ -317,17 +317,31 @@ def test_fp8_makes_the_gradients_of_few_tokens_in_the_forward(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("shape", "in_the_forward"),
+    [
+        ((2048, 2048, 151_936), True),  # the last tile is not full
+        ((2048, 640, 262_144), True),  # a small call
+        ((4096, 640, 262_144), False),
+        ((32_768, 576, 49_152), True),  # few classes, in groups of tokens
+        ((32_768, 768, 50_257), False),  # whose last tile is not full
+        ((8192, 4096, 32_000), True),
+        ((32_768, 4096, 32_000), True),
+        ((8192, 2304, 256_000), False),
+    ],
+    ids=str,
+)
+def test_where_fp8_is_made_in_the_forward(shape, in_the_forward):
+    p = problem(n=shape[0], d=shape[1], v=shape[2], gradient_filter="fp8")
+    assert (hopper.BACKEND.unfused(p) is None) == in_the_forward
+
+
+@pytest.mark.parametrize(
     ("changes", "argnums", "in_the_forward"),
     [
         ({}, (0, 1), True),
         ({}, 1, True),
         ({}, 0, False),
         ({"n": 2560}, (0, 1), False),
-        ({"v": 151_936}, (0, 1), True),
-        ({"d": 640, "v": 262_144}, (0, 1), True),
-        ({"d": 640, "v": 262_144, "n": 4096}, (0, 1), False),
-        ({"d": 576, "v": 49_152, "n": 32_768}, (0, 1), True),
-        ({"d": 768, "v": 50_257, "n": 32_768}, (0, 1), False),
         ({"precision": "fp8"}, (0, 1), False),
     ],
     ids=[
@@ -335,11 +349,6 @@ def test_fp8_makes_the_gradients_of_few_tokens_in_the_forward(monkeypatch):
         "frozen hidden",
         "frozen head",
         "more tokens",
-        "a last tile that is not full",
-        "a small call",
-        "a larger one",
-        "few classes, in groups",
-        "whose last tile is not full",
         "a forward in 8 bits",
     ],
 )
