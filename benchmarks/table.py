@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 from benchmarks import flags, inputs
@@ -150,7 +150,7 @@ def measure(
 ) -> Report:
     """Measures every line, one process a framework; a process that dies skips its other lines.
 
-    Writes the rows to `json` after each process, and when the whole is interrupted.
+    Writes the rows to `json` as they come: a machine may be gone before the last of them.
     """
     commit = commit or runner.current_commit()
     total = Report()
@@ -162,15 +162,46 @@ def measure(
             last = framework == frameworks[-1]
             worker.write_plan(worker.Plan(case, runs, seconds, commit, last), framework, folder)
             command = [sys.executable, "-m", "benchmarks.frameworks.worker", framework, name]
-            reason = "interrupted"
-            try:
-                code = subprocess.run(command, check=False).returncode
-                reason = f"the {framework} process ended with code {code}"
-            finally:
-                total += finished(worker.report_path(framework, folder), runs, reason)
-                if json:
-                    report.write(total, json)
+            total = _with_rows_of(command, worker.report_path(framework, folder), runs, total, json)
     return total
+
+
+def _with_rows_of(
+    command: Sequence[str],
+    path: pathlib.Path,
+    runs: Iterable[Run],
+    before: Report,
+    json: pathlib.Path | None,
+) -> Report:
+    """The rows so far and those that a process writes to `path`, each in `json` once it is there."""
+    runs = tuple(runs)
+
+    def save(reason: str) -> Report:
+        found = before + finished(path, runs, reason)
+        if json:
+            report.write(found, json)
+        return found
+
+    try:
+        code = watched(command, lambda: save("interrupted"))
+    except BaseException:
+        save("interrupted")
+        raise
+    return save(f"the {command[3]} process ended with code {code}")
+
+
+def watched(command: Sequence[str], meanwhile: Callable[[], object], seconds: float = 2.0) -> int:
+    """A process's exit status, with something done every some seconds until it ends."""
+    with subprocess.Popen(command) as process:
+        try:
+            while True:
+                try:
+                    return process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    meanwhile()
+        except BaseException:
+            process.kill()
+            raise
 
 
 def finished(path: pathlib.Path, runs: Iterable[Run], reason: str) -> Report:

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import pathlib
+import sys
+from collections.abc import Callable
 
 import pytest
 from paths import ROOT
@@ -67,14 +69,18 @@ def test_an_interrupted_table_keeps_its_rows(
 ):
     runs = tuple(table.runs_of("jax"))
 
-    def interrupted(command: list[str], check: bool) -> None:
+    path = tmp_path / "table.json"
+
+    def interrupted(command: list[str], meanwhile: Callable[[], object]) -> None:
         folder = pathlib.Path(command[-1])
         report.write(Report(rows=(row(runs[0]),)), worker.report_path("jax", folder))
+        meanwhile()
+        assert [found.run for found in report.read(path).rows] == [runs[0]]
+        path.unlink()
         raise SystemExit(143)
 
-    monkeypatch.setattr(table.subprocess, "run", interrupted)
+    monkeypatch.setattr(table, "watched", interrupted)
     tiny = random.make("flat", cases.CASES["tiny"], "bfloat16")
-    path = tmp_path / "table.json"
     with pytest.raises(SystemExit):
         table.measure(tiny, "tiny", 0.01, "abc", ("jax",), json=path)
     measured = report.read(path)
@@ -82,6 +88,21 @@ def test_an_interrupted_table_keeps_its_rows(
     assert {(skipped.run, skipped.reason) for skipped in measured.skipped} == {
         (run, "interrupted") for run in runs[1:]
     }
+
+
+def test_a_process_is_watched_until_it_ends(tmp_path: pathlib.Path):
+    """It ends when what is done meanwhile lets it, and with the one who watches."""
+    sign = tmp_path / "sign"
+    waits = "import pathlib, sys\nwhile not pathlib.Path(sys.argv[1]).exists(): pass\nsys.exit(7)"
+    command = [sys.executable, "-c", waits, str(sign)]
+    assert table.watched(command, sign.touch, 0.01) == 7
+    sign.unlink()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.watched(command, stop, 0.01)
 
 
 def test_a_line_holds_loss_gradient_and_both():
