@@ -173,7 +173,7 @@ def _with_rows_of(
     before: Report,
     json: pathlib.Path | None,
 ) -> Report:
-    """The rows so far and those that a process writes to `path`, each in `json` when it is there."""
+    """The rows so far and those that a process writes to `path`, in `json` as they come."""
     runs = tuple(runs)
 
     def save(reason: str) -> Report:
