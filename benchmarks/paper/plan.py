@@ -23,6 +23,7 @@ NOT_DONE = 75
 LEAST_SECONDS = 20
 """Seconds that have to be left for a step to begin."""
 RECORD = "steps.json"
+BEGAN = "began"
 LOCK = ".lock"
 """Ends the name of a lock's file."""
 
@@ -55,7 +56,8 @@ def work(
     What a step does when it is told to stop (SIGTERM) is its own affair: the trainer saves its
     state, an evaluation keeps its answers. A step that fails is listed, and those behind it that do
     not need it go on; the next call tries it again. `steps.json` in `out` keeps each command with
-    its status, seconds and commit, git's if None.
+    its status, seconds and commit, git's if None; one that was killed with this process is there as
+    "began".
 
     Returns:
       0 when all is done, 1 if a step failed, `NOT_DONE` if time was up, 128 + n after signal n.
@@ -113,6 +115,7 @@ def _work(
             return NOT_DONE
         print(f"{step.name}: {step.command}", flush=True)
         began = time.monotonic()
+        _record(out, step, BEGAN, 0.0, commit)
         status, stopped = worker.run(step.module, step.flags, left)
         said = "done" if step.done() else f"exit {status}"
         _record(out, step, said, time.monotonic() - began, commit)
@@ -140,4 +143,8 @@ def _record(out: pathlib.Path, step: Step, status: str, seconds: float, commit: 
     }
     with in_turn(out):
         rows = json.loads(path.read_text()) if path.exists() else []
+        # The newest of this step, so that one that was killed before stays as it is.
+        begun = [i for i, it in enumerate(rows) if (it["step"], it["status"]) == (step.name, BEGAN)]
+        if status != BEGAN and begun:
+            del rows[begun[-1]]
         report.write_json([*rows, row], path)

@@ -47,6 +47,20 @@ def test_what_is_done_is_not_done_again_and_what_failed_is_listed(tmp_path, capf
     assert len(statuses(tmp_path)) == 3
 
 
+def test_a_step_has_a_line_from_its_beginning(tmp_path):
+    """Which is left of it if the whole is killed; an older one is not taken for its own."""
+    seen = tmp_path / "seen"
+    copies = f"import shutil; shutil.copy({str(tmp_path / plan.RECORD)!r}, {str(seen)!r})"
+    assert plan.work([writes(tmp_path / "one", copies)], tmp_path) == 0
+    began = seen.read_text()
+    assert [row["status"] for row in json.loads(began)] == ["began"]
+    assert statuses(tmp_path) == [("one", "done")]
+    (tmp_path / plan.RECORD).write_text(began)
+    (tmp_path / "one").unlink()
+    assert plan.work([writes(tmp_path / "one")], tmp_path) == 0
+    assert statuses(tmp_path) == [("one", "began"), ("one", "done")]
+
+
 def test_time_that_is_up_stops_a_step_gently_and_the_next_call_goes_on(tmp_path, monkeypatch):
     """The step saves when it is asked to stop, as the trainer does."""
     saved, done = tmp_path / "saved", tmp_path / "done"
