@@ -78,19 +78,20 @@ def linear_cross_entropy(
       gradient_filter: permission to drop small probabilities from the gradient, never from the
         loss. None is exact; a float ε drops those below ε. "fused" lets a backend make exact
         gradients in the forward pass: on Hopper with a bias, statistics, smoothing under a softcap,
-        or where V is no multiple of 256 with more than some 2 GB of bfloat16 logits, they are made
-        afterwards all the same, as `lsce.explain` says. The derivative of a scan keeps those of
-        each step, unless `jax.checkpoint` is around it. "auto" leaves it to the backend, and
-        "hidden" is "auto" for hidden's gradient, the others exact. On Hopper "auto" has errors next
-        to those of exact gradients. With Adam what is dropped still shows a little in what is
-        learnt, the more so with smoothing, a large vocabulary and a larger ε, which is faster
-        (README, Exactness); under a softcap neither drops anything: both compute in 8 bits what
-        "fp8" does. "fp8" drops nothing: what lies below ε is computed from 8-bit operands instead
-        (on Hopper; "auto" takes it there in large calls whose tokens are flat, without a bias,
-        where that needs no more memory than the filter). The gradients of a sum or a mean, head's
-        among them, it makes as "fused" does, in less memory, where 8 bits pay less: of up to D
-        tokens, of bfloat16 logits of up to 1.1 GB, and of up to 65,536 classes. A scan keeps them
-        for each step then, too.
+        or where V is no multiple of 256 and P, bfloat16 logits in its place, is too large to be
+        kept whole, they are made afterwards all the same, as `lsce.explain` says. The derivative of
+        a scan keeps those of each step, unless `jax.checkpoint` is around it. "auto" leaves it to
+        the backend; on Hopper its errors are, on models' activations, next to those of exact
+        gradients. "hidden" drops from hidden's gradient alone, there at a larger ε. With Adam what
+        is dropped still shows a little in what is learnt, the more so with smoothing, a large
+        vocabulary and a larger ε, which is faster (README, Exactness); under a softcap neither of
+        the two drops anything: they compute in 8 bits what "fp8" does. "fp8" drops nothing: what
+        lies below ε is computed from 8-bit operands instead (on Hopper; "auto" takes it there in
+        large calls whose tokens are flat, without a bias, where that needs no more memory than the
+        filter). The gradients of a sum or a mean, head's among them, it makes as "fused" does, in
+        less memory, where 8 bits pay less: of up to D tokens, of bfloat16 logits of up to 1.1 GB,
+        and of up to 65,536 classes in multiples of 256, where a quarter of naive optax's memory has
+        room for that. A scan keeps them for each step then, too.
       precision: permission to compute the loss from 8-bit operands where a logit says little:
         "fp8" (on Hopper, without a softcap and statistics; never taken unasked). What has more than
         2^-7 of any token's probability is computed in 16 bits beside it. A token's loss is then off

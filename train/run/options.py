@@ -49,7 +49,8 @@ class LossOptions:
     gradient_filter: Annotated[str, shown("{fp8,auto,hidden,none,EPSILON}")] = "fp8"
     """What kernels may leave out of the loss's gradient: fp8 and none nothing; auto what is small,
     with which a loss ends a little higher; hidden that of the hidden states' gradient; a number
-    probabilities below it: from 1e-4 on faster than auto, and the loss ends higher still."""
+    probabilities below it: above auto's own, 5e-5 for 8,192 tokens of 256,000 classes and 4e-4 for
+    SmolLM2's 49,152, faster than auto, and the loss ends higher still."""
 
     def __post_init__(self) -> None:
         require(

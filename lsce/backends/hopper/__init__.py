@@ -120,7 +120,7 @@ class Hopper:
         from lsce.backends.hopper import fused
 
         if call.problem.gradient_filter == "fp8" and not wanted.head:
-            # Without a dC P would have no place.
+            # P would have less place without a dC, or none, and a product less to save.
             (losses, _), kept = self.forward(call, arrays, keep=True)
             return losses, self.backward(call, kept, wanted, weights, mark)
         arrays = padded(call.problem, arrays)

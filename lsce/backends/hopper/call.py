@@ -62,9 +62,9 @@ class Call:
 
     @property
     def fused_layout(self) -> FusedLayout | None:
-        """Where gradients that are made in the forward keep P; None where "fp8" has no room for it.
+        """Where gradients made in the forward keep P; None where "fp8" makes them afterwards.
 
-        For "fp8" they are another way to the same: nothing dropped, errors of exact mode.
+        For that they are another way to the same: nothing dropped, errors of exact mode.
         """
         p = self.problem
         return choose.layout_of(p, self.tiles.fused.tile_c, self.ctas)

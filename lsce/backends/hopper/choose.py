@@ -112,25 +112,27 @@ def exact_layout(n: int, d: int, v: int, tile_c: int, units: int = 66) -> FusedL
     in 8 bits is the better way.
 
     Where N ≤ D nearly all of P lies in dC, and the memory is the tail's. Of few classes P takes
-    what a quarter of naive optax's memory leaves (see `tail_within_a_quarter`); where that is too
-    little for a group, or there are more classes, P of small calls is whole, in dC and beside it.
-    Larger calls of few classes for which a quarter is too little anyway go D tokens at a time.
+    what a quarter of naive optax's memory leaves (see `tail_within_a_quarter`), for some of the
+    tokens at a time; where the tail has no quarter to keep either, D tokens. P of other small calls
+    is whole, in dC and beside it. In groups of tokens only whole tiles of classes can be added to.
     """
     if within := layout_within_dc(n, d, v, tile_c, units):
         return within
     pairs, column_tiles = cdiv(n, 2 * BLOCK), cdiv(v, tile_c)
+    small = 2 * n * v <= WHOLE_BYTES
     # Beside P and the gradients there is what rounding cuts off dC and the hidden states in order,
-    # and of a group those again, scaled, and the sums of dE.
-    at_once = (n * v - 7 * (n + v) * d // 2) // (2 * v + 8 * d)
-    if v > FEW_CLASSES or at_once < LEAST_TOKENS:
-        if 2 * n * v <= WHOLE_BYTES:
-            return FusedLayout(1, beside_dc(pairs * 2 * BLOCK, d, column_tiles, tile_c))
-        if v > FEW_CLASSES or d < LEAST_TOKENS or promised_of_the_tail(n, d, v) > 0:
-            return None
-        at_once = d
-    at_once = min(at_once, FUSED_BYTES // (2 * v))
-    groups = cdiv(pairs, at_once // (2 * BLOCK))
-    return FusedLayout(cdiv(pairs, cdiv(pairs, groups)), column_tiles)
+    # and of a group those again, scaled, and the sums of dE: four, and as many for a last group of
+    # another size.
+    at_once = (n * v - 7 * (n + v) * d // 2) // (2 * v + 36 * d)
+    if at_once < LEAST_TOKENS:
+        beyond = promised_of_the_tail(n, d, v) <= 0 and not (small and n <= 2 * d)
+        at_once = d if beyond and d >= LEAST_TOKENS else 0
+    if at_once and v <= FEW_CLASSES and v % tile_c == 0:
+        groups = cdiv(pairs, min(at_once, FUSED_BYTES // (2 * v)) // (2 * BLOCK))
+        return FusedLayout(cdiv(pairs, cdiv(pairs, groups)), column_tiles)
+    if small:
+        return FusedLayout(1, beside_dc(pairs * 2 * BLOCK, d, column_tiles, tile_c))
+    return None
 
 
 def within_a_quarter(n: int, d: int, v: int, width: int, slots: int) -> tuple[int, int]:

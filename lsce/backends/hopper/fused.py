@@ -62,7 +62,7 @@ def refuses(call: Call) -> str | None:
     if call.low:
         return "logits are in 8 bits"
     if call.fused_layout is None:
-        return "P does not fit where dC will be"
+        return "8 bits take less time or memory"
     if p.return_stats:
         return "the statistics need a pass of their own"
     if p.has_bias:

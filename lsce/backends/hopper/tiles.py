@@ -152,7 +152,7 @@ class BackwardTiles:
         can be where that is cheaper; else as many as real text needs, fitted at ε = 2^-10 to
         Gemma 3 270M's activations (8,192 tokens, V = 256,000: 12.5% of the columns, 4% of the
         pairs) and SmolLM2 135M's (V = 49,152: 37% and 11.5%), each also with 2,048 and 32,768.
-        A smaller ε takes so many times `more`: a third at half of it, so 3.2 at the default's.
+        A smaller ε takes so many times `more`: a third at half of it, up to 3.2 at the default's.
         """
         # Fewer tiles or more blocks make more of them active.
         share = more * (2000 / column_tiles) ** 0.65 * (blocks / 64) ** 0.2
@@ -222,7 +222,7 @@ def layout_within_dc(n: int, d: int, v: int, tile_c: int, units: int = 66) -> Fu
     one lies in dC's rows of those before it, which are written after it. The eighth is more where
     chunks of so many tiles of dC leave fewer of the `units`, pairs of CTAs, idle at their ends.
     """
-    if cdiv(n, 2 * BLOCK) * 2 * BLOCK > d // tile_c * tile_c:
+    if d < tile_c or cdiv(n, 2 * BLOCK) * 2 * BLOCK > d // tile_c * tile_c:
         return None
     column_tiles, across = cdiv(v, tile_c), cdiv(d, 256)
     eighth = cdiv(column_tiles, 8)

@@ -324,6 +324,7 @@ def test_fp8_makes_the_gradients_of_few_tokens_in_the_forward(monkeypatch):
         ((4096, 640, 262_144), False),
         ((32_768, 576, 49_152), True),  # few classes, in groups of tokens
         ((32_768, 768, 50_257), False),  # whose last tile is not full
+        ((8192, 768, 50_257), True),  # which is small
         ((8192, 4096, 32_000), True),
         ((32_768, 4096, 32_000), True),
         ((8192, 2304, 256_000), False),
