@@ -329,8 +329,8 @@ def test_what_a_filter_does_to_training():
         f"at a loss of {plain('2^-14')} in place of {plain('fp8')} at β = 0",
         f"at β = 0.1 of {smoothed('2^-14')} in place of {smoothed('none')}",
         f'where "fp8" came to {smoothed("fp8")}',
-        f"{products['2^-10.2']} products in place of {products['2^-14.2']} in one call, and ended at"
-        f' {smoothed("auto")}, "hidden" with it at {smoothed("hidden")}',
+        f"{products['2^-10.2']} products in place of {products['2^-14.2']} in one call, and ended"
+        f' at {smoothed("auto")}, "hidden" with it at {smoothed("hidden")}',
         f"at {smoothed('2^-16')} and takes {products['2^-16.2']} products, where optax took"
         f" {products['optax']}",
     ):
