@@ -119,14 +119,15 @@ def test_the_default_filter_is_the_backends(arrays: Arrays):
 
 
 @pytest.mark.slow
-def test_the_default_filter_leaves_less_of_an_error_than_the_one_before():
-    """In float32; bfloat16's rounding adds .0024 on a GPU."""
+def test_the_default_filter_leaves_less_of_an_error_than_the_one_before(monkeypatch):
+    """As of many classes. In float32; bfloat16's rounding adds .0024 on a GPU."""
+    monkeypatch.setattr(filtering, "FEW_CLASSES", 1)
     drawn = Arrays(*map(np.asarray, like_models.generate("smollm", 512, 64, 8192)))
     default = filter_error.measure("drawn", drawn, "auto", "abc")
     larger = filter_error.measure("drawn", drawn, 16 * default.epsilon, "abc")
     assert default.whole_blocks == larger.whole_blocks == 0
     assert larger.pairs < default.pairs < 0.5
-    assert default.hidden_error < 0.002 < 0.008 < larger.hidden_error < 0.012
+    assert default.hidden_error < 0.002 < 0.008 < larger.hidden_error < 0.014
     assert default.head_error < 0.001 < 0.004 < larger.head_error
 
 
