@@ -75,6 +75,7 @@ def test_errors_are_those_of_leaving_the_inactive_tiles_out(
     assert (row.n, row.d, row.v, row.epsilon) == (N, D, V, pytest.approx(0.05))
 
 
+@pytest.mark.slow
 def test_the_tail_in_8_bits_leaves_little_of_the_error(arrays: Arrays):
     plain = filter_error.measure("drawn", arrays, 0.05, "abc")
     tail = filter_error.measure("drawn", arrays, 0.05, "abc", tail=True)

@@ -8,6 +8,7 @@ from benchmarks import loss
 from benchmarks.measure import report
 
 
+@pytest.mark.slow
 def test_one_command_measures_the_whole_grid(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):

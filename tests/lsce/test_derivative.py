@@ -173,6 +173,7 @@ class TestVmap:
         assert np.isnan(d_head).all()
 
 
+@pytest.mark.slow
 def test_examples_with_one_head_are_more_tokens_to_hopper_too():
     """Lowered only: its kernels see 4 × 2,048 tokens at once, and no gradient of a head is made
     for each example."""

@@ -230,6 +230,7 @@ def test_an_invalid_label_is_nan(loss, this):
         assert np.isfinite(removed)
 
 
+@pytest.mark.slow
 def test_a_class_masked_by_its_bias(candidate, loss, this):
     """Without smoothing a bias of −∞ takes a class away, as padding of the vocabulary needs."""
     given = this.inputs

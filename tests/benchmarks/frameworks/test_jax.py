@@ -1,8 +1,10 @@
 """JAX on several devices."""
 
 import on_devices
+import pytest
 
 
+@pytest.mark.slow
 def test_devices_share_the_tokens():
     """The gradients are the same as of one device, and each needs a share of the memory."""
     printed = on_devices.run(

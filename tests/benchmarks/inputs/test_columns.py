@@ -10,6 +10,7 @@ from benchmarks.inputs.like_models import generate
 EPS = 2.0**-12
 
 
+@pytest.mark.slow
 def test_column_statistics_against_every_probability():
     data = generate("smollm", 4000, 64, 1000)
     data = data._replace(hidden=data.hidden[:300])

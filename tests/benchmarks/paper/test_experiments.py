@@ -122,6 +122,7 @@ def test_what_two_experiments_need_is_made_once(folder):
     assert [name[-1] for name in named] == 5 * ["0"] + 5 * ["1"] + 5 * ["2"]  # a seed at a time
 
 
+@pytest.mark.slow
 def test_everything_is_the_experiments_one_after_the_other(folder):
     """β is swept at the rate that Table 1 chose, and what others do has the vocabulary's room."""
     made = worked_off(everything.EXPERIMENT, parsed(everything.EXPERIMENT, folder))

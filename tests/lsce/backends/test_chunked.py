@@ -145,6 +145,7 @@ def test_second_derivatives(softcap, monkeypatch):
     assert np.abs(expected).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_a_weight_of_zero(monkeypatch):
     """How the gradients change as a removed token comes back, as influence functions ask."""
     monkeypatch.setattr(chunked, "tile_size", lambda problem: Tile(8, 20))

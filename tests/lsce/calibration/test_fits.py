@@ -216,6 +216,7 @@ def weighted_ece(confidence, correct, weights):
     return ece(confidence, correct, weights=weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("live", [np.bool_, np.float64])
 def test_samples_without_weight_do_not_widen_an_interval(live, jitted):
@@ -233,6 +234,7 @@ def test_samples_without_weight_do_not_widen_an_interval(live, jitted):
     np.testing.assert_allclose(among, alone, atol=0.03)
 
 
+@pytest.mark.slow
 def test_resamples_that_measure_nothing_are_left_out():
     r = np.random.default_rng(0)
     confidence, correct = r.random(1000).astype(np.float32), r.random(1000) < 0.5

@@ -280,6 +280,7 @@ def test_shapes_of_tokens_are_flattened():
         assert float(flat) == float(shaped), name
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=40, max_size=40))
 def test_errors_are_bounded_and_independent_of_order(pairs):

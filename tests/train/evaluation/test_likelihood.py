@@ -85,6 +85,7 @@ def all_of(batches) -> dict[int, likelihood.Likelihood]:
     return found
 
 
+@pytest.mark.slow
 def test_every_tree_is_scored_as_if_each_continuation_were_alone(model, monkeypatch):
     """With and without a shared beginning, longer than the window, beside each other."""
     monkeypatch.setattr(likelihood, "SHORTEST", 32)

@@ -22,6 +22,7 @@ from train.models.decoder import Decoder
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1, 7])
 def test_bounds_say_what_the_mask_says(window):
     starts = jnp.array([[0, 5, 6, 12], [0, 9, 20, 20]])

@@ -49,6 +49,7 @@ def one_update(gradient, params, **changes):
     return jax.tree.map(lambda update: -0.1 * update, updates)
 
 
+@pytest.mark.slow
 def test_weight_decay_is_decoupled_and_spares_norms_and_biases():
     shape = dataclasses.replace(PRESETS["nano"], qkv_bias=True, qk_norms=True, tied_head=False)
     model = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(params=0)))

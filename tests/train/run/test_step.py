@@ -141,6 +141,7 @@ def test_the_gradient_is_that_of_the_whole_batch_however_it_is_divided(reduction
     assert metrics.tokens == count
 
 
+@pytest.mark.slow
 def test_rows_of_the_head_that_are_no_token_s_can_be_left_out():
     known = 90
     batch = {name: np.where(x >= known, x - known, x) for name, x in make_batch().items()}

@@ -70,6 +70,7 @@ def test_the_gradient_of_a_penalty_is_the_one_that_is_said(name):
     np.testing.assert_allclose(BETA * gradient, of_z - of_z_without, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_the_loss_of_a_penalised_call_and_its_gradients(name):
     hidden, head, y = numbers()

@@ -336,6 +336,7 @@ def test_where_fp8_is_made_in_the_forward(shape, in_the_forward):
     assert (hopper.BACKEND.unfused(p) is None) == in_the_forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "argnums", "in_the_forward"),
     [

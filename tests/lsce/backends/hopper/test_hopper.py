@@ -61,6 +61,7 @@ def test_logits_are_counted_by_the_device(monkeypatch):
         assert chosen(64 * (2**20 - 1) + 1, 2**17) == "chunked"
 
 
+@pytest.mark.slow
 @given(n=st.integers(1, 2**22), d=st.integers(1, 1024), v=st.integers(2, 2**21), most=st.booleans())
 def test_what_is_not_refused_is_counted_in_32_bits(n, d, v, most):
     """The largest number in `plan.work`, where every pair is active."""
@@ -128,6 +129,7 @@ KERNELS = {
 """How many kernels are made, however often each is called: in two loops, or in both branches."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "epsilon"),
     [*itertools.product(OPTIONS, [None, "auto"]), ("all options", "fp8")],
