@@ -98,7 +98,7 @@ def layout_of(problem: Problem, tile_c: int, ctas: int) -> FusedLayout | None:
     return fused_layout(n, d, v, tile_c)
 
 
-FEW_CLASSES = 65_536
+MOST_FUSED_CLASSES = 65_536
 """Up to here so many pairs are in 16 bits that the tail in 8 does more work than three products."""
 WHOLE_BYTES = 1_100_000_000
 """P of a call whose naive logits, of 32 bits, take no more than twice that: there a quarter of that
@@ -127,7 +127,7 @@ def exact_layout(n: int, d: int, v: int, tile_c: int, units: int = 66) -> FusedL
     if at_once < LEAST_TOKENS:
         beyond = promised_of_the_tail(n, d, v) <= 0 and not (small and n <= 2 * d)
         at_once = d if beyond and d >= LEAST_TOKENS else 0
-    if at_once and v <= FEW_CLASSES and v % tile_c == 0:
+    if at_once and v <= MOST_FUSED_CLASSES and v % tile_c == 0:
         groups = cdiv(pairs, min(at_once, FUSED_BYTES // (2 * v)) // (2 * BLOCK))
         return FusedLayout(cdiv(pairs, cdiv(pairs, groups)), column_tiles)
     if small:

@@ -160,7 +160,7 @@ def test_exact_layouts_fit(n, d, v):
         assert -(-others * (rows // 128) // (d // 256)) * 128 <= own * 256 <= v
     if groups == 1:
         return
-    assert own == column_tiles == v // 256 <= choose.FEW_CLASSES // 256
+    assert own == column_tiles == v // 256 <= choose.MOST_FUSED_CLASSES // 256
     most = -(-pairs // groups) * 256
     last = rows - (groups - 1) * most
     assert last > 0
