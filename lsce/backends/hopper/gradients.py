@@ -3,7 +3,8 @@
     dz_nv = [(1 + 2λ·lse_n)·p_nv − (1−β)·1[v = y_n] − β/V]·J_nv     (J the softcap's slope, or 1)
     dE_n = g_n·scale·Σ_v dz_nv·C_v      dC_v = Σ_n g_n·scale·dz_nv·E_n      db_v = Σ_n g_n·dz_nv
 
-The softmax and the target's term are in P, made tile by tile; the smoothing is added as rank 1.
+The softmax and the target's term are in P, made tile by tile; the smoothing is added as rank 1, and
+to dE what rounding the target's term cut off.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from lsce import formula
 from lsce.backends import Arrays
-from lsce.backends.hopper import exact, filtered, tail
+from lsce.backends.hopper import exact, filtered, tail, target
 from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.chunks import Products
 from lsce.backends.hopper.forward import Saved
@@ -43,6 +45,8 @@ def gradients(
     dhidden = dbias = None
     if wanted.hidden:
         dhidden = _with_rank_one(call, saved, c, products)
+        lost = target.rounded_off(_target_entry(call, saved, c), saved.hidden.dtype)
+        dhidden = dhidden + target.pull(lost, saved.head, saved.labels)
         dhidden = dhidden[saved.row_of_token].astype(saved.hidden.dtype)
     if wanted.bias and saved.bias is not None:
         dbias = (products.bias - (c.s * c.kappa).sum()) / p.logit_scale + c.poison
@@ -81,6 +85,13 @@ def _products(call: Call, saved: Saved, c: Coefficients, wanted: Wanted) -> Prod
     a, some = lax.optimization_barrier((c.a, some))
     every = exact.products(call, saved, c._replace(a=a), wanted._replace(hidden=False))
     return every._replace(hidden=some.hidden, kept=some.kept)
+
+
+def _target_entry(call: Call, saved: Saved, c: Coefficients) -> Float[Array, " rows"]:
+    """The target's entry of P, as the kernel makes it before it is rounded."""
+    slope = formula.softcap_slope(call.problem, saved.target)
+    entry = (c.a * jnp.exp(saved.target - c.lse) - c.b) * slope
+    return entry - c.s * (slope - c.kappa) if call.dense_smoothing else entry
 
 
 def _with_rank_one(
