@@ -104,8 +104,8 @@ WHOLE_BYTES = 1_100_000_000
 """P of a call whose naive logits, of 32 bits, take no more than twice that: there a quarter of that
 memory is worth less than the time that the tail's many small kernels take."""
 LEAST_WHERE_FLAT = 8
-"""Column tiles of a chunk of flat tokens' tail, even where a filter takes less memory: with fewer its
-small kernels take too long."""
+"""Column tiles of a chunk of flat tokens' tail, even where a filter takes less memory: with fewer
+its small kernels take too long."""
 LEAST_TOKENS = 2048
 """Of a group: each reads and writes dC, which for N tokens takes 650 / N of a product of theirs."""
 
