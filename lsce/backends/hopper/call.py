@@ -47,7 +47,7 @@ class Call:
     @property
     def tail_where_flat(self) -> bool:
         """Whether that is also done where the filter would keep most blocks of tokens whole: in
-        large calls, if it fits in the memory that the filter has.
+        large calls, as `tiles.tail_where_flat` has it.
 
         A bias and a cap leave no bound by which flat tokens would be known to need few columns.
         """

@@ -77,8 +77,11 @@ def heuristic(n: int, d: int, v: int, ctas: int, groups: int | None = None) -> T
     )
     # Lists that one of two ways needs are there in the other, too: P is smaller by more.
     smaller = dataclasses.replace(sparse, slots_per_block=slots - 1)
-    of_flat = min(of_tail, max(tail_within_a_filter(n, d, v, smaller), LEAST_WHERE_FLAT))
-    looks = filtering.look_worthwhile(n, d, v)
+    of_flat = tail_within_a_filter(n, d, v, smaller)
+    if of_flat < ROOM_FOR_FLAT and v > MOST_FUSED_CLASSES:
+        of_flat = OWN_OF_FLAT
+    of_flat = min(of_flat, of_tail)
+    looks = of_flat >= min(of_tail, 4) and filtering.look_worthwhile(n, d, v)
     return Tiles(
         sparse=smaller if looks else sparse,
         exact=filling(Tiles().exact, n, d, column_tiles, range(2, most + 1), ctas),
@@ -103,9 +106,10 @@ MOST_FUSED_CLASSES = 65_536
 WHOLE_BYTES = 1_100_000_000
 """P of a call whose naive logits, of 32 bits, take no more than twice that: there a quarter of that
 memory is worth less than the time that the tail's many small kernels take."""
-LEAST_WHERE_FLAT = 8
-"""Column tiles of a chunk of flat tokens' tail, even where a filter takes less memory: with fewer
-its small kernels take too long."""
+ROOM_FOR_FLAT, OWN_OF_FLAT = 8, 18
+"""Column tiles of a chunk of flat tokens' tail: where the memory of a filter has no room for 8, it
+has its own for 18. Each chunk reads and writes the sums of dE, and has a dozen small kernels. Of
+few classes 8 bits are slower than naive optax even then, so that memory is worth more."""
 LEAST_TOKENS = 2048
 """Of a group: each reads and writes dC, which for N tokens takes 650 / N of a product of theirs."""
 
