@@ -20,19 +20,26 @@ SMOOTHED = Settings(label_smoothing=0.1)
 EXACT, FUSED, FP8 = (
     Settings(label_smoothing=0.1, gradient_filter=it) for it in (None, "fused", "fp8")
 )
+SMOOTHED_RUN, FP8_RUN = Run("auto", "fwdbwd", SMOOTHED), Run("auto", "fwdbwd", FP8)
+PLAIN = Settings()
 LINES = {
-    "**lsce**": ("everywhere", Run("auto", "fwdbwd", SMOOTHED)),
-    'lsce, `gradient_filter="fp8"`: drops nothing': ("fp8-like", Run("auto", "fwdbwd", FP8)),
-    'lsce, `gradient_filter="fused"`': ("like", Run("auto", "fwdbwd", FUSED)),
-    "lsce, `gradient_filter=None`": ("like", Run("auto", "fwdbwd", EXACT)),
-    "optax on materialised logits": ("everywhere", Run("naive", "fwdbwd", SMOOTHED)),
+    "**lsce**": ("gemma2-2b", SMOOTHED_RUN),
+    'lsce, `gradient_filter="fp8"`: drops nothing': ("gemma2-2b", FP8_RUN),
+    "optax on materialised logits": ("gemma2-2b", Run("naive", "fwdbwd", SMOOTHED)),
+    'lsce, `gradient_filter="fp8"` again': ("table-peaked", FP8_RUN),
+    'lsce, `gradient_filter="fused"`': ("table-peaked", Run("auto", "fwdbwd", FUSED)),
+    "lsce, `gradient_filter=None`": ("table-peaked", Run("auto", "fwdbwd", EXACT)),
+    "torch.compile": ("table-peaked", Run("torch-compile", "fwdbwd", SMOOTHED)),
+    "Liger, its Triton kernels, in larger chunks": (
+        "table-peaked",
+        Run("liger-chunks", "fwdbwd", SMOOTHED),
+    ),
+    "flash-linear-attention, dC in bfloat16": (
+        "table-peaked",
+        Run("fla-bfloat16", "fwdbwd", SMOOTHED),
+    ),
+    "QuACK, without smoothing": ("table-peaked", Run("quack", "fwdbwd", PLAIN)),
 }
-PEERS = {
-    "torch.compile": "torch.compile",
-    "Liger, its Triton kernels, in larger chunks": "Liger, its Triton kernels, in larger chunks",
-    "flash-linear-attention, dC in bfloat16": "flash-linear-attention, dC in the head's dtype",
-}
-"""The README's titles, and those of the text that holds PyTorch's rows."""
 
 
 def row(name: str, run: Run, case: tuple[str, int] = ("gemma2-2b", 8192)) -> Row:
@@ -41,17 +48,6 @@ def row(name: str, run: Run, case: tuple[str, int] = ("gemma2-2b", 8192)) -> Row
         for row in report.read(RESULTS / f"{name}.json").rows
         if row.run == run and (row.case, row.n) == case
     )
-    return found
-
-
-def of_peers() -> dict[tuple[str, str], list[float]]:
-    """By β and title: MB and ms of the loss, MB, ms and M with gradients."""
-    found, beta = {}, ""
-    for line in (RESULTS / "h200-peers.txt").read_text().splitlines():
-        beta = line.split()[2] if line.startswith("β = ") else beta
-        title, cells = line[:50].strip(), line[50:].split()
-        if len(cells) == 5 and cells[0][0].isdigit():
-            found[beta, title] = [float(cell.replace(",", "")) for cell in cells]
     return found
 
 
@@ -113,15 +109,6 @@ def test_a_line_of_the_readme_is_a_measured_row(title: str):
     assert numbers(ratio) == pytest.approx([found.matmul_ratio], abs=0.006)
     measured = [x for x in (found.hidden_error, found.head_error) if x is not None]
     assert numbers(errors) == pytest.approx(measured, rel=0.05)
-
-
-@pytest.mark.parametrize("title", PEERS)
-def test_a_peers_line_of_the_readme_is_a_measured_row(title: str):
-    (line,) = (line for line in README.splitlines() if line.startswith(f"| {title} |"))
-    _, _, memory, time, ratio = of_peers()["0.1", PEERS[title]]
-    assert [cell.strip() for cell in line.split("|")[2:-1]] == [
-        *(f"{memory:,.0f}", f"{time:.1f}", f"{ratio:.2f}", "–")
-    ]
 
 
 def test_other_figures_of_the_readme_are_measured():
@@ -233,10 +220,8 @@ def test_other_figures_of_the_readme_are_measured():
         f"the loss alone in {low:.2f} products where the default took {alone:.2f}".replace(
             "0.", "."
         ),
-        f"takes {of_peers()['0', 'cut-cross-entropy'][3]:.1f} ms",
-        f"cuts its chunks itself, {of_peers()['0.1', 'Liger, its Triton kernels'][3]:.0f}.",
         '{:.2f} products on random inputs, None {:.2f}, "fused" {:.2f}, optax {:.2f}'.format(*flat),
-        "on an H200 it took {:.2f} products, where optax took {:.2f}".format(*of_flat),
+        "on an H200 {:.2f} products, where optax took {:.2f}".format(*of_flat),
         f"from 8-bit operands, for {' to '.join(sorted(in_8_bits))} products",
         f"exact: {h200['like', 'auto', 'hidden']:.1f} products,"
         f" None takes {h200['like', 'auto', None]:.1f}",
@@ -250,6 +235,78 @@ def test_other_figures_of_the_readme_are_measured():
         f"16,384 tokens took {two:.1f} ms where one took {one:.1f}",
     ):
         assert said in text
+
+
+def test_peers_of_the_readme_are_measured():
+    def of(name: str, settings: Settings = PLAIN) -> Row:
+        return row("h200-table-peaked", Run(name, "fwdbwd", settings))
+
+    at_once, again, cce = of("liger-flce"), of("liger-flsce"), of("cut-cross-entropy")
+    eight_bits = of("auto", Settings(gradient_filter="fp8"))
+    usual, low = (
+        row("h200-gemma2-2b", Run("auto", "fwdbwd", settings))
+        for settings in (SMOOTHED, Settings(label_smoothing=0.1, precision="fp8"))
+    )
+    products = [of.matmul_ms for of in report.read(RESULTS / "h200-table-peaked.json").rows]
+    text = " ".join(README.split())
+    for said in (
+        f"{min(products):.1f} to {max(products):.1f} ms, timed in turn",
+        f"Hopper take {at_once.p50_ms:.1f} ms (FLCE, {at_once.extra_mb:,.0f} MiB)"
+        f" and {again.p50_ms:.1f} ms (FLSCE, {again.extra_mb:,.0f} MiB),"
+        f' cut-cross-entropy {cce.p50_ms:.1f} ms, where "fp8" takes {eight_bits.p50_ms:.1f}.',
+        f"cuts its chunks itself, takes {of('liger', SMOOTHED).p50_ms:.0f}.",
+        f"the gradients, too, took {low.p50_ms:.1f} ms for {usual.p50_ms:.1f}, with an error of"
+        f" {low.hidden_error:.4f} in dE for {usual.hidden_error:.4f}".replace("0.0", ".0"),
+    ):
+        assert said in text, said
+
+
+def test_errors_of_the_readme_are_measured():
+    text = " ".join(README.split())
+    rows = report.read(RESULTS / "h200-errors.json").rows
+
+    def said(which: str, choice: str, *, of_text: bool = True, real: bool = False) -> str:
+        """From the least to the greatest."""
+        name = "naive" if choice == "optax" else "auto"
+        wanted = Settings(
+            label_smoothing=0.1, gradient_filter="auto" if name == "naive" else choice
+        )
+        found = [
+            getattr(row, which)
+            for row in rows
+            if row.run.implementation == name
+            and (row.run.settings == wanted or not of_text)
+            and (row.run.settings.gradient_filter == wanted.gradient_filter)
+            and (row.inputs == "real" if real else row.inputs != "flat" or not of_text)
+        ]
+        assert len(found) > 1
+        return f"{min(found):.4f} to {max(found):.4f}".replace("0.", ".")
+
+    for claim in (
+        f"together are {said('hidden_error', 'auto', real=True)} and"
+        f" {said('head_error', 'auto', real=True)}, where optax has"
+        f" {said('hidden_error', 'optax', real=True)} and {said('head_error', 'optax', real=True)}",
+        f"its errors are {said('hidden_error', 'fp8', of_text=False)} in dE and"
+        f" {said('head_error', 'fp8', of_text=False)} in dC wherever they were measured, optax's"
+        f" {said('hidden_error', 'optax')} and {said('head_error', 'optax')} on text",
+    ):
+        assert claim in text, claim
+    exact = [row for row in rows if row.run.settings == EXACT]
+    assert len(exact) == 2
+    assert {f"beside {row.hidden_error:.4f} that exact".replace("0.", ".") for row in exact} == {
+        "beside .0019 that exact"
+    }
+    assert "beside .0019 that exact" in text
+
+
+def test_the_ways_of_flat_tokens_are_measured():
+    lines = (RESULTS / "h200-flat-tiles.txt").read_text().splitlines()
+    (ours, optax), *_ = (
+        re.match(r" +18 +([0-9.]+) .* ([0-9.]+) +[0-9.]+ +[0-9.]+$", line).groups()
+        for line in lines
+        if line.startswith("   18")
+    )
+    assert f"{ours} ms for {optax}" in " ".join(README.split())
 
 
 def test_the_readmes_steps_are_measured():
