@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from lsce import formula
+from lsce import formula, rounding
 from lsce.backends import Arrays, Outputs
 from lsce.primitive import primitive
 from lsce.problem import Problem, cdiv
@@ -38,7 +38,7 @@ class Chunked:
     def forward(self, call: "Call", arrays: Arrays, *, keep: bool) -> tuple[Outputs, Any]:
         sums = _sums(arrays, call=call)
         loss, stats = sums.finish(call.problem, arrays.labels)
-        return (loss, stats), Kept(arrays, sums.maximum, sums.exp) if keep else None
+        return (loss, stats), Kept(arrays, sums.maximum, sums.exp, sums.target) if keep else None
 
     def backward(
         self,
@@ -76,6 +76,8 @@ class Kept(NamedTuple):
     """m = max_v z_v."""
     total: Float[Array, " N"]
     """Σ_v exp(z_v − m)."""
+    target: Float[Array, " N"]
+    """z_y."""
 
 
 def tile_size(problem: Problem) -> Tile:
@@ -133,10 +135,11 @@ def _gradients(
         dE = scale·du·C,  dC = scale·duᵀ·E,  db = Σ_n du
     Without a cap the smoothing part of du is the same in every column, so it is left out of the
     tiles and of their rounding, and comes in as vectors: −(β/V)·g_n·Σ_v C_v in dE,
-    −(β/V)·Σ_n g_n·E_n in dC, −(β/V)·Σ_n g_n in db.
+    −(β/V)·Σ_n g_n·E_n in dC, −(β/V)·Σ_n g_n in db. What rounding cuts off the targets' du is given
+    back to dE (`lsce.rounding`).
     """
     problem, tile = call
-    (hidden, head, labels, bias, _), maximum, total = kept
+    (hidden, head, labels, bias, _), maximum, total, z_target = kept
     layout = problem.head_layout
     # A token without a say may hold NaN in its hidden row and its lse, and 0 · NaN is not 0. Where
     # there is none, 0 · p stays as it is: its derivative in g is not 0.
@@ -201,6 +204,13 @@ def _gradients(
     if d_hidden is not None:
         if vectors:
             d_hidden -= smoothing[:, None] * head_sum[None, :]
+        if (dtype := _operand_dtype(problem, np.dtype(np.float32))) != np.float32:
+            du = softmax * jnp.exp(z_target - maximum) - target
+            if problem.softcap is not None:
+                du = (du - smoothing) * formula.softcap_slope(problem, z_target)
+            lost = rounding.lost(du, dtype)
+            lost = jnp.where((labels >= 0) & (labels < problem.v), lost, 0.0)
+            d_hidden += rounding.given_back(lost, head, labels, layout.index("v"))
         d_hidden = (problem.logit_scale * d_hidden).astype(hidden.dtype)
     return Arrays(d_hidden, d_head, None, d_bias)
 
@@ -212,17 +222,20 @@ def _logits(
     return formula.logits(problem, product, b)
 
 
-def _product(problem: Problem, subscripts: str, a: Array, b: Array) -> Array:
-    """A matmul summed in float32, of operands in the dtype that loses nothing of the inputs.
+def _operand_dtype(problem: Problem, left: np.dtype) -> np.dtype:
+    """That of a product's operands, the left one's being that, which loses nothing of the inputs.
 
     Two bfloat16 inputs are multiplied as they are, and dz, rounded to bfloat16, with them. Two
     float16 inputs likewise, but float16 has too little range for dz. The rest is float32.
     """
     dtypes = {problem.hidden_dtype, problem.head_dtype}
-    native = dtypes == {np.dtype(jnp.bfloat16)} or (
-        dtypes == {np.dtype(np.float16)} and a.dtype == b.dtype
-    )
-    dtype = problem.head_dtype if native else np.dtype(np.float32)
+    native = dtypes == {np.dtype(jnp.bfloat16)} or dtypes | {left} == {np.dtype(np.float16)}
+    return problem.head_dtype if native else np.dtype(np.float32)
+
+
+def _product(problem: Problem, subscripts: str, a: Array, b: Array) -> Array:
+    """A matmul summed in float32, of operands as `_operand_dtype` has them."""
+    dtype = _operand_dtype(problem, np.dtype(a.dtype))
     # Without a word from the user JAX multiplies float32 on a GPU with 10 bits of mantissa.
     chosen = jax.config.jax_default_matmul_precision
     precision = lax.Precision.HIGHEST if chosen is None and dtype == np.float32 else None

@@ -15,7 +15,6 @@ from lsce.backends import Arrays, Outputs
 from lsce.backends.hopper import eight_bits
 from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.kernels.lse_forward import Sums, lse_forward
-from lsce.backends.hopper.target import logit
 from lsce.sparse import filter as filtering
 from lsce.sparse.bound import most_frequent, of_mean_logit
 from lsce.sparse.tokens import BLOCK, arrange, order_tokens
@@ -44,7 +43,7 @@ def losses(call: Call, arrays: Arrays) -> Outputs:
         # Tokens with a loss alone make the scales of 8 bits, here and where there is a derivative.
         return kept(dataclasses.replace(call, epsilon=None), arrays)[0]
     sums = run_forward(call, hidden, head, bias, None, jnp.int32(labels.shape[0]))
-    target = logit(call, hidden, head, bias, labels)
+    target = target_logit(call, hidden, head, bias, labels)
     return results(call, sums, target, labels, labels >= 0)
 
 
@@ -55,13 +54,13 @@ def kept(call: Call, arrays: Arrays) -> tuple[Outputs, Saved]:
     unit = max(2, call.tiles.sparse.group) * BLOCK
     if call.epsilon is None and not call.low:
         rows = arrange(hidden, labels, order_tokens(labels), unit)
-        target = logit(call, rows.hidden, head, bias, rows.labels)
+        target = target_logit(call, rows.hidden, head, bias, rows.labels)
         sums = run_forward(call, rows.hidden, head, bias, None, rows.live)
     else:
         hot = hot_sums(call, hidden, head, bias, labels, stats=True)
         row_of_token = order_tokens(labels, hot.extra["entropy"], hot.extra["prediction"])
         rows = arrange(hidden, labels, row_of_token, unit)
-        target = logit(call, rows.hidden, head, bias, rows.labels)
+        target = target_logit(call, rows.hidden, head, bias, rows.labels)
         bound = jnp.zeros_like(target).at[rows.row_of_token].set(hot.lse, unique_indices=True)
         bound = jnp.maximum(bound, target)
         drop: Any = None
@@ -137,6 +136,16 @@ def run_forward(call: Call, hidden, head, bias, threshold, live, **changes: Any)
         "interpret": call.interpret,
     }
     return lse_forward(hidden, head, bias, threshold, live, **(options | changes))
+
+
+def target_logit(call: Call, hidden, head, bias, labels) -> Float[Array, " N"]:
+    """z_y of each token, by gathering its label's row of the head."""
+    y = jnp.maximum(labels, 0)
+    z = jnp.sum(hidden.astype(jnp.float32) * head[y].astype(jnp.float32), axis=1)
+    z = z * call.problem.logit_scale
+    if bias is not None:
+        z = z + bias[y].astype(jnp.float32)
+    return formula.capped(call.problem, z)
 
 
 def hot_sums(call: Call, hidden, head, bias, labels, *, stats: bool) -> Sums:

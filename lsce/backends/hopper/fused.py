@@ -30,11 +30,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from lsce import formula
+from lsce import formula, rounding
 from lsce.backends import Arrays
-from lsce.backends.hopper import target as targets
 from lsce.backends.hopper.call import Call
-from lsce.backends.hopper.forward import run_forward
+from lsce.backends.hopper.forward import run_forward, target_logit
 from lsce.backends.hopper.kernels.entries import change_entries
 from lsce.backends.hopper.kernels.head_gradient import head_gradient
 from lsce.backends.hopper.kernels.hidden_gradient import accumulate_hidden
@@ -147,7 +146,7 @@ def with_gradients(
     e, y, n = rows.hidden, rows.labels, rows.hidden.shape[0]
     w = jnp.zeros(n, jnp.float32).at[rows.row_of_token].set(weights, unique_indices=True)
     w = jnp.where(rows.in_use, w, 0.0)
-    target = targets.logit(call, e, head, None, y)
+    target = target_logit(call, e, head, None, y)
     r = target + SHIFT
     center, mean_logit = None, jnp.zeros_like(target)
     if p.label_smoothing > 0.0:
@@ -326,8 +325,9 @@ def _gradients(
     ends += [dh_ref[0, 0, 0]] if wanted.hidden else []
     dh = jnp.zeros((0, d), jnp.float32)
     if wanted.hidden:
-        lost = targets.rounded_off(hit, head.dtype) * scale
-        dh = dh_ref[...].sum(0)[:, :d] * scale[:, None] + targets.pull(lost, head, tokens.labels)
+        dh = dh_ref[...].sum(0)[:, :d] * scale[:, None]
+        lost = rounding.lost(hit, head.dtype) * scale
+        dh = dh + rounding.given_back(lost, head, tokens.labels)
         if center is not None:
             dh = dh - (s * p.v)[:, None] * center[None, :]
     return lse, dh, _zero_after(*ends)

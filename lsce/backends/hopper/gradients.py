@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lsce import formula
+from lsce import formula, rounding
 from lsce.backends import Arrays
-from lsce.backends.hopper import exact, filtered, tail, target
+from lsce.backends.hopper import exact, filtered, tail
 from lsce.backends.hopper.call import Call
 from lsce.backends.hopper.chunks import Products
 from lsce.backends.hopper.forward import Saved
@@ -45,8 +45,8 @@ def gradients(
     dhidden = dbias = None
     if wanted.hidden:
         dhidden = _with_rank_one(call, saved, c, products)
-        lost = target.rounded_off(_target_entry(call, saved, c), saved.hidden.dtype)
-        dhidden = dhidden + target.pull(lost, saved.head, saved.labels)
+        lost = rounding.lost(_target_entry(call, saved, c), saved.hidden.dtype)
+        dhidden = dhidden + rounding.given_back(lost, saved.head, saved.labels)
         dhidden = dhidden[saved.row_of_token].astype(saved.hidden.dtype)
     if wanted.bias and saved.bias is not None:
         dbias = (products.bias - (c.s * c.kappa).sum()) / p.logit_scale + c.poison
