@@ -40,10 +40,10 @@ from benchmarks.flags import shown
 from benchmarks.measure import report
 from benchmarks.measure.runner import current_commit
 from train import command_line
-from train.evaluation.report import versions
 from train.run import folder
 from train.run import model as run_model
 from train.run.checkpoint import said_once, saved_steps
+from train.versions import versions
 
 TEXT = (
     "Label smoothing gives a share of the probability to every token of the vocabulary. A model"

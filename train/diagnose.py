@@ -78,10 +78,10 @@ def run(options: DiagnoseOptions) -> None:
     from train.data.encode import encode_records
     from train.data.packing import pack
     from train.evaluation import diagnosis, diagnosis_picture, diagnosis_words
-    from train.evaluation.report import versions
     from train.files import write, write_json
     from train.run import folder as run_folder
     from train.run import model as run_model
+    from train.versions import versions
 
     run_folder.check_place(options.out)
     if options.data:

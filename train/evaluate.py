@@ -203,9 +203,9 @@ def start_of(options: EvaluateOptions, command: str, loaded: Any, weights: str) 
     import jax
 
     from train import files
-    from train.evaluation.report import versions
     from train.evaluation.results import Result
     from train.run import folder
+    from train.versions import versions
 
     run = Path(options.model)
     flags = {}

@@ -4,9 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
-import subprocess
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks import implementations
@@ -16,6 +14,7 @@ from benchmarks.measure.errors import Gradients, relative_error
 from benchmarks.measure.memory import ExtraMemory
 from benchmarks.measure.report import Report, Row, Skipped, options
 from benchmarks.measure.timing import beside, tflops
+from train import versions
 
 
 class Prepared(NamedTuple):
@@ -174,19 +173,7 @@ def _select(
 
 def current_commit() -> str:
     """The checkout's commit, `-dirty` where files have changed since; "unknown" without git."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return versions.commit() or "unknown"
 
 
 def failure(error: Exception, packages: Iterable[str] = ()) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from train.evaluation.measures import BINS, bins
 from train.evaluation.scoring import REPORTED, Evaluation, Scores, Scoring
 from train.run.folder import EVALUATION, RELIABILITY
 from train.run.progress import Console
+from train.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,20 +121,6 @@ def as_json(evaluation: Evaluation, flags: Mapping[str, Any], *, step: int) -> d
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
-
-
-def versions() -> dict[str, str | None]:
-    """The versions of Python and of the packages that a figure may depend on."""
-    packages = ("lsce", "jax", "flax", "optax", "numpy")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
-
-
-def _version(name: str) -> str | None:
-    """None for what is not installed, as `lsce` where it is imported from a checkout."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def reliability_figure(evaluation: Evaluation) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import matplotlib.image
@@ -65,19 +64,6 @@ def test_eval_json_keeps_its_keys():
     assert found["choices"]["reported"] == REPORTED
     assert {"python", "lsce", "jax", "flax"} <= found["versions"].keys()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-
-
-def test_what_is_not_installed_has_no_version(monkeypatch):
-    """As lsce itself, where the trainer is run from a checkout."""
-
-    def absent(name):
-        if name == "lsce":
-            raise PackageNotFoundError(name)
-        return "1.0"
-
-    monkeypatch.setattr(report, "version", absent)
-    versions = report.as_json(NOTHING, FLAGS, step=3)["versions"]
-    assert (versions["lsce"], versions["jax"]) == (None, "1.0")
 
 
 def test_ece_and_accuracy_can_be_had_from_the_bins():
