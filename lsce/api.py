@@ -87,11 +87,11 @@ def linear_cross_entropy(
         vocabulary and a larger ε, which is faster (README, Exactness); under a softcap neither of
         the two drops anything: they compute in 8 bits what "fp8" does. "fp8" drops nothing: what
         lies below ε is computed from 8-bit operands instead (on Hopper; "auto" takes it there in
-        large calls whose tokens are flat, without a bias, where that needs no more memory than the
-        filter). The gradients of a sum or a mean, head's among them, it makes as "fused" does, in
-        less memory, where 8 bits pay less: of up to D tokens, of bfloat16 logits of up to 1.1 GB,
-        and of up to 65,536 classes in multiples of 256, where a quarter of naive optax's memory has
-        room for that. A scan keeps them for each step then, too.
+        large calls whose tokens are flat, without a bias, of more than 65,536 classes or where it
+        fits in the memory of a filter). The gradients of a sum or a mean, head's among them, it
+        makes as "fused" does, in less memory, where 8 bits pay less: of up to D tokens, of bfloat16
+        logits of up to 1.1 GB, and of up to 65,536 classes in multiples of 256, where a quarter of
+        naive optax's memory has room for that. A scan keeps them for each step then, too.
       precision: permission to compute the loss from 8-bit operands where a logit says little:
         "fp8" (on Hopper, without a softcap and statistics; never taken unasked). What has more than
         2^-7 of any token's probability is computed in 16 bits beside it. A token's loss is then off

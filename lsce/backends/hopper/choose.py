@@ -108,8 +108,9 @@ WHOLE_BYTES = 1_100_000_000
 memory is worth less than the time that the tail's many small kernels take."""
 ROOM_FOR_FLAT, OWN_OF_FLAT = 8, 18
 """Column tiles of a chunk of flat tokens' tail: where the memory of a filter has no room for 8, it
-has its own for 18. Each chunk reads and writes the sums of dE, and has a dozen small kernels. Of
-few classes 8 bits are slower than naive optax even then, so that memory is worth more."""
+has its own for up to 18. Each chunk reads and writes the sums of dE, and has a dozen small kernels.
+Few classes get none of their own: 8 bits are slower than naive optax there however wide the chunks,
+though faster than blocks kept whole."""
 LEAST_TOKENS = 2048
 """Of a group: each reads and writes dC, which for N tokens takes 650 / N of a product of theirs."""
 

@@ -69,7 +69,7 @@ def products(
 def where_flat(
     call: Call, saved: Saved, c: Coefficients, wanted: Wanted, tiled: filtered.Plan
 ) -> Products:
-    """The same in the memory that a filter has, or little more, of logits without cap or bias.
+    """The same in chunks that are made for this case, of logits without cap or bias.
 
     Tokens that are known to be flat were marked at the ε of "fp8", others at the filter's, which is
     no higher.

@@ -181,8 +181,8 @@ class Tiles:
     tail: BackwardTiles = BackwardTiles(slots=0, slots_per_block=40, tile_c=256)
     """Of what a filter leaves out, in 8 bits: `slots_per_block` tiles are a chunk."""
     tail_where_flat: BackwardTiles | None = None
-    """The same beside a filter that drops it, where tokens are flat; None where that is slower than
-    naive optax or takes more memory than it is worth."""
+    """The same beside a filter that drops it, where tokens are flat; None where a call is too small
+    to look, or has few classes and no room for it in a filter's memory."""
     hot: int = 2048
     """Columns of the pass that bounds the log-sum-exp before the forward."""
 

@@ -151,6 +151,8 @@ def test_lowers_for_cuda_without_a_gpu_and_each_kernel_once(options, epsilon):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     made = set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
     most = KERNELS["auto, or 8 bits" if call.tail_where_flat else epsilon]
+    if call.tail_where_flat and options == "llama3-8b":
+        most += 1  # dE has another width in the 8 bits' tiles, so that its kernel is another
     # Up to jax 0.11 a kernel is numbered as it is lowered; later, two that are equal have one hash.
     assert len(made) == most if jax.__version_info__ < (0, 12) else 0 < len(made) <= most
 
