@@ -8,7 +8,7 @@ ACTIVATIONS are a folder that `benchmarks.extract` wrote, or an .npz file of you
 With --tail the pairs left out are computed in 8 bits, as `lsce.sparse.tail` says, and not dropped.
 No block then needs to be kept whole.
 
-Two things differ on a GPU: bfloat16 products add an error of about 0.0024 in quadrature, and the
+Two things differ on a GPU: bfloat16 products add an error of about 0.0019 in quadrature, and the
 kernel, which knows only the maximum so far, keeps a little more than is counted here.
 """
 

@@ -9,7 +9,7 @@ there are. At one ε the error of dE falls with N and rises with V. With an ε t
 it is the same everywhere: at 2^-10.2 of that 0.011 to 0.013 (‖·‖/‖ref‖) for Gemma 3 270M's
 activations and SmolLM2 135M's, each at N = 2,048, 8,192 and 32,768 (benchmarks/notes/filter.md).
 Naive bfloat16's is 0.012 or 0.013. That was the default. It is now a sixteenth of it, 2^-14.2,
-where the filter's part of the error is 0.0020 of dE and 0.0004 of dC for Gemma's, below what
+where the filter's part of the error is 0.0020 of dE and 0.0004 of dC for Gemma's, as much as
 rounding makes of exact gradients (benchmarks/results/cpu-filter-default.json), for 1.72 matmuls in
 place of 1.3 at Gemma 2 2B's head (h200-everywhere.json there).
 
