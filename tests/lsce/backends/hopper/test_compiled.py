@@ -141,7 +141,7 @@ def test_memory_at_the_papers_shape():
     assert 1161 < memory["dE filtered, dC not"] <= 1404
     assert 1161 < memory["fused"] <= 5000
     # With the terms and the gathered head in 8 bits, and without anything of 32 bits of their size.
-    assert 1161 < memory["fp8"] <= 1458
+    assert 1161 < memory["fp8"] <= 1462  # a device has 1,458 (h200-table-peaked.json)
     # An eighth of P, the float32 sums of dE and the hidden states beside the gradients.
     assert 1134 < memory["fp8, few tokens"] <= 1330
     # The head in 8 bits (562 MB), which lies where dC will, and hidden states in order.
