@@ -4,7 +4,9 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
+import subprocess
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks import implementations
@@ -14,7 +16,6 @@ from benchmarks.measure.errors import Gradients, relative_error
 from benchmarks.measure.memory import ExtraMemory
 from benchmarks.measure.report import Report, Row, Skipped, options
 from benchmarks.measure.timing import beside, tflops
-from train import versions
 
 
 class Prepared(NamedTuple):
@@ -173,7 +174,19 @@ def _select(
 
 def current_commit() -> str:
     """The checkout's commit, `-dirty` where files have changed since; "unknown" without git."""
-    return versions.commit() or "unknown"
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def failure(error: Exception, packages: Iterable[str] = ()) -> str:

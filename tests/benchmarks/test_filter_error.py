@@ -86,6 +86,7 @@ def test_the_tail_in_8_bits_leaves_little_of_the_error(arrays: Arrays):
         assert 0 < getattr(tail, name) < 0.3 * getattr(plain, name), name
 
 
+@pytest.mark.slow
 def test_the_tail_needs_no_block_kept_whole(arrays: Arrays):
     flat = Arrays(arrays.hidden * 0.05, arrays.head, arrays.labels)
     plain = filter_error.measure("drawn", flat, 0.05, "abc")

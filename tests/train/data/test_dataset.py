@@ -60,6 +60,7 @@ print(json.dumps(test_dataset.draw(*pickle.loads(bytes.fromhex(sys.argv[1])))))
     return json.loads(subprocess.check_output(command, env=environment, text=True))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
     path = write_records(tmp_path / "data.jsonl", 120)
     whole, end, *rest = draw(path, tmp_path / "cache", 20)

@@ -34,6 +34,7 @@ def test_bounds_say_what_the_mask_says(window):
     np.testing.assert_array_equal((seen.end[:, None, :] > down) & (across <= down), mask)
 
 
+@pytest.mark.slow
 def test_segments_attend_to_themselves_and_other_tiles_are_not_touched():
     """What is not a number there would be none here: 0 · NaN is NaN."""
     arrays, starts, segments = packed([[0, 64, 70, 128]], 140, (2, 1), 64)

@@ -264,6 +264,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_weights_
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_each_tensor_is_given_back_in_the_dtype_that_it_had(checkpoint, trained, tmp_path):
     """Norms in float32 beside matrices in bfloat16; and so from a run of such a folder."""
     mixed = tmp_path / "mixed"
@@ -507,6 +508,7 @@ def beyond(checkpoint, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_added_token_without_a_row_is_no_fault_of_the_model(beyond, tmp_path, caplog, capsys):
     caplog.set_level("INFO", "train")
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)

@@ -59,6 +59,7 @@ def test_a_filter_is_named_or_a_number(given, expected):
     assert step.arguments(LossOptions(gradient_filter=given))["gradient_filter"] == expected
 
 
+@pytest.mark.slow
 def test_a_temperature_divides_the_logits():
     """Beside all that a loss can have: of a head that is so much smaller it is the same."""
     batch, state = make_batch(), make_state()
@@ -159,6 +160,7 @@ def test_rows_of_the_head_that_are_no_token_s_can_be_left_out():
     assert not np.any(table[known:])
 
 
+@pytest.mark.slow
 def test_a_mean_of_means_would_be_seen():
     batch = make_batch()
     whole, _ = gradient(batch)
@@ -169,6 +171,7 @@ def test_a_mean_of_means_would_be_seen():
     assert np.abs(np.mean(parts, axis=0) - whole).max() > 1e-2 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 def test_accuracy_and_calibration_error_are_those_of_the_labelled_tokens():
     batch = make_batch()
     _, metrics = gradient(batch, accumulate=4)
@@ -218,6 +221,7 @@ def test_bfloat16_accumulates_in_float32_and_is_near_float32():
     assert 0 < error < 0.05
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_and_the_others_learn_as_they_would_with_them():
     batch, adam = make_batch(), adamw(beta1=0.9, beta2=0.9, weight_decay=0.5, clip_norm=1.0)
     names = frozen(SHAPE, ["embedding", "norm"])
