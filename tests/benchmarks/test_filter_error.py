@@ -99,6 +99,7 @@ def test_the_tail_needs_no_block_kept_whole(arrays: Arrays):
     assert tail.head_error < 0.003
 
 
+@pytest.mark.slow
 def test_no_filter_to_speak_of_makes_no_error(arrays: Arrays):
     row = filter_error.measure("drawn", arrays, 1e-30, "abc")
     assert row.hidden_error < 1e-6

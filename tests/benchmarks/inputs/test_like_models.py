@@ -44,7 +44,7 @@ def mismatches(name: str, n: int, data: Arrays) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize(("name", "n"), [("smollm", 1024), ("smollm", 2048), ("gemma", 2048)])
+@pytest.mark.parametrize(("name", "n"), [("smollm", 2048), ("gemma", 2048)])
 def test_the_statistics_match_the_real_model(name, n):
     assert mismatches(name, n, generate(name, n, 320, REAL[name][0])) == []
 

@@ -211,6 +211,7 @@ def test_dropout_differs_between_steps_and_microbatches_and_not_between_runs():
     assert same_rows.loss != one_row.loss
 
 
+@pytest.mark.slow
 def test_bfloat16_accumulates_in_float32_and_is_near_float32():
     batch = make_batch()
     exact, _ = gradient(batch, accumulate=4)
