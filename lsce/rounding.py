@@ -1,11 +1,15 @@
 """What rounding does to a token's target term, and what dE gets back of it.
 
-The gradient's products take dz_nv rounded to 16 bits. The target's, p_y − (1−β) − β/V, is the
-largest of its row unless p_y is near 1−β, and its rounding as large a part of dE's error as that of
-the result: on Gemma 3 270M's activations .0016 of .0025, on columns drawn like them .0022 of .0031
-(benchmarks/notes/exact-and-fused.md). What was cut off is one number a token:
+The gradient's products take dz_nv, without its smoothing, rounded to 16 bits. The target's,
+p_y − (1−β), is the largest of its row unless p_y is near 1−β, and its rounding as large a part of
+dE's error as that of the result: on Gemma 3 270M's activations .0016 of .0025, on columns drawn
+like them .0022 of .0031 (benchmarks/notes/exact-and-fused.md). What was cut off is one number a
+token:
 
     dE_n += e_n·C_y      e_n = dz_ny − round(dz_ny)
+
+Two classes alone, without smoothing, are rounded alike, and where their rows are nearly the same
+that cancels: there, and nowhere else that was tried, the correction adds to the error.
 """
 
 import jax.numpy as jnp

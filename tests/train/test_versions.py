@@ -61,5 +61,5 @@ def test_there_is_none_without_git(checkout, tmp_path_factory, monkeypatch):
 
 def test_this_one_has_a_commit():
     if not (ROOT / ".git").exists():
-        pytest.skip("no checkout")
+        pytest.skip("an archive of the files is no checkout, and has no commit")
     assert versions.commit() is not None
