@@ -33,18 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(arguments)
         # Seconds of imports that --help and a wrong flag need not wait for.
-        from train.run import loop
-        from train.run.prepare import prepare
+        from train import hosts
 
-        prepared = prepare(config)
+        hosts.join(config.hosts)
     except (ValueError, OSError) as error:
         return _stop(2, error)
+    from train.run import loop
+    from train.run.prepare import prepare
+
     try:
-        loop.train(prepared)
+        with hosts.together():
+            prepared = prepare(config)
+    except (ValueError, OSError) as error:
+        return hosts.leave(_stop(2, error))
+    try:
+        with hosts.together():
+            loop.train(prepared)
     except loop.Interrupted as interrupted:
         return _stop(128 + interrupted.signum, interrupted)
-    except (loop.NotFiniteError, OSError) as error:
+    except loop.NotFiniteError as error:
         return _stop(1, error)
+    except OSError as error:
+        return hosts.leave(_stop(1, error))
     return 0
 
 

@@ -18,6 +18,7 @@ from train.models.config import SHAPES
 from train.models.options import ModelOptions
 from train.run.options import (
     DEFAULT_STEPS,
+    HostOptions,
     LossOptions,
     OptimizerOptions,
     RunOptions,
@@ -27,7 +28,7 @@ from train.run.options import (
 
 FREE = {
     *("out", "resume", "overwrite", "eval_every", "samples", "checkpoint_every", "keep"),
-    *("log_every", "wandb"),
+    *("log_every", "wandb", "coordinator", "processes", "process"),
 }
 """Flags that leave the weights at the end of a run as they are."""
 TOLD = {
@@ -69,8 +70,13 @@ class TrainConfig:
     step: StepOptions = dataclasses.field(default_factory=StepOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
+    hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
 
     def __post_init__(self) -> None:
+        require(
+            self.hosts.coordinator is None or self.run.out is not None,
+            f"--coordinator {self.hosts.coordinator} needs --out: a folder that all processes see",
+        )
         if self.run.epochs is None:
             self.optimizer.steps_of_warmup(self.run.steps or DEFAULT_STEPS)
         if not self.data.held_out and not self.data.eval_data:

@@ -1,6 +1,6 @@
 """What devices do to a run: where its arrays lie, and how to have the same bits each time.
 
-The devices of a machine are a mesh of two axes, and the rows of a batch are split over both. `data`
+The devices are a mesh of two axes, and the rows of a batch are split over both. `data`
 repeats what is trained. `fsdp` splits it: each device holds its share of every matrix, of its
 gradient and of its moments, and has the whole of a matrix only while it multiplies by it, in the
 activations' dtype. An axis for tensors would be a word of `AXES` more that has one in `RULES`.
@@ -20,6 +20,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
+from train import hosts
 from train.run.options import MeshShape
 
 AXES: Mapping[str, tuple[str, str]] = {
@@ -47,21 +48,24 @@ timing them."""
 
 
 def check(shape: MeshShape) -> None:
-    """Raises ValueError if this machine has fewer devices than the mesh."""
-    if shape.size > jax.local_device_count():
+    """Raises ValueError if there are fewer devices than the mesh has, or, of several processes,
+    others: each must have a part."""
+    there, several = jax.device_count(), hosts.count() > 1
+    if shape.size > there or (several and shape.size != there):
+        whose = f"the {hosts.count()} processes have" if several else "this machine"
         raise ValueError(
-            f"--mesh {shape} has {shape.size} devices, and this machine"
-            f" {jax.local_device_count()} ({jax.devices()[0].device_kind})"
+            f"--mesh {shape} has {shape.size} devices, and {whose} {there}"
+            f" ({jax.devices()[0].device_kind})"
         )
 
 
 @functools.cache
 def make(shape: MeshShape) -> Mesh | None:
-    """The first devices of this machine as a mesh; None for one device, which is left to JAX."""
+    """The first devices as a mesh; None for one device, which is left to JAX."""
     if shape.size == 1:
         return None
     return jax.make_mesh(
-        shape, ROWS, (AxisType.Auto,) * len(ROWS), devices=jax.local_devices()[: shape.size]
+        shape, ROWS, (AxisType.Auto,) * len(ROWS), devices=jax.devices()[: shape.size]
     )
 
 
@@ -150,6 +154,13 @@ def rows(tree: Any, on: AbstractMesh | None, *, axis: int = 0) -> Any:
         return tree
     split = NamedSharding(on, PartitionSpec(*[None] * axis, ROWS))
     return jax.lax.with_sharding_constraint(tree, split)
+
+
+def everywhere(tree: Any, on: AbstractMesh | None) -> Any:
+    """Results that each process can read: whole on every device; in jit."""
+    if on is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(on, PartitionSpec()))
 
 
 @jax.custom_vjp

@@ -33,7 +33,7 @@ from train.config import FLAT, FREE, TrainConfig
 from train.evaluation import comparison
 from train.flags import flag
 from train.run import folder as run_folder
-from train.run.options import RunOptions
+from train.run.options import HostOptions, RunOptions
 from train.run.progress import Console
 
 TRAIN = (sys.executable, "-m", "train")
@@ -70,6 +70,9 @@ class SweepConfig(TrainConfig):
     """
 
     run: SweepRunOptions = dataclasses.field(default_factory=SweepRunOptions)
+    hosts: Annotated[HostOptions, tyro.conf.Suppress] = dataclasses.field(
+        default_factory=HostOptions
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -189,7 +189,7 @@ def score_rows(model: Decoder, rows: Rows, how: ScoringOptions) -> TokenScores:
         missing = how.batch_size - len(batch["tokens"])
         filling = {"labels": IGNORE}
         padded = {
-            name: jnp.pad(array, ((0, missing), (0, 0)), constant_values=filling.get(name, 0))
+            name: np.pad(array, ((0, missing), (0, 0)), constant_values=filling.get(name, 0))
             for name, array in batch.items()
         }
         scored.append(score_batch(graphdef, params, padded, how.softcap))
@@ -221,7 +221,8 @@ def score_batch(
     )
     log_prob = stats.target_logit - stats.lse
     brier = 1 - 2 * jnp.exp(log_prob) + stats.sum_p_squared
-    return TokenScores(log_prob, stats.confidence, stats.correct, brier)
+    scores = TokenScores(log_prob, stats.confidence, stats.correct, brier)
+    return mesh.everywhere(scores, mesh.of(params))
 
 
 def fitting_questions(

@@ -59,7 +59,7 @@ def generate(
     ends = range(FULL_CACHE, length, FULL_CACHE)
     parts = (np.split(x, ends, axis=1) for x in (tokens, segments, positions))
     *earlier, following = zip(*parts, strict=True)
-    options = jnp.float32(temperature), jnp.float32(top_p)
+    options = np.float32(temperature), np.float32(top_p)
     key = jax.random.key(seed)
     for part in earlier:
         _, cache = _next(graphdef, params, *part, cache, key, *options)

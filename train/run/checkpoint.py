@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from train import files
+from train import files, hosts
 from train.run.folder import BEST, CHECKPOINTS
 from train.run.state import TrainState
 
@@ -76,10 +76,12 @@ class Checkpointer:
         found = [(nll, step) for step in self.steps() if (nll := scores.get(step)) is not None]
         if not found:
             self._best.step = None
-            self._note.unlink(missing_ok=True)
+            if hosts.first():
+                self._note.unlink(missing_ok=True)
             return
         nll, self._best.step = min(found)
-        files.write_json(self._note, {"step": self._best.step, "token_nll": nll})
+        if hosts.first():
+            files.write_json(self._note, {"step": self._best.step, "token_nll": nll})
         for step in self.steps()[: -self._keep]:
             if step != self._best.step:
                 self._manager.delete(step)

@@ -122,6 +122,7 @@ def claim(config: TrainConfig, *, step: int = 0) -> Path:
         "out": str(out),
         "resume": False,
         "overwrite": False,
+        **dict.fromkeys(("coordinator", "processes", "process")),
     }
     files.write_json(out / RUN_FILE, values | ({"earlier": earlier} if earlier else {}))
     return out

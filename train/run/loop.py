@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from train import files
+from train import files, hosts
 from train.config import TrainConfig
 from train.evaluation import report
 from train.evaluation.scoring import REPORTED, Evaluation, ScoringOptions, evaluate
@@ -69,7 +69,10 @@ def train(run: Run) -> Evaluation:
         run.total_steps,
         start_step=run.first_step,
         log_every=config.run.log_every,
-        tracker=Tracker.start(config.run.wandb, run.out, files.plain(config.flags())),
+        tracker=Tracker.start(config.run.wandb, run.out, files.plain(config.flags()))
+        if hosts.first()
+        else None,
+        silent=not hosts.first(),
     )
     scoring = scoring_options(config)
 
@@ -81,7 +84,8 @@ def train(run: Run) -> Evaluation:
 
     def evaluate_at(step: int) -> Evaluation:
         answers = run.prompts.answered(state.model, step)
-        samples.write(run.out, step, answers)
+        if hosts.first():
+            samples.write(run.out, step, answers)
         for answer in answers:
             monitor.say(str(answer))
         evaluation = evaluate(state.model, run.exam, scoring)
@@ -101,7 +105,7 @@ def train(run: Run) -> Evaluation:
     def saves(step: int) -> bool:
         return step % config.run.checkpoint_every == 0 or step == run.total_steps
 
-    with stop_requests() as stop, monitor, run.checkpointer:
+    with stop_requests(alone=hosts.count() == 1) as stop, monitor, run.checkpointer:
         evaluate_during(run.first_step)  # where a signal cut it off
         run.checkpointer.mark_best(monitor.evaluated)
         unread: list[tuple[int, Any, float]] = []  # the last step, while its metrics are not read
@@ -113,32 +117,36 @@ def train(run: Run) -> Evaluation:
             rate = run.rate(step - 1)
             with monitor.waiting(busy):
                 batch = next(data.train)
+            asked = hosts.agree(lambda: stop.signum or 0)
             state, metrics = take_step(state, batch, rate, config.loss, config.step)
             # Read while the device is at the next step, so that it need not wait for the host. But
             # a state is evaluated or saved only once its own are read and known to be finite.
             for before in unread:
                 measure(*before)
             unread[:] = [(step, metrics, rate)]
-            if stop.signum or evaluates(step) or saves(step):
+            signum = asked()
+            if signum or evaluates(step) or saves(step):
                 measure(*unread.pop())
                 evaluate_during(step)
                 best = run.checkpointer.would_be_best(step, monitor.evaluated)
-                if stop.signum or saves(step) or best:
+                if signum or saves(step) or best:
                     with monitor.paused():
                         run.checkpointer.save(step, state, data.position())
                         run.checkpointer.mark_best(monitor.evaluated)
-                if stop.signum:
-                    raise Interrupted(stop.signum, step, run.out)
+                if signum:
+                    raise Interrupted(signum, step, run.out)
         monitor.say_waited()
 
         monitor.say("evaluating")
         with stop.at_once():
             evaluation = evaluate_at(run.total_steps)
-            report.write(run.out, evaluation, config.flags(), step=run.total_steps)
+            if hosts.first():
+                report.write(run.out, evaluation, config.flags(), step=run.total_steps)
         run.checkpointer.mark_best(monitor.evaluated)
         if stop.signum:
             raise Interrupted(stop.signum, run.total_steps, run.out)
-    report.print_table(evaluation)
+    if hosts.first():
+        report.print_table(evaluation)
     logger.info("report: %s", run.out / RELIABILITY)
     return evaluation
 

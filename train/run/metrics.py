@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ class Monitor:
       start_step: the step of the checkpoint that the run continues from, 0 for a new run. Rows of
         later steps, left by the run that was cut off, are removed.
       tracker: gets a copy of every row, for Weights & Biases.
+      silent: write and show nothing, where another process of the run does.
       console: where the bar is drawn; plain lines, at most one every few seconds, if it is not a
         terminal.
       clock: seconds, for tests.
@@ -58,6 +60,7 @@ class Monitor:
         log_every: int = 1,
         start_step: int = 0,
         tracker: Tracker | None = None,
+        silent: bool = False,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -69,7 +72,9 @@ class Monitor:
         self._out = out
         self._tracker = tracker or Tracker(None)
         self._clock = clock
+        self._silent = silent
         self._console = console or Console()
+        self._console.quiet |= silent
         self._tokens: list[Any] = []  # of the steps since the last row, perhaps still on the device
         self._paused = 0.0
         self._waited = 0.0
@@ -78,11 +83,15 @@ class Monitor:
         """The steps that have a row of held-out scores, with the NLL of a token, if it has one."""
 
     def __enter__(self) -> Self:
-        self._out.mkdir(parents=True, exist_ok=True)
-        metrics = self._out / METRICS
-        self.evaluated = cut_rows_after(metrics, self._start_step)
+        metrics, events = self._out / METRICS, self._out / TENSORBOARD
+        if self._silent:
+            _, self.evaluated = rows_until(metrics, self._start_step)
+            metrics, events = Path(os.devnull), None
+        else:
+            self._out.mkdir(parents=True, exist_ok=True)
+            self.evaluated = cut_rows_after(metrics, self._start_step)
         self._metrics = metrics.open("a", encoding="utf-8")
-        self._events = TensorBoard(self._out / TENSORBOARD, self._start_step)
+        self._events = TensorBoard(events, self._start_step)
         show = ProgressBar if self._console.is_terminal else PlainLines
         self._display = show(self._console, self.total_steps, self._start_step, self._clock)
         self._last_row = self._clock()
@@ -186,16 +195,24 @@ def as_number(value: Any) -> int | float | None:
 
 
 def cut_rows_after(metrics: Path, step: int) -> dict[int, float | None]:
-    """Keeps the rows up to `step`, in one atomic replacement.
+    """Keeps the rows up to `step`, in one atomic replacement; returns and raises what `rows_until`
+    does of the steps evaluated."""
+    kept, evaluated = rows_until(metrics, step)
+    if metrics.exists():
+        files.write(metrics, "".join(kept))
+    return evaluated
 
-    Returns the steps that have a row of held-out scores, with the NLL of a token, if it has one.
 
-    Also dropped is a last line that the kill left without its end. Any other line that is not a
-    row raises ValueError with its number: this file was not written by a run.
+def rows_until(metrics: Path, step: int) -> tuple[list[str], dict[int, float | None]]:
+    """The rows up to `step`, and which steps have one of held-out scores, with the NLL of a token,
+    if it has one.
+
+    Left out is a last line that a kill left without its end. Any other line that is not a row
+    raises ValueError with its number: this file was not written by a run.
     """
     kept, evaluated = [], {}
     if not metrics.exists():
-        return evaluated
+        return kept, evaluated
     for number, line in enumerate(metrics.read_text("utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
@@ -211,5 +228,4 @@ def cut_rows_after(metrics: Path, step: int) -> dict[int, float | None]:
         kept.append(line)
         if any(name.startswith(HELD_OUT) for name in row):
             evaluated[row["step"]] = row.get(TOKEN_NLL)
-    files.write(metrics, "".join(kept))
-    return evaluated
+    return kept, evaluated

@@ -84,7 +84,7 @@ def _number(text: str) -> float:
 
 
 class MeshShape(NamedTuple):
-    """How many devices of a machine do what: `train.mesh` says it."""
+    """How many devices do what: `train.mesh` says it."""
 
     data: int = 1
     fsdp: int = 1
@@ -120,8 +120,9 @@ class StepOptions:
     accumulate: Annotated[int, shown("K")] = 1
     """Batches whose gradients make one step, the same as one batch K times as large."""
     mesh: Annotated[str, shown("data=D,fsdp=F")] = "data=1,fsdp=1"
-    """D·F devices of this machine share these rows. F of them share each weight and its moments,
-    and gather a layer when it is computed; D repeat that."""
+    """D·F devices share these rows: of this machine, or with --coordinator all that there are. F of
+    them share each weight and its moments, and gather a layer when it is computed; D repeat that.
+    F of the same machine, if it has so many."""
     autotune: bool = False
     """Let XLA time a GPU's programs and choose. Runs then differ in their last bits, for a step
     of SmolLM2 135M that on an H200 took 1% less time."""
@@ -147,6 +148,37 @@ class StepOptions:
     def rows(self) -> int:
         """Rows of an optimizer step."""
         return self.batch_size * self.accumulate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """The processes that train together, one on each machine or one for each device."""
+
+    coordinator: Annotated[str | None, shown("HOST:PORT", "this process trains alone")] = None
+    """Where process 0 listens to the others, or auto, as Slurm, Open MPI or Kubernetes say it. All
+    get the same other flags and data, and an --out that all see; the first writes and reports."""
+    processes: Annotated[int | None, shown("N", "as auto finds out")] = None
+    """How many there are."""
+    process: Annotated[int | None, shown("I", "as auto finds out")] = None
+    """Which this is, from 0 on."""
+
+    def __post_init__(self) -> None:
+        given = self.processes is not None, self.process is not None
+        if self.coordinator is None or self.coordinator == "auto":
+            of = "--coordinator auto" if self.coordinator else "no --coordinator"
+            require(not any(given), f"--processes and --process have no meaning with {of}")
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        require(
+            bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16,
+            f"--coordinator {self.coordinator} must be auto or like node0:9876",
+        )
+        require(all(given), f"--coordinator {self.coordinator} needs --processes and --process")
+        require_count("processes", self.processes)
+        require(
+            0 <= (self.process or 0) < (self.processes or 0),
+            f"--process must be in [0, {self.processes}), not {self.process}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lsce
-from train import mesh
+from train import hosts, mesh
 from train.config import TrainConfig, described
 from train.data import dataset, summary
 from train.evaluation.tasks.held_out import Exam
@@ -67,6 +67,7 @@ def prepare(config: TrainConfig) -> Run:
     config = check(config, model.shape)
     _warn_of_positions(config, model)
     data = read(config, model)
+    hosts.check_same(f"{_shared(config)} {first_step} {data.train.state()}")
     model = model.trained_on(data.tokenizer)
     total_steps = steps_in_all(config, data)
     if first_step > total_steps:
@@ -82,13 +83,15 @@ def prepare(config: TrainConfig) -> Run:
         state = first_state(model.source, create, config.run.seed, on)
     else:
         state = create(config.run.seed)
-    if config.run.resume:
-        cut_rows_after(out / METRICS, first_step)
-        samples.write(out, first_step + 1, [])
-        _note_changes(config, out)
-    out = folder.claim(config, step=first_step)
+    if hosts.first():
+        if config.run.resume:
+            cut_rows_after(out / METRICS, first_step)
+            samples.write(out, first_step + 1, [])
+            _note_changes(config, out)
+        out = folder.claim(config, step=first_step)
+        write(out, model, data.tokenizer)
+    hosts.wait("the run's folder is there")
     config = folder.load(out)  # which whoever resumes it will have, too
-    write(out, model, data.tokenizer)
     checkpointer = Checkpointer(out, keep=config.run.keep)
     exam = Exam.of(data, config.run.seed)
     records, length = data.held_out_records, config.data.max_length
@@ -96,6 +99,11 @@ def prepare(config: TrainConfig) -> Run:
     run = Run(config, out, data, exam, prompts, rate, checkpointer, state, first_step, total_steps)
     _announce(run, model)
     return run
+
+
+def _shared(config: TrainConfig) -> dict[str, object]:
+    """The flags that all processes have alike."""
+    return {name: value for name, value in config.flags().items() if name != "process"}
 
 
 def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
@@ -160,7 +168,7 @@ def read(config: TrainConfig, model: Chosen) -> dataset.Data:
         skip_bad_records=config.data.skip_bad_records,
     )
     summary.log(data)
-    summary.show_example(data, rich.console.Console(stderr=True))
+    summary.show_example(data, rich.console.Console(stderr=True, quiet=not hosts.first()))
     return data
 
 

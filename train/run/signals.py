@@ -35,12 +35,16 @@ class StopRequest:
     """The signal that came; None as long as none did."""
     _at_once = False
 
+    def __init__(self, *, alone: bool = True) -> None:
+        self._alone = alone
+
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """A signal abandons what is done inside, instead of waiting for its end."""
+        """A signal abandons what is done inside, instead of waiting for its end; but not what other
+        processes do as well, and would wait in."""
         try:
             try:
-                self._at_once = True
+                self._at_once = self._alone
                 yield
             finally:
                 self._at_once = False
@@ -54,9 +58,9 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(*, alone: bool = True) -> Iterator[StopRequest]:
     """Inside, the first SIGTERM or SIGINT is only noted; a second one does what it always does."""
-    request = StopRequest()
+    request = StopRequest(alone=alone)
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def restore() -> None:

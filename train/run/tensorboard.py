@@ -37,10 +37,13 @@ class TensorBoard:
     """Scalars in TensorBoard's event format, one file a start, flushed at every write.
 
     The writer underneath `tensorboardX.SummaryWriter`, without its queue and thread: what sits in
-    the queue is lost with the process.
+    the queue is lost with the process. Without a folder nothing is written.
     """
 
-    def __init__(self, folder: Path, start_step: int):
+    def __init__(self, folder: Path | None, start_step: int):
+        self._writer = None
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         # Names resolve seconds; the process and step keep two quick starts in two files.
         self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start_step}")
@@ -52,10 +55,13 @@ class TensorBoard:
         self._writer.flush()
 
     def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
+        if self._writer is None:
+            return
         for name, value in scalars.items():
             event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
             self._writer.write_event(event)
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

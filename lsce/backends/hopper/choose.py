@@ -121,8 +121,9 @@ def exact_layout(n: int, d: int, v: int, tile_c: int, units: int = 66) -> FusedL
 
     Where N ≤ D nearly all of P lies in dC, and the memory is the tail's. Of few classes P takes
     what a quarter of naive optax's memory leaves (see `tail_within_a_quarter`), for some of the
-    tokens at a time; where the tail has no quarter to keep either, D tokens. P of other small calls
-    is whole, in dC and beside it. In groups of tokens only whole tiles of classes can be added to.
+    tokens at a time; where the tail has no quarter to keep either, 2D tokens. P of other small
+    calls is whole, in dC and beside it. In groups of tokens only whole tiles of classes can be
+    added to.
     """
     if within := layout_within_dc(n, d, v, tile_c, units):
         return within
@@ -134,7 +135,7 @@ def exact_layout(n: int, d: int, v: int, tile_c: int, units: int = 66) -> FusedL
     at_once = (n * v - 7 * (n + v) * d // 2) // (2 * v + 36 * d)
     if at_once < LEAST_TOKENS:
         beyond = promised_of_the_tail(n, d, v) <= 0 and not (small and n <= 2 * d)
-        at_once = d if beyond and d >= LEAST_TOKENS else 0
+        at_once = 2 * d if beyond and 2 * d >= LEAST_TOKENS else 0
     if at_once and v <= MOST_FUSED_CLASSES and v % tile_c == 0:
         groups = cdiv(pairs, min(at_once, FUSED_BYTES // (2 * v)) // (2 * BLOCK))
         return FusedLayout(cdiv(pairs, cdiv(pairs, groups)), column_tiles)

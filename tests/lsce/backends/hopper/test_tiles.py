@@ -178,7 +178,7 @@ def test_exact_layouts_fit(n, d, v):
     # A group is of whole pairs of blocks, and a tile of dE may be wider than D.
     rounding = 2 * 256 * (2 * v + 36 * d) + 16 * most * 256
     within = temporary + 2 * (n + v) * d <= n * v + (n + v) * d / 2 + rounding
-    assert within or (most <= d and choose.promised_of_the_tail(n, d, v) <= 0)
+    assert within or (most <= 2 * d and choose.promised_of_the_tail(n, d, v) <= 0)
 
 
 def test_fused_layouts():

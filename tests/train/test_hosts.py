@@ -1,0 +1,209 @@
+"""Two processes train as one with two devices does, to the bit, and tell each other of an end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from paths import ROOT
+
+from train import hosts, mesh
+from train.run.folder import CHECKPOINTS, EVALUATION, METRICS
+from train.run.metrics import Monitor
+from train.run.options import HostOptions, MeshShape
+from train.run.signals import stop_requests
+
+STEPS = 6
+RUN = """
+import os, signal, sys
+from train.run import loop
+from train.__main__ import main
+
+class Killer(loop.Monitor):
+    def step(self, step, values):
+        super().step(step, values)
+        if step == int(os.environ.get("KILLED_AFTER", 0)):
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+loop.Monitor = Killer
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def records(tmp_path) -> Path:
+    numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [
+        {"prompt": f"after {number}", "completion": f"comes {following}"}
+        for number, following in itertools.pairwise(numbers)
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    return path
+
+
+def start(out: Path, *flags: str | Path, devices: int = 1, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, "--out", out, *flags],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **more,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(out: Path, *flags: str | Path, second: tuple[str, ...] = (), **of_second: str):
+    """The second has more flags, and more in its environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    these = [*flags, "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process"]
+    return start(out, *these, "0"), start(out, *these, "1", *second, **of_second)
+
+
+def ends(*processes: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
+    """Exit status and what was printed, of each."""
+    try:
+        return [
+            (process.returncode, *printed)
+            for process, printed in [(p, p.communicate(timeout=300)) for p in processes]
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def learnt(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    timed = ("tokens_per_second", "input_wait")
+    return [{name: row[name] for name in row if name not in timed} for row in rows]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path, records, monkeypatch):
+    """Stopped by a signal to the one that writes nothing, gone on with, and then once more from the
+    checkpoint of both by one process with as many devices."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = [
+        *("--data", records, "--model", "nano", "--vocab-size", "300", "--max-length", "32"),
+        *("--batch-size", "2", "--mesh", "fsdp=2", "--steps", str(STEPS), "--held-out", "0.2"),
+        *("--eval-every", "3", "--checkpoint-every", "2", "--samples", "1"),
+    ]
+    out = tmp_path / "run"
+    two = start_two(out, *flags, KILLED_AFTER="3", SIGNAL=str(int(signal.SIGTERM)))
+    stopped = ends(*two)
+    for status, _, said in stopped:
+        assert status == 128 + signal.SIGTERM, said
+        assert "SIGTERM: stopped after step 4, which is saved" in said  # what was begun is done
+
+    finished = ends(*start_two(out, "--resume"))
+    assert [status for status, *_ in finished] == [0, 0], finished
+    assert ["Held-out evaluation" in said for _, said, _ in finished] == [True, False]
+    assert (out / EVALUATION).is_file()
+
+    alone = tmp_path / "alone"
+    shutil.copytree(out, alone)
+    for step in (alone / CHECKPOINTS).iterdir():
+        if int(step.name) > 4:
+            shutil.rmtree(step)
+    went_on = ends(start(alone, "--resume", devices=2))
+    assert went_on[0][0] == 0, went_on
+    assert learnt(alone) == learnt(out)
+    assert [row["step"] for row in learnt(out)] == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.slow
+def test_what_is_not_the_same_is_refused(tmp_path, records, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = [
+        *("--data", records, "--model", "nano", "--vocab-size", "300", "--mesh", "fsdp=2"),
+        *("--batch-size", "2", "--held-out", "0", "--steps", "2"),
+    ]
+    for status, _, said in ends(*start_two(tmp_path / "run", *flags, second=("--seed", "1"))):
+        assert status == 2
+        assert "process 1 has other flags, data or checkpoints than process 0" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"coordinator": "node0"}, "must be auto or like node0:9876"),
+        ({"coordinator": "node0:x"}, "must be auto or like node0:9876"),
+        ({"coordinator": "node0:9876"}, "needs --processes and --process"),
+        ({"coordinator": "auto", "process": 1}, "have no meaning with --coordinator auto"),
+        ({"processes": 2}, "have no meaning with no --coordinator"),
+        (
+            {"coordinator": "node0:9876", "processes": 2, "process": 2},
+            r"must be in \[0, 2\), not 2",
+        ),
+        ({"coordinator": "node0:9876", "processes": 0, "process": 0}, "must be at least 1, not 0"),
+    ],
+)
+def test_who_is_meant_must_be_said(flags, message):
+    with pytest.raises(ValueError, match=message):
+        HostOptions(**flags)
+    HostOptions(coordinator="[::1]:9876", processes=2, process=1)
+
+
+def test_alone_there_is_nothing_to_wait_for():
+    asked = hosts.agree(lambda: signal.SIGTERM)
+    hosts.wait("nobody")
+    hosts.check_same("this")
+    assert asked() == signal.SIGTERM
+    assert hosts.first()
+    assert hosts.leave(3) == 3
+    with pytest.raises(jax.errors.JaxRuntimeError, match="as it is"), hosts.together():
+        raise jax.errors.JaxRuntimeError("as it is")
+
+
+def test_of_several_all_devices_are_taken(monkeypatch):
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    mesh.check(MeshShape(data=2, fsdp=2))
+    with pytest.raises(ValueError, match="has 2 devices, and the 2 processes have 4"):
+        mesh.check(MeshShape(data=2))
+    with (
+        pytest.raises(ConnectionError, match=r"cannot go on with the others \(gone\).*--resume"),
+        hosts.together(),
+    ):
+        raise jax.errors.JaxRuntimeError("gone\nsince yesterday")
+
+
+def test_one_of_several_writes_and_shows_nothing(tmp_path, capsys):
+    with Monitor(tmp_path, 2) as monitor:
+        monitor.step(1, {"loss": 1.0})
+        monitor.evaluation(1, {"token_nll": 2.0})
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with Monitor(tmp_path, 2, start_step=1, silent=True) as monitor:
+        assert monitor.evaluated == {1: 2.0}
+        monitor.step(2, {"loss": 1.0})
+        monitor.evaluation(2, {"token_nll": 1.0})
+        assert monitor.evaluated == {1: 2.0, 2: 1.0}
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
+    assert capsys.readouterr().out == ""
+
+
+def test_what_others_do_as_well_is_not_abandoned():
+    with stop_requests(alone=False) as stop:
+        with stop.at_once():
+            signal.raise_signal(signal.SIGTERM)
+            reached = True
+        assert stop.signum == signal.SIGTERM
+    assert reached
