@@ -52,6 +52,9 @@ gradients as exact would take longer than naive optax's."""
 LEAST, MOST = 2.0**-13, 2.0**-7
 """What ε stays between; LEAST is that of FITTED, and lower in proportion for "auto"."""
 
+FEW_FOR_8_BITS = 65_536
+"""Up to so many classes a forward in 8 bits would compute too many again, in 16."""
+
 FLAT = 0.4
 """A block of tokens of whose probability more than this part lies below ε is kept whole. At ε of
 2^-8 the tiles of one with as much held nine tenths of it, and the error of its dE was 0.02."""
@@ -77,8 +80,9 @@ def tail_worthwhile(problem: Problem) -> bool:
 
 def low_forward_worthwhile(problem: Problem) -> bool:
     """Whether a forward in 8 bits saves more than it begins and ends with: about 0.4 matmuls
-    against 0.6 milliseconds."""
-    return 0.4 * 2 * problem.n * problem.d * problem.v > 6e-4 * MATMUL_RATE
+    against 0.8 milliseconds, where not nearly every class is some token's."""
+    enough = 0.4 * 2 * problem.n * problem.d * problem.v > 8e-4 * MATMUL_RATE
+    return enough and problem.v > FEW_FOR_8_BITS
 
 
 def look_worthwhile(n: int, d: int, v: int) -> bool:

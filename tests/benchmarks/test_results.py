@@ -4,14 +4,17 @@ import json
 import re
 
 import pytest
+from hopper_on_cpu import problem
 from paths import ROOT
 
 from benchmarks.implementations.settings import Run, Settings
+from benchmarks.inputs import cases
 from benchmarks.measure import report
 from benchmarks.measure.report import Row
 from benchmarks.steps.memory import StepMemory
 from benchmarks.train_step import from_json
 from benchmarks.whole_run import Found
+from lsce.sparse import filter as filtering
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
@@ -55,6 +58,10 @@ def row(name: str, run: Run, case: tuple[str, int] = ("gemma2-2b", 8192)) -> Row
         if row.run == run and (row.case, row.n) == case
     )
     return found
+
+
+def sizes(case: str) -> dict[str, int]:
+    return {"d": cases.CASES[case].d, "v": cases.CASES[case].v}
 
 
 def numbers(text: str) -> list[float]:
@@ -173,15 +180,24 @@ def test_other_figures_of_the_readme_are_measured():
         [x for (case, _), x in of_fp8.items() if case == wanted]
         for wanted in ("smollm2-135m", "mistral-7b")
     )
-    many = [x for (c, _), x in of_fp8.items() if c not in ("smollm2-135m", "mistral-7b")]
-    assert (len(narrow), len(few_classes), len(many)) == (3, 2, 10)
-    ways = (RESULTS / "h200-fp8-ways.txt").read_text().partition("2. `--seconds")[0]
-    within_dc = [
-        float(line.split()[7])
-        for line in ways.splitlines()
-        if re.match(r"(gemma2|qwen|llama)\S+ +2048 ", line)
+    others = {at: x for at, x in of_fp8.items() if at[0] not in ("smollm2-135m", "mistral-7b")}
+    many = [x for (_, n), x in others.items() if n > 2048]
+    within_dc = [x for (case, n), x in others.items() if n == 2048 and case != "gemma3-270m"]
+    assert tuple(map(len, (narrow, few_classes, many, within_dc))) == (3, 2, 10, 4)
+    low_and_not = [
+        {
+            (row.case, row.n): row.p50_ms
+            for row in report.read(RESULTS / f"{name}.json").rows
+            if row.run.implementation == "auto"
+        }
+        for name in ("h200-everywhere-precision", "h200-everywhere")
     ]
-    assert len(within_dc) == 4
+    by_low = [
+        usual / low_and_not[0][case, n]
+        for (case, n), usual in low_and_not[1].items()
+        if filtering.low_forward_worthwhile(problem(n=n, **sizes(case)))
+    ]
+    assert len(by_low) == 13
     split = next(
         row
         for row in map(from_json, json.loads((RESULTS / "h200-x2-train-step.json").read_text()))
@@ -226,6 +242,7 @@ def test_other_figures_of_the_readme_are_measured():
         f" dE error of {ordered.hidden_error:.3f} instead of {usual.hidden_error:.3f}".replace(
             "0.", "."
         ),
+        f"At five heads it is {min(by_low):.2f} to {max(by_low):.2f} times as fast as the default",
         f"the loss alone in {low:.2f} products where the default took {alone:.2f}".replace(
             "0.", "."
         ),
@@ -308,6 +325,20 @@ def test_errors_of_the_readme_are_measured():
     assert "beside .0019 that exact" in text
 
 
+def test_errors_under_options_are_measured():
+    lines = (RESULTS / "h200-options-errors.txt").read_text().splitlines()
+    rows = [line for line in lines if re.match(r"\S+ +\d,\d{3}  ", line)]
+    assert len(rows) == 42
+    eight = [line[53:77].split() for line in rows]
+    biased = [line[101:].split()[0] for line in rows if " like " in line and " bias" in line]
+    biased = [error for error in biased if error != "–"]
+    assert len(biased) == 8
+    ranges = [f"{min(errors)} to {max(errors)}" for errors in list(zip(*eight, strict=False))[:2]]
+    said = " ".join(README.split())
+    assert f"at four heads {' and '.join(ranges)} (" in said
+    assert f"error of dE, to {min(biased)} to {max(biased)}." in said
+
+
 def test_the_ways_of_flat_tokens_are_measured():
     lines = (RESULTS / "h200-flat-tiles.txt").read_text().splitlines()
     (ours, optax), *_ = (
@@ -354,9 +385,11 @@ def test_the_readmes_steps_are_measured():
         assert {speed, mfu, memory} <= found[names[name], own, int(rows), chosen], what
         assert peer == (f"{fastest[names[name]]:,.0f}" if own else ""), what
     said = " ".join(README.split())
-    larger = re.search(r"SmolLM2 took ([\d,]+) tokens/s and Gemma 3 ([\d,]+);", said)
-    assert larger[1] in found["smollm2-135m", True, 64, "auto"]
-    assert larger[2] in found["gemma3-270m", True, 32, "auto"]
+    filtered = r"auto` SmolLM2 took ([\d,]+) tokens/s, Gemma 3 ([\d,]+) and Llama ([\d,]+)\."
+    filtered = re.search(filtered, said)
+    assert filtered[1] in found["smollm2-135m", True, 64, "auto"]
+    assert filtered[2] in found["gemma3-270m", True, 32, "auto"]
+    assert filtered[3] in found["llama3.2-1b", False, 8, "auto"]
     whole = json.loads((RESULTS / "h200-whole-run.json").read_text())
     assert f"killed at step {whole['killed']['at_step']} of 300 and resumed" in said
 

@@ -126,3 +126,19 @@ def test_without_any_slope_nothing_pulls():
     head, bias = jnp.ones((2048, 64), jnp.bfloat16), jnp.full(2048, 1e9, jnp.float32)
     row = filtering.stand_in(p, head, bias, jnp.ones(64), jnp.float32(0.0))
     np.testing.assert_array_equal(row, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pays"),
+    [
+        ((8192, 2304, 256_000), True),
+        ((2048, 4096, 128_256), True),
+        ((2048, 2048, 128_256), False),  # as long as what 8 bits begin and end with
+        ((32_768, 4096, 32_000), False),  # nearly every class is some token's
+        ((32_768, 576, 49_152), False),
+    ],
+)
+def test_a_forward_in_8_bits_pays_where_it_was_measured_to(shape, pays):
+    """benchmarks/results/h200-everywhere-precision.json"""
+    n, d, v = shape
+    assert filtering.low_forward_worthwhile(problem(n=n, d=d, v=v)) is pays
