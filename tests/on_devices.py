@@ -21,6 +21,7 @@ def run(count: int, *scripts: str, arguments: tuple[Path, ...] = (), flags: str 
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {flags}",
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # much is compiled and little run
         },
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ it is the same everywhere: at 2^-10.2 of that 0.011 to 0.013 (‖·‖/‖ref‖
 activations and SmolLM2 135M's, each at N = 2,048, 8,192 and 32,768 (benchmarks/notes/filter.md).
 Naive bfloat16's is 0.012 or 0.013. That was the default. It is now a sixteenth of it, 2^-14.2,
 where the filter's part of the error is 0.0020 of dE and 0.0004 of dC for Gemma's, as much as
-rounding makes of exact gradients (benchmarks/results/cpu-filter-default.json), for 1.72 matmuls in
+rounding makes of exact gradients (benchmarks/results/cpu-filter-default.json), for 1.68 matmuls in
 place of 1.3 at Gemma 2 2B's head (h200-everywhere.json there).
 
 The reason is training, of which these errors say little. What is dropped is put back in dE, along
@@ -79,8 +79,8 @@ def tail_worthwhile(problem: Problem) -> bool:
 
 
 def low_forward_worthwhile(problem: Problem) -> bool:
-    """Whether a forward in 8 bits saves more than it begins and ends with: about 0.4 matmuls
-    against 0.8 milliseconds, where not nearly every class is some token's."""
+    """Whether a forward in 8 bits saves more than it begins and ends with: 0.3 to 0.4
+    matmuls against 0.8 milliseconds, where not nearly every class is some token's."""
     enough = 0.4 * 2 * problem.n * problem.d * problem.v > 8e-4 * MATMUL_RATE
     return enough and problem.v > FEW_FOR_8_BITS
 

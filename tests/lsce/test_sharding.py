@@ -75,7 +75,7 @@ ON_A_MESH = """
             mesh = mesh_of(shape, names, (kind,) * len(names))
             given = put(mesh, hidden, head)
             check(jax.jit(run)(*given), truth)
-            if usual:
+            if usual and shape == (2, 2):
                 with jax.set_mesh(mesh):
                     check(jax.jit(run)(*given), truth)
             if kind == AxisType.Auto and usual:

@@ -122,7 +122,7 @@ class StepOptions:
     mesh: Annotated[str, shown("data=D,fsdp=F")] = "data=1,fsdp=1"
     """D·F devices share these rows: of this machine, or with --coordinator all that there are. F of
     them share each weight and its moments, and gather a layer when it is computed; D repeat that.
-    F of the same machine, if it has so many."""
+    Neighbours among F are of one machine where F divides what each has."""
     autotune: bool = False
     """Let XLA time a GPU's programs and choose. Runs then differ in their last bits, for a step
     of SmolLM2 135M that on an H200 took 1% less time."""
@@ -155,8 +155,9 @@ class HostOptions:
     """The processes that train together, one on each machine or one for each device."""
 
     coordinator: Annotated[str | None, shown("HOST:PORT", "this process trains alone")] = None
-    """Where process 0 listens to the others, or auto, as Slurm, Open MPI or Kubernetes say it. All
-    get the same other flags and data, and an --out that all see; the first writes and reports."""
+    """Where process 0 listens to the others, or auto, as Slurm or Open MPI say it, where JAX gives
+    each process one GPU. All get the same other flags and data, and an --out that all see; the
+    first writes and reports."""
     processes: Annotated[int | None, shown("N", "as auto finds out")] = None
     """How many there are."""
     process: Annotated[int | None, shown("I", "as auto finds out")] = None

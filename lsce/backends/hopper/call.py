@@ -102,7 +102,7 @@ def needs_16_bits(problem: Problem) -> str | None:
     if problem.gradient_filter == "fused":
         return "fused gradients"
     if not filtering.low_forward_worthwhile(problem):
-        return "too few of them for 8 bits to pay"
+        return "too few of them, or of classes, for 8 bits to pay"
     return None
 
 

@@ -268,7 +268,6 @@ def test_the_whole_of_an_experiment_in_small(tmp_path, monkeypatch, capfd):
     ("experiment", "given"),
     [
         (table1, ["--learning-rate", "1e-3"]),
-        (softcap, ["--softcap", "30", "--label-smoothing", "0.1"]),
         (sizes, ["--label-smoothing", "0.1"]),
     ],
     ids=lambda x: "" if isinstance(x, list) else x.EXPERIMENT.name,

@@ -22,12 +22,17 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 4.0, "z_loss": 1e-2}])
 @pytest.mark.parametrize(
-    ("shape", "layout"),
-    # Three groups of tokens, dC carried from one to the next; P of the last columns in dC.
-    [((700, 64, 256), (3, 1)), ((200, 512, 1024), (1, 2)), ((200, 512, 1001), (1, 2))],
-    ids=["groups", "P within dC", "whose last tile is not full"],
+    ("shape", "layout", "options"),
+    # Three groups of tokens, dC carried from one to the next; P of the last columns in dC, of which
+    # the last tile is full or not.
+    [
+        ((700, 64, 256), (3, 1), {"label_smoothing": 0.1}),
+        ((700, 64, 256), (3, 1), {"softcap": 4.0, "z_loss": 1e-2}),
+        ((200, 512, 1024), (1, 2), {"label_smoothing": 0.1}),
+        ((200, 512, 1001), (1, 2), {"softcap": 4.0, "z_loss": 1e-2}),
+    ],
+    ids=str,
 )
 def test_fused(shape, layout, options, monkeypatch):
     monkeypatch.setattr(tiles, "FUSED_BYTES", 512 * 256)
