@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hosts.join(config.hosts)
     except (ValueError, OSError) as error:
         return _stop(2, error)
+    try:
+        return _train(config)
+    except Exception:
+        if hosts.count() == 1:
+            raise
+        traceback.print_exc()
+        return hosts.leave(1)
+
+
+def _train(config: TrainConfig) -> int:
+    from train import hosts
     from train.run import loop
     from train.run.prepare import prepare
 

@@ -257,9 +257,8 @@ def test_other_figures_of_the_readme_are_measured():
         f" {other['rows_error']:.0%}; with a larger ε, which the default had, by"
         f" {before['rows_error']:.0%} and {other_before['rows_error']:.0%}",
         f"error of {parts('hidden_error')} in dE and of {parts('head_error')} in dC",
-        f"{min(faster):.2f} ({min(faster):.3f}) to {max(faster):.2f} times as fast as optax".replace(
-            "(0.", "(."
-        ),
+        f"{min(faster):.2f} ({min(faster):.3f}) to".replace("(0.", "(.")
+        + f" {max(faster):.2f} times as fast as optax",
         f"16,384 tokens took {two:.1f} ms where one took {one:.1f}",
     ):
         assert said in text

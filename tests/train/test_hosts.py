@@ -122,15 +122,23 @@ def test_two_processes_are_one_run(tmp_path, records, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_not_the_same_is_refused(tmp_path, records, monkeypatch):
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (("--seed", "1"), "process 1 has other flags, data or checkpoints than process 0"),
+        (("--model", "/nowhere"), "/nowhere"),
+    ],
+    ids=["another seed", "no model"],
+)
+def test_what_one_cannot_train_all_refuse(second, message, tmp_path, records, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = [
         *("--data", records, "--model", "nano", "--vocab-size", "300", "--mesh", "fsdp=2"),
         *("--batch-size", "2", "--held-out", "0", "--steps", "2"),
     ]
-    for status, _, said in ends(*start_two(tmp_path / "run", *flags, second=("--seed", "1"))):
+    for status, _, said in ends(*start_two(tmp_path / "run", *flags, second=second)):
         assert status == 2
-        assert "process 1 has other flags, data or checkpoints than process 0" in said
+        assert message in said.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
@@ -155,15 +163,27 @@ def test_who_is_meant_must_be_said(flags, message):
     HostOptions(coordinator="[::1]:9876", processes=2, process=1)
 
 
+def test_process_0_is_looked_for_first(monkeypatch):
+    """JAX would end the process where it is missing, or there twice."""
+    monkeypatch.setattr(hosts, "SECONDS_TO_MEET", 0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        there = f"127.0.0.1:{other.getsockname()[1]}"
+        hosts.join(HostOptions())
+        with pytest.raises(ValueError, match=f"{there}: process 0 cannot listen there"):
+            hosts.join(HostOptions(coordinator=there, processes=2, process=0))
+    with pytest.raises(ValueError, match=f"{there}: process 0 cannot be reached there"):
+        hosts.join(HostOptions(coordinator=there, processes=2, process=1))
+
+
 def test_alone_there_is_nothing_to_wait_for():
     asked = hosts.agree(lambda: signal.SIGTERM)
-    hosts.wait("nobody")
-    hosts.check_same("this")
+    assert hosts.alike("this", lambda: ("text", 7)) == 7
     assert asked() == signal.SIGTERM
     assert hosts.first()
     assert hosts.leave(3) == 3
     with pytest.raises(jax.errors.JaxRuntimeError, match="as it is"), hosts.together():
         raise jax.errors.JaxRuntimeError("as it is")
+    assert hosts.lost(jax.errors.JaxRuntimeError()) is None
 
 
 def test_of_several_all_devices_are_taken(monkeypatch):
@@ -172,11 +192,14 @@ def test_of_several_all_devices_are_taken(monkeypatch):
     mesh.check(MeshShape(data=2, fsdp=2))
     with pytest.raises(ValueError, match="has 2 devices, and the 2 processes have 4"):
         mesh.check(MeshShape(data=2))
+    gone = jax.errors.JaxRuntimeError("gone\nsince yesterday")
     with (
         pytest.raises(ConnectionError, match=r"cannot go on with the others \(gone\).*--resume"),
         hosts.together(),
     ):
-        raise jax.errors.JaxRuntimeError("gone\nsince yesterday")
+        raise ValueError("cannot be read") from gone  # as a library says it
+    with pytest.raises(KeyError), hosts.together():
+        raise KeyError
 
 
 def test_one_of_several_writes_and_shows_nothing(tmp_path, capsys):

@@ -74,6 +74,12 @@ class Pretrained:
         where = self.path / CONFIG if self.path.is_dir() else self.path
         return families.read(self.config_json, str(where))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of its files, by name."""
+        files = self.path.iterdir() if self.path.is_dir() else [self.path]
+        return {file.name: file.stat().st_size for file in sorted(files) if file.is_file()}
+
     def check(self) -> None:
         """Raises ValueError if its tensors are not those of its shape."""
         weights.check(self.config, self.tensors, self.form)

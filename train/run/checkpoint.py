@@ -102,6 +102,8 @@ class Checkpointer:
             with said_once():
                 self._manager.save(step, args=items)
         except (OSError, ValueError) as error:  # TensorStore's of a full disk is a ValueError
+            if hosts.lost(error):
+                raise
             for begun in self._folder.glob(f"{step}.*"):  # a full disk is less full without it
                 shutil.rmtree(begun, ignore_errors=True)
             before = f"the checkpoint of step {kept} is kept" if kept else "there is none before"
@@ -128,6 +130,8 @@ class Checkpointer:
             with said_once():
                 return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
         except Exception as error:  # of any kind, whatever is damaged
+            if hosts.lost(error):
+                raise
             before = [other for other in self._manager.all_steps() if other < step]
             instead = f"step {max(before)}" if before else "the beginning"
             raise ValueError(

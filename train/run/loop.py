@@ -143,8 +143,8 @@ def train(run: Run) -> Evaluation:
             if hosts.first():
                 report.write(run.out, evaluation, config.flags(), step=run.total_steps)
         run.checkpointer.mark_best(monitor.evaluated)
-        if stop.signum:
-            raise Interrupted(stop.signum, run.total_steps, run.out)
+        if signum := hosts.agree(lambda: stop.signum or 0)():
+            raise Interrupted(signum, run.total_steps, run.out)
     if hosts.first():
         report.print_table(evaluation)
     logger.info("report: %s", run.out / RELIABILITY)

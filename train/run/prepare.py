@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,20 +59,8 @@ def prepare(config: TrainConfig) -> Run:
     Raises ValueError or OSError, with a message for the user, for what is wrong with the
     configuration, the folder or the data. Nothing in the folder has changed then.
     """
-    out = folder.find(config)
-    if config.run.resume and config.model.dtype == "auto":
-        config = config.replace(dtype=folder.load(out).model.dtype)
-    first_step = max(saved_steps(out), default=0) if config.run.resume else 0
-    # A run that was killed before its first checkpoint begins again, with the weights in files.
-    model = choose(config, out if first_step else None)
-    config = check(config, model.shape)
-    _warn_of_positions(config, model)
-    data = read(config, model)
-    hosts.check_same(f"{_shared(config)} {first_step} {data.train.state()}")
-    model = model.trained_on(data.tokenizer)
-    total_steps = steps_in_all(config, data)
-    if first_step > total_steps:
-        raise ValueError(f"{out} is at step {first_step} already, past all {total_steps} steps")
+    found = hosts.alike("found", lambda: _found(config))
+    config, out, first_step, model, data, total_steps = found
     rate = learning_rate(config.optimizer, total_steps)
     on = mesh.make(config.step.mesh_shape)
     config = _fitting(config, model, on, data, out)
@@ -83,14 +72,7 @@ def prepare(config: TrainConfig) -> Run:
         state = first_state(model.source, create, config.run.seed, on)
     else:
         state = create(config.run.seed)
-    if hosts.first():
-        if config.run.resume:
-            cut_rows_after(out / METRICS, first_step)
-            samples.write(out, first_step + 1, [])
-            _note_changes(config, out)
-        out = folder.claim(config, step=first_step)
-        write(out, model, data.tokenizer)
-    hosts.wait("the run's folder is there")
+    out = hosts.alike("claimed", lambda: ("", _claimed(config, out, first_step, model, data)))
     config = folder.load(out)  # which whoever resumes it will have, too
     checkpointer = Checkpointer(out, keep=config.run.keep)
     exam = Exam.of(data, config.run.seed)
@@ -101,9 +83,51 @@ def prepare(config: TrainConfig) -> Run:
     return run
 
 
-def _shared(config: TrainConfig) -> dict[str, object]:
-    """The flags that all processes have alike."""
-    return {name: value for name, value in config.flags().items() if name != "process"}
+class _Found(NamedTuple):
+    """What there is to train, and how far it is."""
+
+    config: TrainConfig
+    out: Path
+    first_step: int
+    model: Chosen
+    data: dataset.Data
+    total_steps: int
+
+
+def _found(config: TrainConfig) -> tuple[str, _Found]:
+    """With a text that is the same where it is."""
+    out = folder.find(config)
+    if config.run.resume and config.model.dtype == "auto":
+        config = config.replace(dtype=folder.load(out).model.dtype)
+    first_step = max(saved_steps(out), default=0) if config.run.resume else 0
+    # A run that was killed before its first checkpoint begins again, with the weights in files.
+    model = choose(config, out if first_step else None)
+    config = check(config, model.shape)
+    _warn_of_positions(config, model)
+    data = read(config, model)
+    model = model.trained_on(data.tokenizer)
+    total_steps = steps_in_all(config, data)
+    if first_step > total_steps:
+        raise ValueError(f"{out} is at step {first_step} already, past all {total_steps} steps")
+    places = ("process", "out", "model", "data", "eval_data")  # whose contents count
+    flags = {name: value for name, value in config.flags().items() if name not in places}
+    weights = model.source.sizes if model.source else config.model.model
+    text = f"{flags} {first_step} {data.position()} {weights}"
+    return text, _Found(config, out, first_step, model, data, total_steps)
+
+
+def _claimed(
+    config: TrainConfig, out: Path, first_step: int, model: Chosen, data: dataset.Data
+) -> Path:
+    """The run's folder, as the first process leaves it to the run."""
+    if hosts.first():
+        if config.run.resume:
+            cut_rows_after(out / METRICS, first_step)
+            samples.write(out, first_step + 1, [])
+            _note_changes(config, out)
+        out = folder.claim(config, step=first_step)
+        write(out, model, data.tokenizer)
+    return out
 
 
 def check(config: TrainConfig, shape: ModelConfig) -> TrainConfig:
