@@ -134,9 +134,10 @@ class Checkpointer:
                 raise
             before = [other for other in self._manager.all_steps() if other < step]
             instead = f"step {max(before)}" if before else "the beginning"
+            if_all = "if all processes say so, " if hosts.count() > 1 else ""
             raise ValueError(
-                f"{self._folder / str(step)} cannot be read ({item}: {first_line(error)}): remove"
-                f" that folder to go on from {instead}"
+                f"{self._folder / str(step)} cannot be read ({item}: {first_line(error)}):"
+                f" {if_all}remove that folder to go on from {instead}"
             ) from error
 
     def __enter__(self) -> Self:
