@@ -1,9 +1,9 @@
 """What devices do to a run: where its arrays lie, and how to have the same bits each time.
 
-The devices are a mesh of two axes, and the rows of a batch are split over both. `data`
-repeats what is trained. `fsdp` splits it: each device holds its share of every matrix, of its
-gradient and of its moments, and has the whole of a matrix only while it multiplies by it, in the
-activations' dtype. An axis for tensors would be a word of `AXES` more that has one in `RULES`.
+The devices are a mesh of two axes, and the rows of a batch are split over both. `data` repeats what
+is trained. `fsdp` splits it: each device holds its share of every matrix, of its gradient and of
+its moments, and has the whole of a matrix only while it multiplies by it, in the activations'
+dtype. An axis for tensors would be a word of `AXES` more that has one in `RULES`.
 
 XLA splits the computations after the arrays, and `lsce` the loss after its tokens. Dropout and the
 order of the data do not depend on the mesh, so only the rounding of sums does.
