@@ -50,7 +50,6 @@ FIND_PYTHON = for python in python3.14 python3.13 python3.12 \
 python:
 	@$(FIND_PYTHON)
 
-# Bytecode is left to the first import: of most that is installed there is none.
 # The mark `installing` outlives an interrupted install, and the next call then starts afresh.
 $(INSTALLED): pyproject.toml requirements.lock
 	@set -e; \
@@ -61,7 +60,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	fi; \
 	touch $(VENV)/installing; \
 	echo "Installing the pinned packages into $(VENV) (once; a minute or two)"; \
-	pip="$(PYTHON) -m pip --disable-pip-version-check install --quiet --no-compile"; \
+	pip="$(PYTHON) -m pip --disable-pip-version-check install --quiet"; \
 	$$pip -r requirements.lock; \
 	$$pip --no-build-isolation -c requirements.lock -e ".$(EXTRAS:%=[%])"; \
 	rm $(VENV)/installing; \
