@@ -96,10 +96,10 @@ def linear_cross_entropy(
       precision: permission to compute the loss from 8-bit operands where a logit says little:
         "fp8" (on Hopper, without a softcap and statistics, in large calls of more than 65,536
         classes; never taken unasked). What has more than 2^-7 of any token's probability is
-        computed in 16 bits beside it. A token's loss is then off
-        by 0.002 to 0.005 nats (root mean square, on an H200 and simulated on two real models; with
-        logits rounded to bfloat16, as without this library, by 0.025), the mean loss by up to
-        0.0025. It needs the head's size in 8 bits while the loss is computed.
+        computed in 16 bits beside it. A token's loss is then off by 0.002 to 0.005 nats (root mean
+        square, on an H200 and simulated on two real models; with logits rounded to bfloat16, as
+        without this library, by 0.025), the mean loss by up to 0.0025. It needs the head's size in
+        8 bits while the loss is computed.
       vocab_order: a permutation of the classes by how active they are (`lsce.vocabulary_order`);
         a hint that may change a backend's speed, and no exact result. Which probabilities below
         the gradient filter are dropped may depend on it.

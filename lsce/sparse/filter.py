@@ -53,7 +53,8 @@ LEAST, MOST = 2.0**-13, 2.0**-7
 """What ε stays between; LEAST is that of FITTED, and lower in proportion for "auto"."""
 
 FEW_FOR_8_BITS = 65_536
-"""Up to so many classes a forward in 8 bits would compute too many again, in 16."""
+"""Up to so many classes nearly each is some token's, so that too much is in 16 bits: a forward in 8
+computes them again, and the tail in 8 does more work than three products."""
 
 FLAT = 0.4
 """A block of tokens of whose probability more than this part lies below ε is kept whole. At ε of

@@ -78,7 +78,7 @@ def heuristic(n: int, d: int, v: int, ctas: int, groups: int | None = None) -> T
     # Lists that one of two ways needs are there in the other, too: P is smaller by more.
     smaller = dataclasses.replace(sparse, slots_per_block=slots - 1)
     of_flat = tail_within_a_filter(n, d, v, smaller)
-    if of_flat < ROOM_FOR_FLAT and v > MOST_FUSED_CLASSES:
+    if of_flat < ROOM_FOR_FLAT and v > filtering.FEW_FOR_8_BITS:
         of_flat = OWN_OF_FLAT
     of_flat = min(of_flat, of_tail)
     looks = of_flat >= min(of_tail, 4) and filtering.look_worthwhile(n, d, v)
@@ -101,8 +101,6 @@ def layout_of(problem: Problem, tile_c: int, ctas: int) -> FusedLayout | None:
     return fused_layout(n, d, v, tile_c)
 
 
-MOST_FUSED_CLASSES = 65_536
-"""Up to here so many pairs are in 16 bits that the tail in 8 does more work than three products."""
 WHOLE_BYTES = 1_100_000_000
 """P of a call whose naive logits, of 32 bits, take no more than twice that: there a quarter of that
 memory is worth less than the time that the tail's many small kernels take."""
@@ -136,7 +134,7 @@ def exact_layout(n: int, d: int, v: int, tile_c: int, units: int = 66) -> FusedL
     if at_once < LEAST_TOKENS:
         beyond = promised_of_the_tail(n, d, v) <= 0 and not (small and n <= 2 * d)
         at_once = 2 * d if beyond and 2 * d >= LEAST_TOKENS else 0
-    if at_once and v <= MOST_FUSED_CLASSES and v % tile_c == 0:
+    if at_once and v <= filtering.FEW_FOR_8_BITS and v % tile_c == 0:
         groups = cdiv(pairs, min(at_once, FUSED_BYTES // (2 * v)) // (2 * BLOCK))
         return FusedLayout(cdiv(pairs, cdiv(pairs, groups)), column_tiles)
     if small:

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lsce.backends.hopper import choose, tiles
+from lsce.sparse import filter as filtering
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -168,7 +169,7 @@ def test_exact_layouts_fit(n, d, v):
         assert -(-others * (rows // 128) // (d // 256)) * 128 <= own * 256 <= v
     if groups == 1:
         return
-    assert own == column_tiles == v // 256 <= choose.MOST_FUSED_CLASSES // 256
+    assert own == column_tiles == v // 256 <= filtering.FEW_FOR_8_BITS // 256
     most = -(-pairs // groups) * 256
     last = rows - (groups - 1) * most
     assert last > 0
